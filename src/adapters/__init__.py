@@ -1,0 +1,1 @@
+"""Adapters: the outside, behind the ports of the core."""

@@ -1,0 +1,1 @@
+"""The pure core: model, ports and use cases. Imports the standard library and nothing else."""

@@ -1,0 +1,157 @@
+"""Errors that a caller can meet. The reasons are part of the API.
+
+CoreError
+├── InvalidField            a field of the request breaks a rule
+├── NotSupported            named in the API, not built
+├── ThreadNotFound, TurnNotFound, AgentNotFound
+├── RequestIdReused         same request id, other content
+├── TurnInProgress          the thread has a running turn
+├── PositionAhead           a cursor beyond the log
+├── QuotaExceeded           the user's own bound
+├── Overloaded, Draining    this process takes no more
+├── StoreUnavailable        the database does not answer
+├── CleanupRunning          another cleanup is at work
+└── LeaseLost               another process owns the turn; never reaches a caller
+"""
+
+from typing import ClassVar
+
+
+class CoreError(Exception):
+    """Base of every error that the core raises. `reason` and `message` are static and free of user content."""
+
+    reason: ClassVar[str]
+    message: ClassVar[str]
+
+    def __init__(self) -> None:
+        super().__init__(self.message)
+
+    @property
+    def details(self) -> dict[str, str]:
+        """Machine-readable facts for the caller: ids and field names, never content."""
+        return {}
+
+
+class InvalidField(CoreError):
+    """A field breaks a rule. `field` is its path in the request, `problem` a fixed sentence."""
+
+    reason = "INVALID_FIELD"
+    message = "A field of the request is invalid."
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__()
+        self.field = field
+        self.problem = problem
+
+
+class NotSupported(CoreError):
+    """The API names it, but it is not built. `field` is its path in the request."""
+
+    reason = "NOT_SUPPORTED"
+    message = "This is not supported."
+
+    def __init__(self, field: str) -> None:
+        super().__init__()
+        self.field = field
+
+    @property
+    def details(self) -> dict[str, str]:
+        return {"field": self.field}
+
+
+class ThreadNotFound(CoreError):
+    """No such thread of this user."""
+
+    reason = "THREAD_NOT_FOUND"
+    message = "There is no such thread."
+
+
+class TurnNotFound(CoreError):
+    """No such turn of this user."""
+
+    reason = "TURN_NOT_FOUND"
+    message = "There is no such turn."
+
+
+class AgentNotFound(CoreError):
+    """No agent serves this domain."""
+
+    reason = "AGENT_NOT_FOUND"
+    message = "There is no agent for this domain."
+
+
+class RequestIdReused(CoreError):
+    """The request id belongs to a message with another thread, domain or content."""
+
+    reason = "REQUEST_ID_REUSED"
+    message = "This request id was used for another message."
+
+
+class TurnInProgress(CoreError):
+    """The thread has a turn that has not ended."""
+
+    reason = "TURN_IN_PROGRESS"
+    message = "The thread has a turn in progress."
+
+    def __init__(self, turn_id: str) -> None:
+        super().__init__()
+        self.turn_id = turn_id
+
+    @property
+    def details(self) -> dict[str, str]:
+        return {"turn_id": self.turn_id}
+
+
+class PositionAhead(CoreError):
+    """The cursor lies beyond the turn's log."""
+
+    reason = "POSITION_AHEAD"
+    message = "The position is beyond the end of the turn's log."
+
+
+class RetryableError(CoreError):
+    """Nothing was accepted; the same call may succeed after `retry_after` seconds."""
+
+    retry_after: ClassVar[float] = 1.0
+
+
+class QuotaExceeded(RetryableError):
+    """The user has as many turns in flight as allowed."""
+
+    reason = "QUOTA_EXCEEDED"
+    message = "The user has too many turns in progress."
+
+
+class Overloaded(RetryableError):
+    """This process has as much in flight as allowed."""
+
+    reason = "OVERLOADED"
+    message = "The service is at its limit."
+
+
+class Draining(RetryableError):
+    """This process is shutting down."""
+
+    reason = "DRAINING"
+    message = "The service is shutting down."
+
+
+class StoreUnavailable(RetryableError):
+    """The database does not answer. Whether a write took effect is unknown."""
+
+    reason = "STORE_UNAVAILABLE"
+    message = "The store is unavailable."
+
+
+class CleanupRunning(CoreError):
+    """Another cleanup is at work on this database."""
+
+    reason = "CLEANUP_RUNNING"
+    message = "Another cleanup is running."
+
+
+class LeaseLost(CoreError):
+    """The turn has a newer epoch, or has ended: this process may not write to it any more."""
+
+    reason = "LEASE_LOST"
+    message = "The turn belongs to another process."

@@ -1,0 +1,73 @@
+"""Threads: persistent conversations."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+
+from core.model.agent import Domain
+from core.model.errors import InvalidField
+
+MAX_TITLE = 200
+MAX_METADATA_KEYS = 16
+MAX_METADATA_KEY = 64
+MAX_METADATA_VALUE = 512
+
+
+class ThreadState(StrEnum):
+    """Whether a thread is in use."""
+
+    ACTIVE = "active"
+    INACTIVE = "inactive"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Thread:
+    """One user's persistent conversation with one agent version."""
+
+    id: str
+    user_id: str
+    domain: Domain
+    agent_id: str
+    title: str
+    state: ThreadState
+    metadata: Mapping[str, str]
+    last_message_at: datetime
+    created_at: datetime
+    message_count: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProviderState:
+    """What is known of the provider's copy of a thread. SQL is the record; this copy is a cache.
+
+    `synced_to` is the number of transcript lines that the copy is known to mirror: where it is less than the
+    thread's own count, the copy is rebuilt before it is used. `retired` holds the ids of the copies that were
+    replaced and still have to be erased there.
+    """
+
+    provider: str
+    conversation_id: str | None = None
+    synced_to: int = 0
+    retired: tuple[str, ...] = ()
+
+
+def check_metadata(metadata: Mapping[str, str], field: str) -> None:
+    """Raises InvalidField where metadata breaks a bound or contains U+0000."""
+    if len(metadata) > MAX_METADATA_KEYS:
+        raise InvalidField(field, f"must have at most {MAX_METADATA_KEYS} keys")
+    for key, value in metadata.items():
+        if not 1 <= len(key) <= MAX_METADATA_KEY:
+            raise InvalidField(field, f"keys must have 1 to {MAX_METADATA_KEY} characters")
+        if len(value) > MAX_METADATA_VALUE:
+            raise InvalidField(field, f"values must have at most {MAX_METADATA_VALUE} characters")
+        if "\0" in key or "\0" in value:
+            raise InvalidField(field, "must not contain U+0000")
+
+
+def check_title(title: str, field: str) -> None:
+    """Raises InvalidField where a title is too long or contains U+0000."""
+    if len(title) > MAX_TITLE:
+        raise InvalidField(field, f"must have at most {MAX_TITLE} characters")
+    if "\0" in title:
+        raise InvalidField(field, "must not contain U+0000")

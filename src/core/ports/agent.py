@@ -1,0 +1,102 @@
+"""The port to whoever writes the coach's replies."""
+
+from abc import abstractmethod
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from core.model.agent import AgentDefinition, Domain
+from core.model.events import TextDelta, ToolCalled
+from core.model.message import Message, ToolExchange
+from core.model.thread import ProviderState
+from core.model.turn import TurnReason, Usage
+from core.ports.tools import ToolSpec
+
+
+@dataclass(frozen=True, slots=True)
+class ToolRound:
+    """What one round of the reply said, and the tools that it called, all answered."""
+
+    text: str
+    exchanges: tuple[ToolExchange, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplyRequest:
+    """All that an agent may know of a turn.
+
+    `history` loads the lines of the transcript before `message`, oldest first; an agent whose provider keeps
+    the conversation need not call it. `rounds` holds the finished tool rounds of this turn: empty at first.
+    `state` is what the agent last said of the provider's copy, None if it never did or if it was another
+    provider's.
+    """
+
+    turn_id: str
+    thread_id: str
+    user_id: str
+    domain: Domain
+    definition: AgentDefinition
+    message: Message
+    history: Callable[[], Awaitable[Sequence[Message]]]
+    tools: Sequence[ToolSpec]
+    rounds: tuple[ToolRound, ...] = ()
+    state: ProviderState | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StateChanged:
+    """The provider's copy of the thread is now this. It is stored before the next event is asked for."""
+
+    state: ProviderState
+
+
+@dataclass(frozen=True, slots=True)
+class RoundFinished:
+    """The provider said that its answer has ended. Last event of every round.
+
+    `shortfall` is set where the provider itself says that the answer is not whole (`OUTPUT_LIMIT`,
+    `CONTENT_FILTERED`). `keeps_copy` says that the provider's copy now mirrors the transcript, this turn
+    included; its `synced_to` is then moved on in the transaction that ends the turn.
+    """
+
+    usage: Usage
+    shortfall: TurnReason | None = None
+    keeps_copy: bool = False
+
+
+AgentEvent = TextDelta | ToolCalled | StateChanged | RoundFinished
+
+
+class AgentFailed(Exception):
+    """The agent can't go on with this turn. `reason` is what the caller is told; the cause stays in the log."""
+
+    def __init__(self, reason: TurnReason) -> None:
+        super().__init__(reason.value)
+        self.reason = reason
+
+
+class Agent(Protocol):
+    """Writes replies. One instance serves every turn of the process, concurrently."""
+
+    @property
+    @abstractmethod
+    def provider(self) -> str:
+        """Name of the provider, as recorded on turns."""
+
+    @abstractmethod
+    def model(self, definition: AgentDefinition) -> str:
+        """The model that would serve a turn of this definition begun now."""
+
+    @abstractmethod
+    def reply(self, request: ReplyRequest) -> AsyncGenerator[AgentEvent, None]:
+        """Writes one round of a reply.
+
+        Text in order, any number of tool calls, then exactly one RoundFinished, last. If tools were called
+        the caller runs them and asks again, with the round added to `rounds`. Text holds no U+0000 and no
+        lone surrogates. Fails with AgentFailed and nothing else. Closing the generator or cancelling the
+        task stops the provider's work and frees what it holds.
+        """
+
+    @abstractmethod
+    async def aclose(self) -> None:
+        """Frees connections. No reply may be running."""

@@ -1,0 +1,20 @@
+"""The repository of goals."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Protocol
+
+from core.model.agent import Domain
+from core.model.goal import Goal
+
+
+class Goals(Protocol):
+    """Goals of users."""
+
+    @abstractmethod
+    def add(self, goal: Goal, key: str) -> Goal:
+        """Stores a goal once for each idempotency key; a repeat returns the goal stored first."""
+
+    @abstractmethod
+    def list(self, user_id: str, domain: Domain, limit: int) -> Sequence[Goal]:
+        """The user's goals in a domain, newest first."""

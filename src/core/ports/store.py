@@ -1,0 +1,85 @@
+"""The port to the record: everything durable, behind transactions.
+
+A state change is a plain synchronous function over a Transaction. `await store.write(change)` runs it; a group
+of changes may share one commit. Such functions therefore do nothing but read and write through the transaction:
+they may be run again, in another transaction, if the first attempt was rolled back.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from datetime import datetime
+from typing import Protocol, TypeVar
+
+from core.ports.agents import AgentVersions
+from core.ports.goals import Goals
+from core.ports.threads import Messages, Threads, Users
+from core.ports.turns import TurnLog, Turns
+
+T = TypeVar("T")
+
+
+class Transaction(Protocol):
+    """The repositories, all within one transaction. Not to be kept after the function has returned."""
+
+    @property
+    @abstractmethod
+    def users(self) -> Users: ...
+
+    @property
+    @abstractmethod
+    def agents(self) -> AgentVersions: ...
+
+    @property
+    @abstractmethod
+    def threads(self) -> Threads: ...
+
+    @property
+    @abstractmethod
+    def messages(self) -> Messages: ...
+
+    @property
+    @abstractmethod
+    def turns(self) -> Turns: ...
+
+    @property
+    @abstractmethod
+    def log(self) -> TurnLog: ...
+
+    @property
+    @abstractmethod
+    def goals(self) -> Goals: ...
+
+    @abstractmethod
+    def now(self) -> datetime:
+        """The store's own time in UTC: the same for all processes that share the database."""
+
+
+class Store(Protocol):
+    """Runs functions in transactions, in threads of its own."""
+
+    @abstractmethod
+    async def write(self, change: Callable[[Transaction], T]) -> T:
+        """Runs a change and returns its result once that is durable.
+
+        All or nothing: whatever `change` raises is raised here and leaves no trace, also where other changes
+        share the commit. Changes of one process take effect in the order in which they were submitted.
+        A change that collides with another process's is run again. Raises StoreUnavailable if the store does
+        not answer; it is then unknown whether the change took effect. Cancelling the caller does not stop a
+        change that has been submitted.
+        """
+
+    @abstractmethod
+    async def read(self, query: Callable[[Transaction], T]) -> T:
+        """Runs a query on one consistent state that includes every change committed before the call."""
+
+    @abstractmethod
+    def exclusive(self, name: str) -> AbstractAsyncContextManager[bool]:
+        """Holds a named lock over all processes of the database; yields False at once if another holds it.
+
+        The lock is free when its holder's process is gone.
+        """
+
+    @abstractmethod
+    async def aclose(self) -> None:
+        """Waits for submitted changes, then frees everything."""

@@ -1,0 +1,118 @@
+"""The repositories of users, threads and messages."""
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Protocol
+
+from core.model.agent import Domain
+from core.model.message import ContentPart, Message, Role, ToolExchange
+from core.model.thread import ProviderState, Thread, ThreadState
+
+
+@dataclass(frozen=True, slots=True)
+class ThreadKey:
+    """A place in the order of threads by newest message: (`last_message_at`, `id`)."""
+
+    last_message_at: datetime
+    id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewMessage:
+    """A message that has no place in its thread yet."""
+
+    id: str
+    turn_id: str
+    role: Role
+    content: tuple[ContentPart, ...]
+    created_at: datetime
+    partial: bool = False
+    tool: ToolExchange | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ExpiredBatch:
+    """What one batch of expiry did. `last` is the last thread looked at, None when there are no more."""
+
+    expired: int
+    last: ThreadKey | None
+
+
+class Users(Protocol):
+    """Users, known by the calling product's own reference."""
+
+    @abstractmethod
+    def ensure(self, user_id: str, now: datetime) -> None:
+        """Adds a user unless known."""
+
+
+class Threads(Protocol):
+    """Threads. No method that takes a user returns or counts another user's."""
+
+    @abstractmethod
+    def add(self, thread: Thread) -> None:
+        """Stores a new thread. Its user and agent exist."""
+
+    @abstractmethod
+    def get(self, user_id: str, thread_id: str) -> Thread | None:
+        """Reads the user's thread."""
+
+    @abstractmethod
+    def lock(self, user_id: str, thread_id: str) -> Thread | None:
+        """Reads the user's thread and keeps other writers away from it until the transaction ends."""
+
+    @abstractmethod
+    def list(
+        self,
+        user_id: str,
+        domain: Domain | None,
+        states: frozenset[ThreadState],
+        before: ThreadKey | None,
+        limit: int,
+    ) -> Sequence[Thread]:
+        """The user's threads with one of the states, newest message first, beginning after `before`."""
+
+    @abstractmethod
+    def describe(self, thread_id: str, *, title: str | None, metadata: Mapping[str, str] | None) -> None:
+        """Replaces what is not None."""
+
+    @abstractmethod
+    def touch(self, thread_id: str, at: datetime) -> None:
+        """Sets `last_message_at` and wakes the thread."""
+
+    @abstractmethod
+    def provider_state(self, thread_id: str) -> ProviderState | None:
+        """What the agent last said of the provider's copy."""
+
+    @abstractmethod
+    def save_provider_state(self, thread_id: str, state: ProviderState) -> None:
+        """Replaces it."""
+
+    @abstractmethod
+    def expire(self, cutoff: datetime, domain: Domain | None, after: ThreadKey | None, limit: int) -> ExpiredBatch:
+        """Makes up to `limit` threads INACTIVE: the next ones after `after` whose newest message is older than
+        `cutoff` and that have no turn that has not ended. Threads that another process holds are left out."""
+
+    @abstractmethod
+    def count_expired(self, cutoff: datetime, domain: Domain | None) -> int:
+        """How many threads `expire` would find."""
+
+
+class Messages(Protocol):
+    """The transcript."""
+
+    @abstractmethod
+    def append(self, thread_id: str, messages: Sequence[NewMessage]) -> Sequence[Message]:
+        """Adds lines to the end of a thread that the transaction has locked; their indexes are dense."""
+
+    @abstractmethod
+    def list(
+        self, thread_id: str, *, after: int | None, newest_first: bool, limit: int | None
+    ) -> Sequence[Message]:
+        """Lines of a thread in order of index, beginning behind index `after` in the direction asked for."""
+
+    @abstractmethod
+    def reply_of(self, turn_id: str) -> Message | None:
+        """The turn's ASSISTANT message."""

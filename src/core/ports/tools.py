@@ -1,0 +1,61 @@
+"""The port to the tools that a coach may call."""
+
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from core.model.agent import Domain
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolSpec:
+    """What a model is told of a tool. `parameters` is the JSON schema of its arguments.
+
+    `idempotent` says that a call repeated with the same idempotency key takes effect once.
+    """
+
+    name: str
+    description: str
+    parameters: Mapping[str, Any]
+    idempotent: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolContext:
+    """On whose behalf a tool runs. Given by the service, never by the model."""
+
+    user_id: str
+    thread_id: str
+    turn_id: str
+    call_id: str
+    domain: Domain
+
+    @property
+    def idempotency_key(self) -> str:
+        """The same for every repeat of one call."""
+        return f"{self.turn_id}:{self.call_id}"
+
+
+@dataclass(frozen=True, slots=True)
+class ToolOutput:
+    """What the model is told."""
+
+    text: str
+    is_error: bool = False
+
+
+class Tools(Protocol):
+    """The tools of a deployment."""
+
+    @abstractmethod
+    def specs(self, names: Iterable[str]) -> Sequence[ToolSpec]:
+        """Describes tools, in the order of `names`. Raises LookupError for a name that does not exist."""
+
+    @abstractmethod
+    async def call(self, name: str, arguments_json: str, context: ToolContext) -> ToolOutput:
+        """Runs a tool within its own time limit.
+
+        Never fails: an unknown tool, bad arguments, an exception and a time-out are outputs marked as
+        errors, in fixed words without the exception's text. Outputs are bounded. Only cancellation passes.
+        """
