@@ -79,10 +79,6 @@ class Threads(Protocol):
         """Replaces what is not None."""
 
     @abstractmethod
-    def touch(self, thread_id: str, at: datetime) -> None:
-        """Sets `last_message_at` and wakes the thread."""
-
-    @abstractmethod
     def provider_state(self, thread_id: str) -> ProviderState | None:
         """What the agent last said of the provider's copy."""
 
@@ -105,7 +101,8 @@ class Messages(Protocol):
 
     @abstractmethod
     def append(self, thread_id: str, messages: Sequence[NewMessage]) -> Sequence[Message]:
-        """Adds lines to the end of a thread that the transaction has locked; their indexes are dense."""
+        """Adds lines to the end of a thread; their indexes are dense. Wakes the thread and moves its
+        `last_message_at` and `message_count` on."""
 
     @abstractmethod
     def list(

@@ -48,9 +48,17 @@ class ToolOutput:
 class Tools(Protocol):
     """The tools of a deployment."""
 
+    @property
+    @abstractmethod
+    def names(self) -> frozenset[str]:
+        """Every tool there is."""
+
     @abstractmethod
     def specs(self, names: Iterable[str]) -> Sequence[ToolSpec]:
-        """Describes tools, in the order of `names`. Raises LookupError for a name that does not exist."""
+        """Describes tools, in the order of `names`.
+
+        A name that does not exist any more is left out: a thread pinned to an old agent must outlive a tool.
+        """
 
     @abstractmethod
     async def call(self, name: str, arguments_json: str, context: ToolContext) -> ToolOutput:

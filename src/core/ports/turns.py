@@ -41,6 +41,10 @@ class Turns(Protocol):
         """Reads the user's turn."""
 
     @abstractmethod
+    def find(self, turn_id: str) -> Turn | None:
+        """Reads a turn of any user, for a caller that has checked whose it is."""
+
+    @abstractmethod
     def lock(self, turn_id: str) -> Turn | None:
         """Reads a turn of any user and keeps other writers away from it until the transaction ends."""
 

@@ -1,0 +1,113 @@
+"""One ending for all: completion, failure, cancellation and recovery are one change, run by whoever asks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from core.model.errors import LeaseLost, TurnNotFound
+from core.model.events import TurnEvent, TurnFinished, extent, merged, reply_of
+from core.model.message import ContentPart, Message, Role, TextPart
+from core.model.turn import Turn, TurnReason, TurnState, Usage
+from core.ports.store import Transaction
+from core.ports.system import Ids
+from core.ports.threads import NewMessage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ending:
+    """How a turn is to end.
+
+    `reason` None means that the provider said the reply is complete. `cancelled` ends it CANCELLED whatever
+    text there is. `keeps_copy` says that the provider's copy mirrors the transcript, this reply included.
+    """
+
+    reason: TurnReason | None = None
+    cancelled: bool = False
+    usage: Usage = field(default_factory=Usage)
+    keeps_copy: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A turn in its terminal state. `already` says that it had ended before."""
+
+    turn: Turn
+    reply: Message | None
+    already: bool
+
+
+def end_turn(
+    tx: Transaction,
+    ids: Ids,
+    turn_id: str,
+    ending: Ending,
+    *,
+    epoch: int | None = None,
+    tail: Sequence[TurnEvent] = (),
+) -> Ended:
+    """Ends a turn: the last events, the reply, the terminal state and the folded log in one change.
+
+    Terminal states are never left: a turn that has ended is returned as it is. `tail` are events of the owner
+    that are not yet in the log; `epoch` is the owner's. Raises LeaseLost where that epoch is over, and
+    TurnNotFound.
+    """
+    turn = tx.turns.lock(turn_id)
+    if turn is None:
+        raise TurnNotFound
+    if turn.state.is_terminal:
+        return Ended(turn, tx.messages.reply_of(turn_id), already=True)
+    if epoch is not None and turn.epoch != epoch:
+        raise LeaseLost
+    now = tx.now()
+    events = [*(entry.event for entry in tx.log.read(turn_id)), *tail]
+    reply = reply_of(events)
+    state, reason = _verdict(ending, reply.parts)
+    ended = replace(
+        turn,
+        state=state,
+        reason=reason,
+        epoch=turn.epoch + 1,
+        last_position=turn.last_position + sum(map(extent, tail)) + 1,
+        usage=ending.usage,
+        finished_at=now,
+    )
+    lines = [
+        NewMessage(
+            id=ids.new(),
+            turn_id=turn_id,
+            role=Role.TOOL,
+            content=(TextPart(exchange.output),),
+            created_at=now,
+            tool=exchange,
+        )
+        for exchange in reply.exchanges
+    ]
+    if reply.parts:
+        lines.append(
+            NewMessage(
+                id=ids.new(),
+                turn_id=turn_id,
+                role=Role.ASSISTANT,
+                content=reply.parts,
+                created_at=now,
+                partial=state is not TurnState.COMPLETED,
+            )
+        )
+    stored = tx.messages.append(turn.thread_id, lines) if lines else ()
+    message = stored[-1] if reply.parts else None
+    tx.turns.save_ending(ended)
+    tx.log.fold(turn_id, merged([*events, TurnFinished(ended, message)]))
+    if ending.keeps_copy and message and state is TurnState.COMPLETED:
+        copy = tx.threads.provider_state(turn.thread_id)
+        if copy is not None:
+            tx.threads.save_provider_state(turn.thread_id, replace(copy, synced_to=message.index))
+    return Ended(ended, message, already=False)
+
+
+def _verdict(ending: Ending, parts: Sequence[ContentPart]) -> tuple[TurnState, TurnReason | None]:
+    if ending.cancelled:
+        return TurnState.CANCELLED, ending.reason
+    if ending.reason is None and parts:
+        return TurnState.COMPLETED, None
+    # A provider that says "complete" without a word has not answered.
+    reason = ending.reason or TurnReason.PROVIDER_PROTOCOL
+    return (TurnState.INCOMPLETE if parts else TurnState.FAILED), reason

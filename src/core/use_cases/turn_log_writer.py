@@ -1,0 +1,203 @@
+"""Group commit: the events of all running turns reach the log together.
+
+A turn's first text waits for its own commit and for no timer. What comes after waits for a tick that grows with
+the number of live turns, so the count of commits grows with time and not with tokens.
+"""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from functools import partial
+
+from core.model.errors import LeaseLost, StoreUnavailable
+from core.model.events import LogEntry, TextDelta, TurnEvent, extent, merged, place
+from core.model.turn import Turn, TurnState
+from core.ports.store import Store, Transaction
+from core.ports.turns import LogAppend
+from core.use_cases.turn_feed import TurnFeed
+
+_log = logging.getLogger(__name__)
+
+_MIN_TICK = 0.005
+_MAX_TICK = 0.1
+_TICK_PER_TURN = 0.0002
+_MAX_PENDING = 65_536
+_RETRY_FIRST = 0.05
+_RETRY_MAX = 1.0
+
+
+class OpenLog:
+    """The end of one running turn's log, held by the turn's engine task alone."""
+
+    def __init__(self, writer: "TurnLogWriter", turn: Turn, feed: TurnFeed) -> None:
+        self.turn_id = turn.id
+        self.epoch = turn.epoch
+        self.position = turn.last_position
+        self.pending: list[TurnEvent] = []
+        self.in_flight = False
+        self.error: Exception | None = None
+        self._pending_extent = 0
+        self._writer = writer
+        self._feed = feed
+        self._spoken = False
+        self._landed = asyncio.Event()
+
+    def add(self, event: TurnEvent) -> None:
+        """Hands an event over; it reaches followers once it is committed. Raises what made a commit fail."""
+        if self.error is not None:
+            raise self.error
+        first_text = not self._spoken and isinstance(event, TextDelta)
+        self._spoken = self._spoken or first_text
+        self.pending.append(event)
+        self._pending_extent += extent(event)
+        self._writer.offer(self, urgent=first_text)
+
+    async def drain(self) -> None:
+        """Waits where too much is not yet committed: bounds memory when the store is slow."""
+        if self._pending_extent > _MAX_PENDING:
+            await self.flush()
+
+    async def flush(self) -> None:
+        """Waits until everything added is committed. Raises LeaseLost, or what made a commit fail."""
+        while (self.pending or self.in_flight) and self.error is None:
+            self._writer.offer(self, urgent=True)
+            await self._landed.wait()
+        if self.error is not None:
+            raise self.error
+
+    async def settle(self) -> tuple[TurnEvent, ...]:
+        """Waits for what is on its way and takes back what is not: the caller commits it with the ending."""
+        self._writer.withdraw(self)
+        while self.in_flight:
+            await self._landed.wait()
+        if self.error is not None:
+            raise self.error
+        return self._take()
+
+    def publish(self, events: Sequence[TurnEvent]) -> None:
+        """Shows committed events to the followers."""
+        entries: list[LogEntry] = place(events, self.position)
+        self.position = entries[-1].position
+        self._feed.publish(entries)
+
+    def launch(self) -> LogAppend:
+        """Takes everything pending as one append."""
+        self.in_flight = True
+        return LogAppend(self.turn_id, self.epoch, self.position, self._take())
+
+    def land(self, append: LogAppend, error: Exception | None) -> None:
+        """Tells the outcome of an append."""
+        self.in_flight = False
+        self.error = error
+        if error is None:
+            self.publish(append.events)
+        landed, self._landed = self._landed, asyncio.Event()
+        landed.set()
+
+    def _take(self) -> tuple[TurnEvent, ...]:
+        events = tuple(merged(self.pending))
+        self.pending.clear()
+        self._pending_extent = 0
+        return events
+
+
+class TurnLogWriter:
+    """Commits the events of all running turns of the process. `run` must be running."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._dirty: dict[str, OpenLog] = {}
+        self._work = asyncio.Event()
+        self._urgent = asyncio.Event()
+        self._live = 0
+
+    def open(self, turn: Turn, feed: TurnFeed) -> OpenLog:
+        """Opens a turn's log for the process that has claimed it."""
+        self._live += 1
+        return OpenLog(self, turn, feed)
+
+    def close(self, log: OpenLog) -> None:
+        """Ends a turn's part in the groups."""
+        self._live -= 1
+        self.withdraw(log)
+
+    def offer(self, log: OpenLog, *, urgent: bool) -> None:
+        """Asks for a commit of a log's pending events: at the next tick, or at once."""
+        if log.pending and not log.in_flight:
+            self._dirty[log.turn_id] = log
+            self._work.set()
+        if urgent:
+            self._urgent.set()
+
+    def withdraw(self, log: OpenLog) -> None:
+        """Takes back what is not yet on its way."""
+        self._dirty.pop(log.turn_id, None)
+
+    async def run(self) -> None:
+        """Commits until cancelled."""
+        loop = asyncio.get_running_loop()
+        last = 0.0
+        while True:
+            await self._work.wait()
+            tick = min(_MAX_TICK, max(_MIN_TICK, _TICK_PER_TURN * self._live))
+            if not self._urgent.is_set() and (wait := last + tick - loop.time()) > 0:
+                try:
+                    async with asyncio.timeout(wait):
+                        await self._urgent.wait()
+                except TimeoutError:
+                    _log.debug("tick")
+            self._work.clear()
+            self._urgent.clear()
+            logs, self._dirty = self._dirty, {}
+            await self._commit([(log, log.launch()) for log in logs.values() if log.pending])
+            last = loop.time()
+
+    async def _commit(self, group: list[tuple[OpenLog, LogAppend]]) -> None:
+        if not group:
+            return
+        retry = _RETRY_FIRST
+        while True:
+            try:
+                accepted = await self._store.write(partial(_append, [append for _, append in group]))
+            except StoreUnavailable:
+                # Nothing may be shown that is not durable, and nothing is given up: turns wait, within
+                # their budgets, until the store is back.
+                await asyncio.sleep(retry)
+                retry = min(_RETRY_MAX, retry * 2)
+            except Exception as error:  # noqa: BLE001 - whatever a group fails on is one turn's, and ends that one
+                if len(group) == 1:
+                    _log.error(
+                        "turn %s: its events can't be stored: %s", group[0][1].turn_id, type(error).__name__
+                    )
+                    self._land(*group[0], error)
+                else:
+                    for member in group:
+                        await self._commit([member])
+                return
+            else:
+                for log, append in group:
+                    self._land(log, append, None if append.turn_id in accepted else LeaseLost())
+                return
+
+    def _land(self, log: OpenLog, append: LogAppend, error: Exception | None) -> None:
+        log.land(append, error)
+        if log.pending and error is None:
+            self.offer(log, urgent=False)
+
+
+def _append(appends: Sequence[LogAppend], tx: Transaction) -> frozenset[str]:
+    accepted = set(tx.log.append(appends))
+    for append in appends:
+        if append.turn_id not in accepted and _is_there(tx.turns.lock(append.turn_id), append):
+            accepted.add(append.turn_id)
+    return frozenset(accepted)
+
+
+def _is_there(turn: Turn | None, append: LogAppend) -> bool:
+    """Whether an append whose outcome was unknown had been committed: nobody else writes in this epoch."""
+    return (
+        turn is not None
+        and turn.state is TurnState.RUNNING
+        and turn.epoch == append.epoch
+        and turn.last_position == append.position + sum(map(extent, append.events))
+    )
