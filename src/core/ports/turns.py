@@ -11,7 +11,7 @@ from core.model.turn import Turn
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestKey:
-    """Who sent a message under which request id, and a fingerprint of what it said."""
+    """Who sent a message, under which request id (empty: none), and a fingerprint of what it said."""
 
     caller: str
     user_id: str
@@ -33,8 +33,8 @@ class Turns(Protocol):
     """Turns. A thread has at most one that is RUNNING or WAITING_FOR_CLIENT: the store itself refuses another."""
 
     @abstractmethod
-    def add(self, turn: Turn, owner: str, request: RequestKey | None) -> None:
-        """Stores a new turn, claimed by process `owner` if it is RUNNING. (caller, user, request id) is unique."""
+    def add(self, turn: Turn, owner: str, request: RequestKey) -> None:
+        """Stores a new turn, claimed by process `owner` if it is RUNNING. (caller, user, request id) is unique where there is a request id."""
 
     @abstractmethod
     def get(self, user_id: str, turn_id: str) -> Turn | None:

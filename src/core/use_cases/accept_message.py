@@ -116,14 +116,13 @@ class AcceptMessage:
 
     def _record(self, tx: Transaction, message: IncomingMessage, refusal: CoreError | None) -> Turn | ClaimedTurn:
         """Finds the turn of a repeat, or records a new one."""
-        request = None
-        if message.request_id:
-            request = RequestKey(
-                caller=message.caller,
-                user_id=message.user_id,
-                request_id=message.request_id,
-                fingerprint=message.fingerprint(),
-            )
+        request = RequestKey(
+            caller=message.caller,
+            user_id=message.user_id,
+            request_id=message.request_id,
+            fingerprint=message.fingerprint(),
+        )
+        if request.request_id:
             earlier = tx.turns.by_request(request.caller, request.user_id, request.request_id)
             if earlier is not None:
                 turn, fingerprint = earlier

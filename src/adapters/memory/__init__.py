@@ -1,0 +1,1 @@
+"""The record in memory: for tests and benchmarks. Keeps the same contract."""

@@ -1,0 +1,364 @@
+"""A store without a database. It forgets everything with its process and is durable for no one."""
+
+from collections.abc import AsyncIterator, Callable, Hashable, Mapping, MutableMapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from typing import TypeVar
+
+from core.model.agent import AgentDefinition, Domain
+from core.model.events import LogEntry, TurnEvent, TurnFinished, extent, merged, place
+from core.model.events import after as events_after
+from core.model.goal import Goal
+from core.model.message import Message, Role
+from core.model.thread import ProviderState, Thread, ThreadState
+from core.model.turn import Turn, TurnState
+from core.ports import agents, goals, store, threads, turns
+from core.ports.agents import AgentVersionChanged
+from core.ports.system import Clock
+from core.ports.threads import ExpiredBatch, NewMessage, ThreadKey
+from core.ports.turns import LogAppend, RequestKey
+
+T = TypeVar("T")
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
+
+_AT_WORK = frozenset({TurnState.RUNNING, TurnState.WAITING_FOR_CLIENT})
+
+
+@dataclass
+class Tables:
+    """What is stored, and how to take back what the current transaction has changed."""
+
+    users: dict[str, datetime] = field(default_factory=dict)
+    agents: dict[str, AgentDefinition] = field(default_factory=dict)
+    threads: dict[str, Thread] = field(default_factory=dict)
+    provider_states: dict[str, ProviderState] = field(default_factory=dict)
+    messages: dict[str, tuple[Message, ...]] = field(default_factory=dict)
+    replies: dict[str, Message] = field(default_factory=dict)
+    turns: dict[str, Turn] = field(default_factory=dict)
+    turns_of: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    requests: dict[tuple[str, str, str], tuple[str, str]] = field(default_factory=dict)
+    logs: dict[str, tuple[LogEntry, ...]] = field(default_factory=dict)
+    goals: dict[str, Goal] = field(default_factory=dict)
+    undo: list[Callable[[], object]] = field(default_factory=list)
+
+    def put(self, table: MutableMapping[K, V], key: K, value: V) -> None:
+        """Stores a value so that it can be taken back."""
+        if key in table:
+            self.undo.append(lambda old=table[key]: table.__setitem__(key, old))  # type: ignore[misc]
+        else:
+            self.undo.append(lambda: table.pop(key))
+        table[key] = value
+
+
+class _Repository:
+    def __init__(self, tables: Tables) -> None:
+        self._tables = tables
+
+
+class Users(_Repository, threads.Users):
+    """Users."""
+
+    def ensure(self, user_id: str, now: datetime) -> None:
+        if user_id not in self._tables.users:
+            self._tables.put(self._tables.users, user_id, now)
+
+
+class AgentVersions(_Repository, agents.AgentVersions):
+    """Agent versions."""
+
+    def publish(self, definition: AgentDefinition) -> None:
+        stored = self._tables.agents.get(definition.id)
+        if stored is None:
+            self._tables.put(self._tables.agents, definition.id, definition)
+        elif stored != definition:
+            raise AgentVersionChanged(definition.id)
+
+    def get(self, agent_id: str) -> AgentDefinition | None:
+        return self._tables.agents.get(agent_id)
+
+
+class Threads(_Repository, threads.Threads):
+    """Threads."""
+
+    def add(self, thread: Thread) -> None:
+        if thread.user_id not in self._tables.users or thread.agent_id not in self._tables.agents:
+            raise ValueError("a thread needs its user and its agent")
+        self._tables.put(self._tables.threads, thread.id, thread)
+
+    def get(self, user_id: str, thread_id: str) -> Thread | None:
+        thread = self._tables.threads.get(thread_id)
+        return thread if thread is not None and thread.user_id == user_id else None
+
+    def lock(self, user_id: str, thread_id: str) -> Thread | None:
+        return self.get(user_id, thread_id)
+
+    def list(
+        self,
+        user_id: str,
+        domain: Domain | None,
+        states: frozenset[ThreadState],
+        before: ThreadKey | None,
+        limit: int,
+    ) -> Sequence[Thread]:
+        found = [
+            thread
+            for thread in self._tables.threads.values()
+            if thread.user_id == user_id
+            and domain in (None, thread.domain)
+            and thread.state in states
+            and (before is None or _key(thread) < (before.last_message_at, before.id))
+        ]
+        return sorted(found, key=_key, reverse=True)[:limit]
+
+    def describe(self, thread_id: str, *, title: str | None, metadata: Mapping[str, str] | None) -> None:
+        thread = self._tables.threads[thread_id]
+        if title is not None:
+            thread = replace(thread, title=title)
+        if metadata is not None:
+            thread = replace(thread, metadata=dict(metadata))
+        self._tables.put(self._tables.threads, thread_id, thread)
+
+    def provider_state(self, thread_id: str) -> ProviderState | None:
+        return self._tables.provider_states.get(thread_id)
+
+    def save_provider_state(self, thread_id: str, state: ProviderState) -> None:
+        self._tables.put(self._tables.provider_states, thread_id, state)
+
+    def expire(self, cutoff: datetime, domain: Domain | None, after: ThreadKey | None, limit: int) -> ExpiredBatch:
+        found = sorted(self._idle(cutoff, domain), key=_key)
+        if after is not None:
+            found = [thread for thread in found if _key(thread) > (after.last_message_at, after.id)]
+        for thread in found[:limit]:
+            self._tables.put(self._tables.threads, thread.id, replace(thread, state=ThreadState.INACTIVE))
+        batch = found[:limit]
+        return ExpiredBatch(len(batch), ThreadKey(*_key(batch[-1])) if batch else None)
+
+    def count_expired(self, cutoff: datetime, domain: Domain | None) -> int:
+        return len(self._idle(cutoff, domain))
+
+    def _idle(self, cutoff: datetime, domain: Domain | None) -> Sequence[Thread]:
+        return [
+            thread
+            for thread in self._tables.threads.values()
+            if thread.state is ThreadState.ACTIVE
+            and thread.last_message_at < cutoff
+            and domain in (None, thread.domain)
+            and Turns(self._tables).in_the_way(thread.id) is None
+        ]
+
+
+def _key(thread: Thread) -> tuple[datetime, str]:
+    return thread.last_message_at, thread.id
+
+
+class Messages(_Repository, threads.Messages):
+    """The transcript."""
+
+    def append(self, thread_id: str, messages: Sequence[NewMessage]) -> Sequence[Message]:
+        thread = self._tables.threads[thread_id]
+        earlier = self._tables.messages.get(thread_id, ())
+        added = [
+            Message(
+                id=message.id,
+                thread_id=thread_id,
+                turn_id=message.turn_id,
+                index=thread.message_count + offset,
+                role=message.role,
+                content=message.content,
+                partial=message.partial,
+                created_at=message.created_at,
+                tool=message.tool,
+            )
+            for offset, message in enumerate(messages, start=1)
+        ]
+        for message in added:
+            if message.role is Role.ASSISTANT:
+                if message.turn_id in self._tables.replies:
+                    raise ValueError("a turn has one reply")
+                self._tables.put(self._tables.replies, message.turn_id, message)
+        self._tables.put(self._tables.messages, thread_id, (*earlier, *added))
+        moved = replace(
+            thread,
+            message_count=thread.message_count + len(added),
+            last_message_at=added[-1].created_at,
+            state=ThreadState.ACTIVE,
+        )
+        self._tables.put(self._tables.threads, thread_id, moved)
+        return added
+
+    def list(
+        self, thread_id: str, *, after: int | None, newest_first: bool, limit: int | None
+    ) -> Sequence[Message]:
+        lines = self._tables.messages.get(thread_id, ())
+        if newest_first:
+            return lines[: len(lines) if after is None else max(0, after - 1)][::-1][:limit]
+        return lines[after or 0 :][:limit]
+
+    def reply_of(self, turn_id: str) -> Message | None:
+        return self._tables.replies.get(turn_id)
+
+
+class Turns(_Repository, turns.Turns):
+    """Turns."""
+
+    def add(self, turn: Turn, owner: str, request: RequestKey) -> None:
+        if any(self._tables.turns[other].state in _AT_WORK for other in self._of(turn.thread_id)):
+            raise ValueError("a thread has one turn at work")
+        if request.request_id:
+            key = (request.caller, request.user_id, request.request_id)
+            if key in self._tables.requests:
+                raise ValueError("a request id is unique")
+            self._tables.put(self._tables.requests, key, (turn.id, request.fingerprint))
+        self._tables.put(self._tables.turns, turn.id, turn)
+        self._tables.put(self._tables.turns_of, turn.thread_id, (*self._of(turn.thread_id), turn.id))
+
+    def get(self, user_id: str, turn_id: str) -> Turn | None:
+        turn = self.find(turn_id)
+        return turn if turn is not None and turn.user_id == user_id else None
+
+    def find(self, turn_id: str) -> Turn | None:
+        return self._tables.turns.get(turn_id)
+
+    def lock(self, turn_id: str) -> Turn | None:
+        return self.find(turn_id)
+
+    def by_request(self, caller: str, user_id: str, request_id: str) -> tuple[Turn, str] | None:
+        found = self._tables.requests.get((caller, user_id, request_id))
+        return None if found is None else (self._tables.turns[found[0]], found[1])
+
+    def in_the_way(self, thread_id: str) -> Turn | None:
+        turns = (self._tables.turns[turn_id] for turn_id in self._of(thread_id))
+        return next((turn for turn in turns if not turn.state.is_terminal), None)
+
+    def unfinished(self, limit: int) -> Sequence[str]:
+        return [turn.id for turn in self._tables.turns.values() if not turn.state.is_terminal][:limit]
+
+    def save_ending(self, turn: Turn) -> None:
+        self._tables.put(self._tables.turns, turn.id, turn)
+
+    def _of(self, thread_id: str) -> tuple[str, ...]:
+        return self._tables.turns_of.get(thread_id, ())
+
+
+class TurnLog(_Repository, turns.TurnLog):
+    """The events of every turn."""
+
+    def begin(self, turn_id: str, events: Sequence[TurnEvent]) -> None:
+        self._tables.put(self._tables.logs, turn_id, tuple(place(events, 0)))
+
+    def append(self, batch: Sequence[LogAppend]) -> frozenset[str]:
+        accepted = set()
+        for append in batch:
+            turn = self._tables.turns.get(append.turn_id)
+            if (
+                turn is None
+                or turn.state is not TurnState.RUNNING
+                or (turn.epoch, turn.last_position) != (append.epoch, append.position)
+            ):
+                continue
+            position = append.position + sum(map(extent, append.events))
+            self._tables.put(self._tables.turns, turn.id, replace(turn, last_position=position))
+            log = self._tables.logs[turn.id]
+            self._tables.put(self._tables.logs, turn.id, (*log, *place(append.events, append.position)))
+            accepted.add(turn.id)
+        return frozenset(accepted)
+
+    def read(self, turn_id: str, after: int = 0) -> Sequence[LogEntry]:
+        return events_after(self._tables.logs.get(turn_id, ()), after)
+
+    def fold(self, turn_id: str, events: Sequence[TurnEvent]) -> None:
+        turn = self._tables.turns[turn_id]
+        finished = TurnFinished(turn, self._tables.replies.get(turn_id))
+        events = [finished if isinstance(event, TurnFinished) else event for event in events]
+        self._tables.put(self._tables.logs, turn_id, tuple(place(merged(events), 0)))
+
+
+class Goals(_Repository, goals.Goals):
+    """Goals."""
+
+    def add(self, goal: Goal, key: str) -> Goal:
+        if key not in self._tables.goals:
+            self._tables.put(self._tables.goals, key, goal)
+        return self._tables.goals[key]
+
+    def list(self, user_id: str, domain: Domain, limit: int) -> Sequence[Goal]:
+        found = [goal for goal in self._tables.goals.values() if (goal.user_id, goal.domain) == (user_id, domain)]
+        return sorted(found, key=lambda goal: (goal.created_at, goal.id), reverse=True)[:limit]
+
+
+class MemoryTransaction(store.Transaction):
+    """All repositories on the same tables."""
+
+    def __init__(self, tables: Tables, clock: Clock) -> None:
+        self._tables = tables
+        self._clock = clock
+
+    @property
+    def users(self) -> Users:
+        return Users(self._tables)
+
+    @property
+    def agents(self) -> AgentVersions:
+        return AgentVersions(self._tables)
+
+    @property
+    def threads(self) -> Threads:
+        return Threads(self._tables)
+
+    @property
+    def messages(self) -> Messages:
+        return Messages(self._tables)
+
+    @property
+    def turns(self) -> Turns:
+        return Turns(self._tables)
+
+    @property
+    def log(self) -> TurnLog:
+        return TurnLog(self._tables)
+
+    @property
+    def goals(self) -> Goals:
+        return Goals(self._tables)
+
+    def now(self) -> datetime:
+        return self._clock.now()
+
+
+class MemoryStore(store.Store):
+    """Runs every function at once, in the caller's thread."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._tables = Tables()
+        self._clock = clock
+        self._held: set[str] = set()
+
+    async def write(self, change: Callable[[store.Transaction], T]) -> T:
+        tables = self._tables
+        try:
+            return change(MemoryTransaction(tables, self._clock))
+        except BaseException:
+            while tables.undo:
+                tables.undo.pop()()
+            raise
+        finally:
+            tables.undo.clear()
+
+    async def read(self, query: Callable[[store.Transaction], T]) -> T:
+        return query(MemoryTransaction(self._tables, self._clock))
+
+    @asynccontextmanager
+    async def exclusive(self, name: str) -> AsyncIterator[bool]:
+        if name in self._held:
+            yield False
+            return
+        self._held.add(name)
+        try:
+            yield True
+        finally:
+            self._held.discard(name)
+
+    async def aclose(self) -> None:
+        """Nothing is held."""

@@ -1,0 +1,1 @@
+"""The record in SQL: SQLite and PostgreSQL through one adapter."""

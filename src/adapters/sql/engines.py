@@ -1,0 +1,128 @@
+"""Engines: how the two databases are opened."""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
+from sqlalchemy.pool import QueuePool
+
+READERS = 4
+_POOL_TIMEOUT = 5.0
+_dumps = partial(json.dumps, ensure_ascii=False, separators=(",", ":"))
+
+
+def is_embedded(url: str | URL) -> bool:
+    """Whether the database is a file that one process owns."""
+    return make_url(url).get_backend_name() == "sqlite"
+
+
+def database_file(url: str | URL) -> Path:
+    """The file of an embedded database."""
+    database = make_url(url).database
+    if not database or database == ":memory:":
+        raise ValueError("an embedded database needs a file")
+    return Path(database)
+
+
+def writer_engine(url: str | URL) -> Engine:
+    """An engine for the one connection that writes: commits durably before it says so."""
+    url = make_url(url)
+    if not is_embedded(url):
+        return _postgresql(url, pool_size=1)
+    file = database_file(url)
+    file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    file.touch(mode=0o600)
+    return _sqlite(
+        url,
+        "BEGIN IMMEDIATE",
+        [
+            "PRAGMA journal_mode=WAL",
+            "PRAGMA synchronous=FULL",
+            "PRAGMA foreign_keys=ON",
+            "PRAGMA secure_delete=ON",
+        ],
+        pool_size=1,
+    )
+
+
+def reader_engine(url: str | URL) -> Engine:
+    """An engine for connections that only read, each transaction on one consistent state.
+
+    On SQLite they neither write nor checkpoint: before 3.51.3 only a WAL with one writing and checkpointing
+    connection is safe from losing commits (sqlite.org/wal.html#walresetbug).
+    """
+    url = make_url(url)
+    if not is_embedded(url):
+        engine = _postgresql(url, pool_size=READERS)
+        return engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+    return _sqlite(url, "BEGIN", ["PRAGMA query_only=ON", "PRAGMA wal_autocheckpoint=0"], pool_size=READERS)
+
+
+def lock_engine(url: str | URL) -> Engine:
+    """An engine for PostgreSQL sessions that hold advisory locks for as long as they live."""
+    return create_engine(
+        _driver(make_url(url)),
+        isolation_level="AUTOCOMMIT",
+        hide_parameters=True,
+        pool_size=1,
+        connect_args={"connect_timeout": 5},
+    )
+
+
+def migration_engine(url: str | URL) -> Engine:
+    """An engine for schema changes: no limit on how long a statement may take."""
+    if is_embedded(url):
+        return writer_engine(url)
+    return create_engine(_driver(make_url(url)), hide_parameters=True, connect_args={"connect_timeout": 5})
+
+
+def _sqlite(url: URL, begin: str, pragmas: list[str], pool_size: int) -> Engine:
+    engine = create_engine(
+        url,
+        poolclass=QueuePool,
+        pool_size=pool_size,
+        max_overflow=0,
+        pool_timeout=_POOL_TIMEOUT,
+        hide_parameters=True,
+        json_serializer=_dumps,
+        connect_args={"check_same_thread": False},
+    )
+
+    @event.listens_for(engine, "connect")
+    def set_up(connection: Any, _: object) -> None:
+        connection.isolation_level = None  # the driver must not begin transactions of its own
+        for pragma in ["PRAGMA busy_timeout=5000", *pragmas]:
+            connection.execute(pragma)
+
+    @event.listens_for(engine, "begin")
+    def begin_transaction(connection: Connection) -> None:
+        connection.exec_driver_sql(begin)
+
+    return engine
+
+
+def _postgresql(url: URL, pool_size: int) -> Engine:
+    return create_engine(
+        _driver(url),
+        pool_size=pool_size,
+        max_overflow=0,
+        pool_timeout=_POOL_TIMEOUT,
+        pool_pre_ping=True,
+        hide_parameters=True,
+        json_serializer=_dumps,
+        connect_args={
+            "connect_timeout": 5,
+            "keepalives_idle": 10,
+            "keepalives_interval": 5,
+            "keepalives_count": 3,
+            "tcp_user_timeout": 10_000,
+            "options": "-c statement_timeout=10000 -c lock_timeout=5000 -c timezone=UTC"
+            " -c idle_in_transaction_session_timeout=15000 -c synchronous_commit=on",
+        },
+    )
+
+
+def _driver(url: URL) -> URL:
+    return url.set(drivername="postgresql+psycopg")
