@@ -15,6 +15,7 @@ from core.model.thread import ProviderState, Thread, ThreadState
 from core.model.turn import Turn, TurnState
 from core.ports import agents, goals, store, threads, turns
 from core.ports.agents import AgentVersionChanged
+from core.ports.store import Conflict
 from core.ports.system import Clock
 from core.ports.threads import ExpiredBatch, NewMessage, ThreadKey
 from core.ports.turns import LogAppend, RequestKey
@@ -176,7 +177,7 @@ class Messages(_Repository, threads.Messages):
         for message in added:
             if message.role is Role.ASSISTANT:
                 if message.turn_id in self._tables.replies:
-                    raise ValueError("a turn has one reply")
+                    raise Conflict
                 self._tables.put(self._tables.replies, message.turn_id, message)
         self._tables.put(self._tables.messages, thread_id, (*earlier, *added))
         moved = replace(
@@ -205,11 +206,11 @@ class Turns(_Repository, turns.Turns):
 
     def add(self, turn: Turn, owner: str, request: RequestKey) -> None:
         if any(self._tables.turns[other].state in _AT_WORK for other in self._of(turn.thread_id)):
-            raise ValueError("a thread has one turn at work")
+            raise Conflict
         if request.request_id:
             key = (request.caller, request.user_id, request.request_id)
             if key in self._tables.requests:
-                raise ValueError("a request id is unique")
+                raise Conflict
             self._tables.put(self._tables.requests, key, (turn.id, request.fingerprint))
         self._tables.put(self._tables.turns, turn.id, turn)
         self._tables.put(self._tables.turns_of, turn.thread_id, (*self._of(turn.thread_id), turn.id))

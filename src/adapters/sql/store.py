@@ -16,7 +16,7 @@ from adapters.sql.engines import READERS, is_embedded, lock_engine, reader_engin
 from adapters.sql.repositories import SqlTransaction
 from core.model.errors import StoreUnavailable
 from core.ports import store
-from core.ports.store import Transaction
+from core.ports.store import Conflict, Transaction
 from core.ports.system import Clock
 
 T = TypeVar("T")
@@ -212,4 +212,6 @@ def _collided(error: exc.SQLAlchemyError) -> bool:
 def _translated(error: exc.SQLAlchemyError) -> Exception:
     if _is_outage(error):
         return StoreUnavailable()
+    if isinstance(error, exc.IntegrityError):
+        return Conflict()
     return StoreFaultError(type(getattr(error, "orig", None) or error).__name__)

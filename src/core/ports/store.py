@@ -19,6 +19,10 @@ from core.ports.turns import TurnLog, Turns
 T = TypeVar("T")
 
 
+class Conflict(Exception):
+    """A change breaks a rule of uniqueness that the store keeps by itself."""
+
+
 class Transaction(Protocol):
     """The repositories, all within one transaction. Not to be kept after the function has returned."""
 
@@ -63,10 +67,10 @@ class Store(Protocol):
         """Runs a change and returns its result once that is durable.
 
         All or nothing: whatever `change` raises is raised here and leaves no trace, also where other changes
-        share the commit. Changes of one process take effect in the order in which they were submitted.
-        A change that collides with another process's is run again. Raises StoreUnavailable if the store does
-        not answer; it is then unknown whether the change took effect. Cancelling the caller does not stop a
-        change that has been submitted.
+        share the commit. Changes of one process take effect in the order in which they were submitted; one
+        that collides with another process's is run again, and raises Conflict if that does not help. Raises
+        StoreUnavailable if the store does not answer; it is then unknown whether the change took effect.
+        Cancelling the caller does not stop a change that has been submitted.
         """
 
     @abstractmethod

@@ -34,7 +34,10 @@ class Turns(Protocol):
 
     @abstractmethod
     def add(self, turn: Turn, owner: str, request: RequestKey) -> None:
-        """Stores a new turn, claimed by process `owner` if it is RUNNING. (caller, user, request id) is unique where there is a request id."""
+        """Stores a new turn, claimed by process `owner` if it is RUNNING.
+
+        (caller, user, request id) is unique where there is a request id.
+        """
 
     @abstractmethod
     def get(self, user_id: str, turn_id: str) -> Turn | None:

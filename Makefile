@@ -1,0 +1,55 @@
+# The list of everything that there is to run. `make chat` and `make test` do their own set-up.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PYTHONDONTWRITEBYTECODE := 1
+
+.PHONY: help chat test check lint types proto proto-check fmt faults-small clean lock
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+
+# Everything a set-up prints goes to stderr: `make chat` keeps stdout for replies.
+$(VENV)/run.stamp: requirements.lock pyproject.toml
+	@echo "setting up (once) …" >&2
+	@$(PYTHON) -m venv --without-pip --clear $(VENV) >&2
+	@$(PYTHON) -m pip --python $(BIN)/python install -q --disable-pip-version-check --require-hashes -r requirements.lock >&2
+	@$(PYTHON) -m pip --python $(BIN)/python install -q --disable-pip-version-check --no-deps --no-build-isolation -e . >&2
+	@touch $@
+
+$(VENV)/dev.stamp: $(VENV)/run.stamp requirements-dev.lock
+	@echo "setting up the tests (once) …" >&2
+	@$(PYTHON) -m pip --python $(BIN)/python install -q --disable-pip-version-check --require-hashes -r requirements-dev.lock >&2
+	@touch $@
+
+chat: $(VENV)/run.stamp ## talk to a coach; with piped lines, answer each
+	@$(BIN)/vida-coach chat
+
+test: $(VENV)/dev.stamp ## run the tests
+	@$(BIN)/python -m pytest
+
+check: lint types proto-check test ## everything that must pass before a change lands
+
+lint: $(VENV)/dev.stamp ## ruff, buf and the import contracts
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/buf lint
+	@$(BIN)/buf format -d --exit-code
+	@if git rev-parse -q --verify refs/remotes/origin/main >/dev/null; then \
+		$(BIN)/buf breaking --against '.git#ref=refs/remotes/origin/main'; fi
+
+types: $(VENV)/dev.stamp ## mypy, strict
+	@$(BIN)/mypy
+
+proto: $(VENV)/dev.stamp ## generate the API's code
+	@$(BIN)/buf format -w
+	@$(BIN)/python scripts/generate_protos.py
+
+proto-check: $(VENV)/dev.stamp ## fail where the generated code is stale
+	@$(BIN)/python scripts/generate_protos.py --check
+
+fmt: $(VENV)/dev.stamp ## format the code
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+clean: ## remove everything that can be made again
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

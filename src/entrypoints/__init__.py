@@ -1,0 +1,1 @@
+"""Entrypoints: the gRPC service and the commands, composed here."""

@@ -1,0 +1,33 @@
+"""The `vida-coach` command."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from entrypoints.cli import chat, cleanup, doctor, migrate, serve
+from entrypoints.cli.failure import Failure
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command line; returns the exit code: 0 done, 1 failed, 2 usage, 75 try again later."""
+    parser = argparse.ArgumentParser(
+        prog="vida-coach",
+        description="Coaching agents over gRPC: durable, resumable, streamed conversations on plain SQL.",
+        epilog="With nothing configured, `vida-coach chat` talks to the practice coach: no key, no network.",
+    )
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in (chat, serve, cleanup, doctor, migrate):
+        command.add(subparsers)
+    options = parser.parse_args(arguments)
+    try:
+        code: int = options.run(options)
+    except Failure as failure:
+        print(f"vida-coach: {failure}", file=sys.stderr)
+        return failure.code
+    except KeyboardInterrupt:
+        return 130
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

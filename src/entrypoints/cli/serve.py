@@ -1,0 +1,96 @@
+"""`vida-coach serve`."""
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import resource
+import signal
+from typing import TYPE_CHECKING
+
+from entrypoints.cli.failure import USAGE, Failure, explained
+
+if TYPE_CHECKING:
+    from entrypoints.settings import Settings
+
+_log = logging.getLogger(__name__)
+
+_FILES_BESIDE_TURNS = 200
+"""Descriptors for the database, listening sockets, clients' connections and the libraries."""
+
+
+def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Adds the command."""
+    parser = subparsers.add_parser(
+        "serve",
+        help="run the gRPC service",
+        description="Runs the gRPC service until SIGTERM or SIGINT, then lets running turns finish within "
+        "VIDA_DRAIN. Prints `listening on HOST:PORT` on stdout once it is SERVING. With nothing configured it "
+        "keeps its record in SQLite and answers as the practice coach.",
+    )
+    parser.add_argument(
+        "--listen", metavar="HOST:PORT", help="address (default: VIDA_LISTEN, 127.0.0.1:50051); port 0 picks one"
+    )
+    parser.add_argument(
+        "--insecure",
+        action="store_true",
+        help="allow an address that is not loopback, without encryption or credentials",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs the command."""
+    with explained():
+        from adapters.sql.schema import SchemaTooNewError
+        from entrypoints.hosting import OutdatedSchemaError, is_loopback
+        from entrypoints.observability import set_up_logging
+        from entrypoints.settings import SettingsError, load_settings
+
+        settings = load_settings()
+        listen = options.listen or settings.listen
+        host, _, port = listen.rpartition(":")
+        if not host or not port.isdecimal() or int(port) > 65_535:
+            raise SettingsError([f"--listen: must be HOST:PORT, not {listen!r}"])
+        if not is_loopback(host) and not options.insecure:
+            raise Failure(
+                f"{host} is not a loopback address and the service has no credentials: anyone who reaches it "
+                "could read every conversation. Use 127.0.0.1, or --insecure behind a proxy that checks callers.",
+                USAGE,
+            )
+        set_up_logging(settings)
+        _raise_file_limit(settings)
+        try:
+            asyncio.run(_serve(settings, listen))
+        except (SchemaTooNewError, OutdatedSchemaError) as error:
+            raise Failure(str(error)) from error
+    return 0
+
+
+async def _serve(settings: "Settings", listen: str) -> None:
+    from entrypoints.hosting import hosted
+
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with hosted(settings, "serve", listen=listen) as (_, address):
+        print(f"listening on {address}", flush=True)
+        _log.info("serving %s on %s", settings.provider.value, address)
+        await stop.wait()
+        _log.info("stopping: running turns have %.0f s", settings.drain)
+    _log.info("stopped")
+
+
+def _raise_file_limit(settings: "Settings") -> None:
+    """A turn may need a connection from its client and one to its provider."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    need = 2 * settings.max_turns + _FILES_BESIDE_TURNS
+    if hard != resource.RLIM_INFINITY and need > hard:
+        raise Failure(
+            f"VIDA_MAX_TURNS={settings.max_turns} needs {need} open files and the hard limit is {hard}: "
+            f"set VIDA_MAX_TURNS to at most {(hard - _FILES_BESIDE_TURNS) // 2}, or raise the limit (ulimit -Hn)",
+            USAGE,
+        )
+    with contextlib.suppress(ValueError):  # the kernel's own ceiling may be lower than "unlimited"
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,0 +1,211 @@
+"""The composition root: what is made of what. Nothing is made at import, nothing is wired behind the scenes."""
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import TYPE_CHECKING
+
+from dependency_injector import containers, providers
+
+from adapters.sql.store import SqlStore
+from adapters.system import Clock, Ids
+from core.model.agent import Catalog
+from core.ports.agent import Agent
+from core.ports.store import Store, Transaction
+from core.ports.system import Ids as IdsPort
+from core.ports.tools import Tools
+from core.use_cases.accept_message import AcceptMessage
+from core.use_cases.cancel_turn import CancelTurn
+from core.use_cases.clean_up_threads import CleanUpThreads
+from core.use_cases.follow_turn import FollowTurn
+from core.use_cases.read_threads import ReadThreads
+from core.use_cases.recover_turns import recover_turns
+from core.use_cases.turn_engine import TurnEngine, TurnLimits
+from core.use_cases.turn_feed import TurnFeeds
+from entrypoints.settings import Provider, Settings, SettingsError
+
+if TYPE_CHECKING:
+    from entrypoints.grpc_api.server import Server
+    from entrypoints.grpc_api.services.admin import AdminService
+    from entrypoints.grpc_api.services.agents import AgentService
+    from entrypoints.grpc_api.services.threads import ThreadService
+
+
+def _catalog(settings: Settings) -> Catalog:
+    from adapters.catalog.loader import CatalogError, load_catalog
+
+    try:
+        return load_catalog(settings.agents_dir, settings.openai_assistant_id)
+    except CatalogError as error:
+        raise SettingsError(error.faults) from error
+
+
+def _agent(settings: Settings) -> Agent:
+    if settings.provider is Provider.PRACTICE:
+        from adapters.practice import PracticeAgent
+
+        return PracticeAgent(settings.practice_words_per_second)
+    from adapters.openai import OpenAIAgent, make_client
+
+    key = settings.openai_api_key.get_secret_value() if settings.openai_api_key else ""
+    client = make_client(key, settings.openai_base_url, max_connections=settings.max_turns + 10)
+    return OpenAIAgent(
+        client, model=settings.openai_model, user_key=key or "vida-coach", state_mode=settings.openai_state.value
+    )
+
+
+def _tools(settings: Settings, store: Store, ids: IdsPort) -> Tools:
+    from adapters.tools.goals import goal_tools
+    from adapters.tools.registry import Registry, ToolDefinitionError, load_tools
+
+    try:
+        return Registry([*goal_tools(store, ids), *load_tools(settings.tools)])
+    except ToolDefinitionError as error:
+        raise SettingsError([f"tools: {error}"]) from error
+
+
+def _limits(settings: Settings) -> TurnLimits:
+    return TurnLimits(
+        max_turns=settings.max_turns,
+        max_turns_per_user=settings.max_turns_per_user,
+        budget=settings.turn_budget,
+    )
+
+
+def _agent_service(
+    settings: Settings,
+    accept: AcceptMessage,
+    follow: FollowTurn,
+    cancel: CancelTurn,
+    threads: ReadThreads,
+    catalog: Catalog,
+    agent: Agent,
+) -> "AgentService":
+    from entrypoints.grpc_api.services.agents import AgentService, Streams
+
+    return AgentService(
+        accept=accept,
+        follow=follow,
+        cancel=cancel,
+        threads=threads,
+        catalog=catalog,
+        agent=agent,
+        streams=Streams(most=2 * settings.max_turns, seconds=settings.turn_budget + 60),
+    )
+
+
+def _thread_service(threads: ReadThreads) -> "ThreadService":
+    from entrypoints.grpc_api.services.threads import ThreadService
+
+    return ThreadService(threads)
+
+
+def _admin_service(cleanup: CleanUpThreads, settings: Settings) -> "AdminService":
+    from entrypoints.grpc_api.services.admin import AdminService
+
+    return AdminService(cleanup, settings.openai_thread_ttl)
+
+
+def _server(
+    settings: Settings,
+    agents: "AgentService",
+    threads: "ThreadService",
+    ids: IdsPort,
+    admin: "AdminService | None" = None,
+    reflected: bool = True,
+) -> "Server":
+    from entrypoints.grpc_api.server import Server
+
+    return Server(
+        agents=agents,
+        threads=threads,
+        ids=ids,
+        max_request_bytes=settings.max_request_bytes,
+        reflected=reflected,
+        admin=admin,
+    )
+
+
+class Container(containers.DeclarativeContainer):
+    """Every part of the service. A test builds them all."""
+
+    settings = providers.Dependency(instance_of=Settings)
+    clock = providers.Singleton(Clock)
+    ids = providers.Singleton(Ids)
+    owner = providers.Singleton(lambda ids: ids.new(), ids)
+    store = providers.Singleton(SqlStore, settings.provided.database, clock)
+    catalog = providers.Singleton(_catalog, settings)
+    agent = providers.Singleton(_agent, settings)
+    tools = providers.Singleton(_tools, settings, store, ids)
+    feeds = providers.Singleton(TurnFeeds)
+    engine = providers.Singleton(
+        TurnEngine,
+        store=store,
+        agent=agent,
+        tools=tools,
+        feeds=feeds,
+        ids=ids,
+        limits=providers.Factory(_limits, settings),
+    )
+    accept = providers.Singleton(AcceptMessage, store=store, engine=engine, catalog=catalog, ids=ids, owner=owner)
+    follow = providers.Singleton(FollowTurn, store, feeds)
+    cancel = providers.Singleton(CancelTurn, store=store, engine=engine, ids=ids)
+    threads = providers.Singleton(ReadThreads, store)
+    cleanup = providers.Singleton(CleanUpThreads, store)
+    agent_service = providers.Singleton(_agent_service, settings, accept, follow, cancel, threads, catalog, agent)
+    thread_service = providers.Singleton(_thread_service, threads)
+    admin_service = providers.Singleton(_admin_service, cleanup, settings)
+    server = providers.Factory(_server, settings, agent_service, thread_service, ids)
+
+
+@asynccontextmanager
+async def opened(settings: Settings) -> AsyncIterator[Container]:
+    """The parts that need the record alone, for commands. The schema must be current."""
+    container = Container(settings=settings)
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(container.store().aclose)
+        yield container
+
+
+@asynccontextmanager
+async def running(settings: Settings) -> AsyncIterator[Container]:
+    """The whole service, ready for messages: agents published, what a stopped process left brought to an end.
+
+    For the one process that owns the database. On leaving, turns that still run are ended INTERRUPTED.
+    Raises SettingsError.
+    """
+    container = Container(settings=settings)
+    catalog = container.catalog()
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(container.store().aclose)
+        stack.push_async_callback(container.agent().aclose)
+        _check_tools(catalog, container.tools())
+        await _publish(container.store(), catalog)
+        await recover_turns(container.store(), container.ids())
+        container.engine().start()
+        stack.push_async_callback(container.engine().drain, 0)
+        stack.push_async_callback(container.accept().settle)
+        yield container
+
+
+def _check_tools(catalog: Catalog, tools: Tools) -> None:
+    faults = [
+        f"agent {definition.id}: there is no tool {name!r}"
+        for definition in catalog.agents()
+        for name in definition.tools
+        if name not in tools.names
+    ]
+    if faults:
+        raise SettingsError(faults)
+
+
+async def _publish(store: Store, catalog: Catalog) -> None:
+    from core.ports.agents import AgentVersionChanged
+
+    def publish(tx: Transaction) -> None:
+        for definition in catalog.agents():
+            tx.agents.publish(definition)
+
+    try:
+        await store.write(publish)
+    except AgentVersionChanged as error:
+        raise SettingsError([str(error)]) from error

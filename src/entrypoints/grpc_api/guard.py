@@ -1,0 +1,106 @@
+"""The guard around every handler: whatever goes wrong leaves as a status of ours, never as an exception's text."""
+
+import inspect
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import grpc
+
+from core.model.errors import CoreError
+from core.ports.system import Ids
+from entrypoints.grpc_api.errors import MalformedRequest, refuse, refuse_unforeseen
+
+_log = logging.getLogger(__name__)
+
+_Handler = grpc.RpcMethodHandler[Any, Any]
+_Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class _Undecodable:
+    """Stands for a request that is not the message it should be."""
+
+
+_UNDECODABLE = _Undecodable()
+
+
+class Guard(grpc.aio.ServerInterceptor):
+    """Wraps the handlers of every service, health and reflection included."""
+
+    def __init__(self, ids: Ids) -> None:
+        self._ids = ids
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[_Handler | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> _Handler | None:
+        """Returns the method's handler, guarded."""
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return None  # an unknown method: the library answers UNIMPLEMENTED
+        decode = _tolerant(handler.request_deserializer)
+        method = handler_call_details.method
+        if handler.stream_stream is not None:
+            return grpc.stream_stream_rpc_method_handler(
+                self._streams(method, handler.stream_stream), decode, handler.response_serializer
+            )
+        if handler.unary_stream is not None:
+            wrap = self._streams if inspect.isasyncgenfunction(handler.unary_stream) else self._coroutine
+            return grpc.unary_stream_rpc_method_handler(
+                wrap(method, handler.unary_stream), decode, handler.response_serializer
+            )
+        return grpc.unary_unary_rpc_method_handler(
+            self._coroutine(method, handler.unary_unary), decode, handler.response_serializer
+        )
+
+    def _coroutine(self, method: str, behavior: Any) -> Any:
+        async def guarded(request: Any, context: _Context) -> Any:
+            try:
+                if request is _UNDECODABLE:
+                    raise MalformedRequest
+                return await behavior(request, context)
+            except Exception as error:  # noqa: BLE001 - the last line of defence
+                await self._refuse(method, context, error)
+
+        return guarded
+
+    def _streams(self, method: str, behavior: Any) -> Any:
+        async def guarded(request: Any, context: _Context) -> AsyncIterator[Any]:
+            try:
+                async for response in behavior(_checked(request), context):
+                    yield response
+            except Exception as error:  # noqa: BLE001 - the last line of defence
+                await self._refuse(method, context, error)
+
+        return guarded
+
+    async def _refuse(self, method: str, context: _Context, error: Exception) -> None:
+        if isinstance(error, grpc.aio.AbortError):
+            raise error
+        if isinstance(error, CoreError):
+            await refuse(context, error)
+        request_id = self._ids.new()
+        _log.error("%s failed, request %s", method, request_id, exc_info=error)
+        await refuse_unforeseen(context, request_id)
+
+
+async def _checked(requests: Any) -> AsyncIterator[Any]:
+    async for request in requests:
+        if request is _UNDECODABLE:
+            raise MalformedRequest
+        yield request
+
+
+def _tolerant(decode: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
+    """An exception of a decoder would reach the client as it is, so there must be none."""
+    if decode is None:
+        return None
+
+    def decoded(request: bytes) -> Any:
+        try:
+            return decode(request)
+        except Exception:  # noqa: BLE001 - decoders raise what they like
+            return _UNDECODABLE
+
+    return decoded

@@ -1,0 +1,211 @@
+"""Domain to protobuf and back: pure functions."""
+
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from typing import assert_never
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from core.model import events as ev
+from core.model.agent import AgentDefinition, Domain
+from core.model.errors import InvalidField, NotSupported
+from core.model.message import ContentPart, Message, RefusalPart, Role, TextPart
+from core.model.thread import Thread, ThreadState
+from core.model.turn import BusyPolicy, Turn, TurnState
+from core.use_cases.accept_message import IncomingMessage
+from entrypoints.grpc_api.gen.vidacoach.agents.v1 import agent_service_pb2 as api
+from entrypoints.grpc_api.gen.vidacoach.agents.v1 import resources_pb2 as pb
+
+_MAX_ID = 64
+
+DOMAINS = {
+    Domain.CAREER: pb.DOMAIN_CAREER,
+    Domain.HEALTH: pb.DOMAIN_HEALTH,
+    Domain.RELATIONSHIP: pb.DOMAIN_RELATIONSHIP,
+    Domain.GENERAL: pb.DOMAIN_GENERAL,
+}
+_DOMAINS_BACK = {number: domain for domain, number in DOMAINS.items()}
+
+TURN_STATES = {
+    TurnState.ACCEPTED: pb.TURN_STATE_ACCEPTED,
+    TurnState.RUNNING: pb.TURN_STATE_RUNNING,
+    TurnState.WAITING_FOR_CLIENT: pb.TURN_STATE_WAITING_FOR_CLIENT,
+    TurnState.COMPLETED: pb.TURN_STATE_COMPLETED,
+    TurnState.INCOMPLETE: pb.TURN_STATE_INCOMPLETE,
+    TurnState.CANCELLED: pb.TURN_STATE_CANCELLED,
+    TurnState.FAILED: pb.TURN_STATE_FAILED,
+}
+THREAD_STATES = {
+    ThreadState.ACTIVE: pb.THREAD_STATE_ACTIVE,
+    ThreadState.INACTIVE: pb.THREAD_STATE_INACTIVE,
+}
+_THREAD_STATES_BACK = {number: state for state, number in THREAD_STATES.items()}
+ROLES = {
+    Role.USER: pb.ROLE_USER,
+    Role.ASSISTANT: pb.ROLE_ASSISTANT,
+    Role.TOOL: pb.ROLE_TOOL,
+}
+BUSY_POLICIES = {
+    pb.BUSY_POLICY_UNSPECIFIED: BusyPolicy.REJECT,
+    pb.BUSY_POLICY_REJECT: BusyPolicy.REJECT,
+    pb.BUSY_POLICY_QUEUE: BusyPolicy.QUEUE,
+    pb.BUSY_POLICY_INTERRUPT: BusyPolicy.INTERRUPT,
+}
+
+
+def domain_of(number: int) -> Domain | None:
+    """None if unset. Raises InvalidField for a number that is no domain."""
+    if number == pb.DOMAIN_UNSPECIFIED:
+        return None
+    try:
+        return _DOMAINS_BACK[pb.Domain.ValueType(number)]
+    except KeyError as error:
+        raise InvalidField("domain", "is not a known value") from error
+
+
+def states_of(numbers: Sequence[int]) -> frozenset[ThreadState]:
+    """ACTIVE if empty. Raises InvalidField for a number that is no state."""
+    try:
+        found = frozenset(_THREAD_STATES_BACK[pb.ThreadState.ValueType(number)] for number in numbers)
+    except KeyError as error:
+        raise InvalidField("states", "is not a known value") from error
+    return found or frozenset({ThreadState.ACTIVE})
+
+
+def id_of(value: str, field: str, unknown: Callable[[], Exception]) -> str:
+    """An id as it is. Raises InvalidField if empty, and what `unknown` makes if no id can look like it."""
+    if not value:
+        raise InvalidField(field, "is required")
+    if len(value) > _MAX_ID or "\0" in value:
+        raise unknown()
+    return value
+
+
+def incoming_message(request: api.ChatRequest | api.SendMessageRequest) -> IncomingMessage:
+    """Reads a message to a coach. Raises InvalidField and NotSupported."""
+    if request.on_busy not in BUSY_POLICIES:
+        raise InvalidField("on_busy", "is not a known value")
+    return IncomingMessage(
+        user_id=request.user_id,
+        thread_id=request.thread_id,
+        domain=domain_of(request.domain),
+        content=tuple(_part_of(number, part) for number, part in enumerate(request.content)),
+        request_id=request.request_id,
+        on_busy=BUSY_POLICIES[request.on_busy],
+        metadata=dict(request.metadata),
+    )
+
+
+def _part_of(number: int, part: pb.ContentPart) -> ContentPart:
+    match part.WhichOneof("part"):
+        case "text":
+            return TextPart(part.text)
+        case "refusal":
+            return RefusalPart(part.refusal)
+        case "image" | "file" as kind:
+            raise NotSupported(f"content[{number}].{kind}")
+        case None:
+            raise InvalidField(f"content[{number}]", "must have one part set")
+        case kind:
+            assert_never(kind)
+
+
+def to_agent(definition: AgentDefinition, model: str, provider: str) -> pb.Agent:
+    """Writes an agent on offer."""
+    return pb.Agent(
+        id=definition.id,
+        domain=DOMAINS[definition.domain],
+        version=definition.version,
+        name=definition.name,
+        model=model,
+        tools=definition.tools,
+        provider=provider,
+    )
+
+
+def to_thread(thread: Thread) -> pb.Thread:
+    """Writes a thread."""
+    return pb.Thread(
+        id=thread.id,
+        user_id=thread.user_id,
+        domain=DOMAINS[thread.domain],
+        agent_id=thread.agent_id,
+        title=thread.title,
+        state=THREAD_STATES[thread.state],
+        metadata=thread.metadata,
+        last_message_at=_time(thread.last_message_at),
+        created_at=_time(thread.created_at),
+        message_count=thread.message_count,
+    )
+
+
+def to_message(message: Message) -> pb.Message:
+    """Writes a line of the transcript."""
+    return pb.Message(
+        id=message.id,
+        thread_id=message.thread_id,
+        turn_id=message.turn_id,
+        role=ROLES[message.role],
+        content=[
+            pb.ContentPart(refusal=part.text) if isinstance(part, RefusalPart) else pb.ContentPart(text=part.text)
+            for part in message.content
+        ],
+        partial=message.partial,
+        created_at=_time(message.created_at),
+    )
+
+
+def to_turn(turn: Turn) -> pb.Turn:
+    """Writes a turn."""
+    return pb.Turn(
+        id=turn.id,
+        thread_id=turn.thread_id,
+        agent_id=turn.agent_id,
+        state=TURN_STATES[turn.state],
+        attempt=turn.attempt,
+        last_position=turn.last_position,
+        usage=pb.Usage(
+            input_tokens=turn.usage.input_tokens,
+            cached_input_tokens=turn.usage.cached_input_tokens,
+            output_tokens=turn.usage.output_tokens,
+            reasoning_tokens=turn.usage.reasoning_tokens,
+        ),
+        error=pb.TurnError(reason=turn.reason.value, message=turn.reason.message, retryable=turn.reason.retryable)
+        if turn.reason
+        else None,
+        model=turn.model,
+        provider=turn.provider,
+        accepted_at=_time(turn.accepted_at),
+        finished_at=_time(turn.finished_at) if turn.finished_at else None,
+    )
+
+
+def to_event(entry: ev.LogEntry) -> pb.TurnEvent:
+    """Writes an event with its position."""
+    position = entry.position
+    match entry.event:
+        case ev.TextDelta(text):
+            return pb.TurnEvent(position=position, text_delta=pb.TextDelta(text=text))
+        case ev.TurnStarted(turn_id, thread_id, agent_id):
+            started = pb.TurnStarted(turn_id=turn_id, thread_id=thread_id, agent_id=agent_id)
+            return pb.TurnEvent(position=position, started=started)
+        case ev.ToolCalled(call_id, name, arguments_json):
+            call = pb.ToolCall(call_id=call_id, name=name, arguments_json=arguments_json)
+            return pb.TurnEvent(position=position, tool_call=call)
+        case ev.ToolAnswered(call_id, output, is_error):
+            result = pb.ToolResult(call_id=call_id, output=output, is_error=is_error)
+            return pb.TurnEvent(position=position, tool_result=result)
+        case ev.AttemptRestarted(attempt, reason):
+            restarted = pb.AttemptRestarted(attempt=attempt, reason=reason)
+            return pb.TurnEvent(position=position, attempt_restarted=restarted)
+        case ev.TurnFinished(turn, reply):
+            finished = pb.TurnFinished(turn=to_turn(turn), reply=to_message(reply) if reply else None)
+            return pb.TurnEvent(position=position, finished=finished)
+        case event:
+            assert_never(event)
+
+
+def _time(moment: datetime) -> Timestamp:
+    stamp = Timestamp()
+    stamp.FromDatetime(moment)
+    return stamp

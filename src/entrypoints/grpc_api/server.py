@@ -1,0 +1,101 @@
+"""The server: services, health, reflection and bounds on one address."""
+
+import os
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from core.ports.system import Ids
+from entrypoints.grpc_api.gen.vidacoach.admin.v1 import admin_service_pb2
+from entrypoints.grpc_api.gen.vidacoach.admin.v1.admin_service_pb2_grpc import add_AdminServiceServicer_to_server
+from entrypoints.grpc_api.gen.vidacoach.agents.v1 import agent_service_pb2, thread_service_pb2
+from entrypoints.grpc_api.gen.vidacoach.agents.v1.agent_service_pb2_grpc import add_AgentServiceServicer_to_server
+from entrypoints.grpc_api.gen.vidacoach.agents.v1.thread_service_pb2_grpc import (
+    add_ThreadServiceServicer_to_server,
+)
+from entrypoints.grpc_api.guard import Guard
+from entrypoints.grpc_api.services.admin import AdminService
+from entrypoints.grpc_api.services.agents import AgentService
+from entrypoints.grpc_api.services.threads import ThreadService
+
+_PENDING = 20_000
+"""Calls that wait to be picked up. The library's own bound of 1,000 sheds bursts as CANCELLED."""
+
+
+class Server:
+    """One listening server. `admin` is for a Unix socket only."""
+
+    def __init__(
+        self,
+        *,
+        agents: AgentService,
+        threads: ThreadService,
+        ids: Ids,
+        max_request_bytes: int,
+        reflected: bool,
+        admin: AdminService | None = None,
+    ) -> None:
+        self._server = grpc.aio.server(
+            interceptors=[Guard(ids)],
+            options=[
+                ("grpc.so_reuseport", 0),  # two servers would share a port in silence
+                ("grpc.max_receive_message_length", max_request_bytes),
+                ("grpc.server.max_pending_requests", _PENDING),
+                ("grpc.server.max_pending_requests_hard_limit", _PENDING),
+                # A peer that is gone is noticed within 25 s; the ping time-out is what makes it so.
+                ("grpc.keepalive_time_ms", 20_000),
+                ("grpc.keepalive_timeout_ms", 5_000),
+                ("grpc.http2.ping_timeout_ms", 5_000),
+                ("grpc.http2.max_pings_without_data", 0),
+                ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+            ],
+        )
+        names = []
+        add_AgentServiceServicer_to_server(agents, self._server)
+        names.append(agent_service_pb2.DESCRIPTOR.services_by_name["AgentService"].full_name)
+        add_ThreadServiceServicer_to_server(threads, self._server)
+        names.append(thread_service_pb2.DESCRIPTOR.services_by_name["ThreadService"].full_name)
+        if admin is not None:
+            add_AdminServiceServicer_to_server(admin, self._server)
+            names.append(admin_service_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name)
+        self._names = ["", *names]
+        self._health = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        if reflected:
+            shown = [*names, health.SERVICE_NAME, reflection.SERVICE_NAME]
+            reflection.enable_server_reflection(shown, self._server)
+
+    async def start(self, address: str) -> int:
+        """Listens on HOST:PORT and says SERVING; returns the port. Raises OSError if it can't listen there."""
+        try:
+            port = self._server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise OSError(f"can't listen on {address}") from error
+        await self._serve()
+        return port
+
+    async def start_on_socket(self, path: Path) -> None:
+        """Listens on a Unix socket that only this user can open, and says SERVING."""
+        before = os.umask(0o177)
+        try:
+            self._server.add_insecure_port(f"unix:{path}")
+        except RuntimeError as error:
+            raise OSError(f"can't listen on {path}") from error
+        finally:
+            os.umask(before)
+        await self._serve()
+
+    async def refuse(self) -> None:
+        """Says NOT_SERVING, for good."""
+        await self._health.enter_graceful_shutdown()
+
+    async def stop(self, grace: float) -> None:
+        """Lets calls finish for `grace` seconds, then ends them UNAVAILABLE."""
+        await self._server.stop(grace)
+
+    async def _serve(self) -> None:
+        await self._server.start()
+        for name in self._names:
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)

@@ -1,0 +1,1 @@
+"""The services: decode, ask a use case, encode."""

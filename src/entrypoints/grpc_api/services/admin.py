@@ -1,0 +1,48 @@
+"""AdminService: what the operators' commands ask of the owner of an embedded database."""
+
+from typing import Any
+
+import grpc
+
+from core.use_cases.clean_up_threads import DEFAULT_BATCH, Cleanup, CleanUpThreads
+from entrypoints.grpc_api import mapping
+from entrypoints.grpc_api.gen.vidacoach.admin.v1 import admin_service_pb2 as api
+from entrypoints.grpc_api.gen.vidacoach.admin.v1.admin_service_pb2_grpc import AdminServiceServicer
+
+_Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class AdminService(AdminServiceServicer):
+    """Served on the owner's Unix socket only."""
+
+    def __init__(self, cleanup: CleanUpThreads, ttl_days: int) -> None:
+        self._cleanup = cleanup
+        self._ttl_days = ttl_days
+
+    # A coroutine that writes: see AgentService.Chat.
+    async def Cleanup(self, request: api.CleanupRequest, context: _Context) -> None:  # type: ignore[override]
+        """Runs the cleanup, telling of every batch."""
+
+        async def progress(expired: int, batches: int) -> None:
+            step = api.CleanupProgress(expired=expired, batches=batches)
+            await context.write(api.CleanupResponse(progress=step))
+
+        cleanup = Cleanup(
+            ttl_days=request.ttl_days if request.HasField("ttl_days") else self._ttl_days,
+            batch_size=request.batch_size or DEFAULT_BATCH,
+            dry_run=request.dry_run,
+            domain=mapping.domain_of(request.domain),
+        )
+        report = await self._cleanup(cleanup, progress)
+        await context.write(
+            api.CleanupResponse(
+                report=api.CleanupReport(
+                    cutoff=report.cutoff.isoformat(),
+                    dry_run=report.dry_run,
+                    expired=report.expired,
+                    deleted=report.deleted,
+                    batches=report.batches,
+                    seconds=report.seconds,
+                )
+            )
+        )

@@ -1,0 +1,85 @@
+"""Running the service in a process: owning the database, the schema, the servers, and the way out."""
+
+import asyncio
+import ipaddress
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+
+from adapters.sql.engines import database_file, is_embedded
+from adapters.sql.schema import SchemaState, migrate, schema_state
+from entrypoints.container import Container, running
+from entrypoints.ownership import Ownership, socket_path
+from entrypoints.settings import Settings
+
+_OWNER_WAIT = 10.0
+"""Seconds to wait for a short command that holds an embedded database."""
+_LAST_CALLS = 2.0
+"""Seconds that followers get to read the end of their turns when the service stops."""
+
+
+class OutdatedSchemaError(Exception):
+    """A server database must be migrated first."""
+
+    def __init__(self, state: SchemaState) -> None:
+        super().__init__(f"the database's schema is {state.value}: run `vida-coach migrate`")
+
+
+@asynccontextmanager
+async def hosted(
+    settings: Settings, role: str, *, listen: str | None
+) -> AsyncIterator[tuple[Container, str | None]]:
+    """Serves until left: on `listen` if given, and an embedded database's owner on its socket.
+
+    Yields the parts and the address listened on. Leaving drains: no new turns, the running ones may finish
+    within VIDA_DRAIN. Raises DatabaseOwnedError, OutdatedSchemaError, SchemaTooNewError, SettingsError, OSError.
+    """
+    async with AsyncExitStack() as stack:
+        embedded = is_embedded(settings.database)
+        if embedded:
+            database = database_file(settings.database)
+            ownership = Ownership(database, role, _OWNER_WAIT)
+            await asyncio.to_thread(ownership.take)
+            stack.callback(ownership.release)
+            await asyncio.to_thread(migrate, settings.database)
+        else:
+            state = await asyncio.to_thread(schema_state, settings.database)
+            if state is not SchemaState.CURRENT:
+                raise OutdatedSchemaError(state)
+        container = await stack.enter_async_context(running(settings))
+        address = None
+        servers = []
+        if embedded:
+            admin = container.server(admin=container.admin_service())
+            await admin.start_on_socket(socket_path(database))
+            servers.append(admin)
+        if listen is not None:
+            host = listen.rpartition(":")[0]
+            public = container.server(reflected=reflected(settings, host))
+            address = f"{host}:{await public.start(listen)}"
+            servers.append(public)
+
+        async def drain() -> None:
+            for server in servers:
+                await server.refuse()
+            container.engine().refuse()
+            await container.accept().settle()
+            await container.engine().drain(settings.drain)
+            await asyncio.gather(*(server.stop(_LAST_CALLS) for server in servers))
+
+        stack.push_async_callback(drain)
+        yield container, address
+
+
+def reflected(settings: Settings, host: str) -> bool:
+    """Whether reflection is on: as set, else on loopback."""
+    return settings.reflection if settings.reflection is not None else is_loopback(host)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address can be reached from this machine alone."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False

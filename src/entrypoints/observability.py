@@ -1,0 +1,60 @@
+"""Logging: ids and reasons, never content."""
+
+import json
+import logging
+import sys
+import traceback
+from types import TracebackType
+
+from entrypoints.settings import LogFormat, Settings
+
+_ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
+
+
+class PlainFormatter(logging.Formatter):
+    """One line of text. Of an exception only types and places: its message may quote what a user wrote."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(name)s %(message)s")
+
+    def formatException(self, ei: _ExcInfo) -> str:  # noqa: N802 - the library's name
+        """Types and places of an exception and its causes."""
+        lines = []
+        error = ei[1]
+        seen: set[int] = set()
+        while error is not None and id(error) not in seen:
+            seen.add(id(error))
+            places = traceback.extract_tb(error.__traceback__)
+            at = " < ".join(f"{place.filename}:{place.lineno} {place.name}" for place in reversed(places))
+            lines.append(f"  {type(error).__module__}.{type(error).__qualname__} at {at}")
+            error = error.__cause__ or error.__context__
+        return "\n".join(lines)
+
+
+class JsonFormatter(PlainFormatter):
+    """One JSON object a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record as JSON."""
+        fields = {
+            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S"),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            fields["exception"] = self.formatException(record.exc_info)
+        return json.dumps(fields, ensure_ascii=False)
+
+
+_QUIET = ("openai", "httpx2", "httpcore2", "asyncio", "sqlalchemy", "alembic", "grpc", "hpack")
+"""Libraries whose debug lines quote requests and values: they never get below WARNING."""
+
+
+def set_up_logging(settings: Settings) -> None:
+    """Sends log lines to stderr."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter() if settings.log_format is LogFormat.JSON else PlainFormatter())
+    logging.basicConfig(level=settings.log_level.value.upper(), handlers=[handler], force=True)
+    for name in _QUIET:
+        logging.getLogger(name).setLevel(logging.WARNING)

@@ -1,0 +1,222 @@
+"""Settings: the only reader of the environment."""
+
+import os
+from collections.abc import Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic.fields import FieldInfo
+from pydantic_settings import (
+    BaseSettings,
+    DotEnvSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+_NOT_BUILT = (
+    "OPENAI_BACKGROUND",
+    "VIDA_AUTH_",
+    "VIDA_LEASE",
+    "VIDA_RESTART_INTERRUPTED",
+    "VIDA_TLS_",
+)
+
+
+class SettingsError(Exception):
+    """The settings have faults, all of them listed. Names settings, never values."""
+
+    def __init__(self, faults: list[str]) -> None:
+        super().__init__("\n".join(["the settings have faults:", *(f"  {fault}" for fault in faults)]))
+        self.faults = faults
+
+
+class Provider(StrEnum):
+    """Who writes the replies."""
+
+    OPENAI = "openai"
+    PRACTICE = "practice"
+
+
+class LogFormat(StrEnum):
+    """How log lines look."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
+class LogLevel(StrEnum):
+    """What is logged."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+class StateMode(StrEnum):
+    """Where the provider finds the conversation."""
+
+    CONVERSATION = "conversation"
+    STATELESS = "stateless"
+
+
+def default_database_url() -> str:
+    """SQLite under the user's data directory."""
+    data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    return f"sqlite:///{Path(data) / 'vida-coach' / 'vida-coach.db'}"
+
+
+def _setting(name: str, description: str, default: Any = ..., **rules: Any) -> Any:
+    return Field(default, validation_alias=name, description=description, **rules)
+
+
+class Settings(BaseSettings):
+    """All settings, from the environment, `…_FILE` files and an `.env` file, in this order."""
+
+    model_config = SettingsConfigDict(env_file=".env", env_ignore_empty=True, extra="ignore", frozen=True)
+
+    openai_api_key: SecretStr | None = _setting("OPENAI_API_KEY", "the provider's key", None)
+    openai_base_url: str | None = _setting("OPENAI_BASE_URL", "a server that speaks the Responses API", None)
+    openai_model: str = _setting("OPENAI_MODEL", "the model of agents that name none", "gpt-6-luna", min_length=1)
+    openai_assistant_id: str | None = _setting("OPENAI_ASSISTANT_ID", "the agent that serves every domain", None)
+    openai_thread_ttl: int = _setting(
+        "OPENAI_THREAD_TTL", "days until an idle thread expires", 30, ge=0, le=36_500
+    )
+    openai_state: StateMode = _setting(
+        "OPENAI_STATE", "where the provider finds the conversation", StateMode.CONVERSATION
+    )
+    database_url: SecretStr = _setting(
+        "VIDA_DATABASE_URL", "sqlite:///FILE or postgresql://…", SecretStr(""), validate_default=True
+    )
+    listen: str = _setting("VIDA_LISTEN", "address of the service", "127.0.0.1:50051")
+    provider_choice: Provider | None = _setting("VIDA_PROVIDER", "who writes the replies", None)
+    agents_dir: Path | None = _setting("VIDA_AGENTS_DIR", "a folder of agent definitions", None)
+    tools: Annotated[str | None, NoDecode] = _setting("VIDA_TOOLS", "custom tools: package.module:name, …", None)
+    turn_budget: float = _setting("VIDA_TURN_BUDGET", "seconds that a turn may take", 180.0, gt=0, le=3_600)
+    drain_seconds: float | None = _setting(
+        "VIDA_DRAIN", "seconds that a stop waits for turns", None, ge=0, le=7_200
+    )
+    practice_words_per_second: float = _setting(
+        "VIDA_PRACTICE_WORDS_PER_SECOND", "pace of the practice coach; 0: no delay", 25.0, ge=0
+    )
+    max_request_bytes: int = _setting("VIDA_MAX_REQUEST_BYTES", "size of a request", 4 * 2**20, ge=2**18, le=2**28)
+    max_turns: int = _setting("VIDA_MAX_TURNS", "turns in flight in a process", 5_000, ge=1, le=100_000)
+    max_turns_per_user: int = _setting("VIDA_MAX_TURNS_PER_USER", "turns in flight of a user", 8, ge=1)
+    reflection: bool | None = _setting("VIDA_REFLECTION", "server reflection; unset: on loopback only", None)
+    log_format: LogFormat = _setting("VIDA_LOG_FORMAT", "how log lines look", LogFormat.TEXT)
+    log_level: LogLevel = _setting("VIDA_LOG_LEVEL", "what is logged", LogLevel.INFO)
+
+    @field_validator("database_url")
+    @classmethod
+    def _check_database(cls, url: SecretStr) -> SecretStr:
+        value = url.get_secret_value() or default_database_url()
+        if not value.startswith(("sqlite:///", "postgresql://", "postgresql+psycopg://")):
+            raise ValueError("must begin with sqlite:/// or postgresql://")
+        if value.startswith("sqlite:///") and value in {"sqlite:///", "sqlite:///:memory:"}:
+            raise ValueError("must name a file")
+        return SecretStr(value)
+
+    @field_validator("listen")
+    @classmethod
+    def _check_listen(cls, listen: str) -> str:
+        host, colon, port = listen.rpartition(":")
+        if not colon or not host or not port.isdecimal() or int(port) > 65_535:
+            raise ValueError("must be HOST:PORT")
+        return listen
+
+    @field_validator("agents_dir")
+    @classmethod
+    def _check_agents_dir(cls, folder: Path | None) -> Path | None:
+        if folder is not None and not folder.is_dir():
+            raise ValueError("must be a folder")
+        return folder
+
+    @property
+    def provider(self) -> Provider:
+        """The chosen provider; by default OpenAI where a key or a server is given, else the practice coach."""
+        if self.provider_choice is not None:
+            return self.provider_choice
+        return Provider.OPENAI if self.openai_api_key or self.openai_base_url else Provider.PRACTICE
+
+    @property
+    def database(self) -> str:
+        """The database's URL. It may hold a password."""
+        return self.database_url.get_secret_value()
+
+    @property
+    def drain(self) -> float:
+        """Seconds that a stop waits for running turns."""
+        return self.turn_budget + 5 if self.drain_seconds is None else self.drain_seconds
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - the library's signature
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Adds `NAME_FILE`: a file that holds the value of `NAME`."""
+        return init_settings, env_settings, _FileSource(settings_cls), dotenv_settings
+
+
+class _FileSource(PydanticBaseSettingsSource):
+    """Reads settings from the files that `NAME_FILE` variables point to."""
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        """Nothing for the base class to ask: `__call__` reads all."""
+        return None, field_name, False
+
+    def __call__(self) -> dict[str, Any]:
+        values = {}
+        for field in self.settings_cls.model_fields.values():
+            name = str(field.validation_alias)
+            if path := os.environ.get(f"{name}_FILE"):
+                try:
+                    values[name] = Path(path).read_text(encoding="utf-8").rstrip("\r\n")
+                except (OSError, UnicodeError) as error:
+                    raise SettingsError([f"{name}_FILE: {type(error).__name__}: can't be read"]) from error
+        return values
+
+
+def load_settings() -> Settings:
+    """Reads the settings. Raises SettingsError with every fault."""
+    faults = _unknown_names({**_dotenv_names(), **os.environ})
+    settings = None
+    try:
+        settings = Settings()
+    except ValidationError as error:
+        # The library's own text would quote values, and they may be secret.
+        faults += [f"{fault['loc'][0]}: {fault['msg']}" for fault in error.errors(include_input=False)]
+    if (
+        settings is not None
+        and settings.provider is Provider.OPENAI
+        and not (settings.openai_api_key or settings.openai_base_url)
+    ):
+        faults.append("VIDA_PROVIDER: openai needs OPENAI_API_KEY or OPENAI_BASE_URL")
+    if faults or settings is None:
+        raise SettingsError(faults)
+    return settings
+
+
+def _dotenv_names() -> Mapping[str, str | None]:
+    source = DotEnvSettingsSource(Settings, case_sensitive=True)
+    return source.env_vars
+
+
+def _unknown_names(environ: Mapping[str, str | None]) -> list[str]:
+    """Names that look like ours and would be ignored: misspelt, or not built."""
+    known = {str(field.validation_alias) for field in Settings.model_fields.values()}
+    faults = []
+    for name in sorted(environ):
+        if not environ[name] or name in known or name.removesuffix("_FILE") in known:
+            continue
+        if name.startswith(_NOT_BUILT):
+            faults.append(f"{name}: is not supported yet")
+        elif name.startswith("VIDA_"):
+            faults.append(f"{name}: there is no such setting")
+    return faults

@@ -1,0 +1,409 @@
+"""What the service promises of a turn, on every store."""
+
+import asyncio
+from contextlib import aclosing
+from dataclasses import replace
+
+import pytest
+from doubles import DONE, Gate, NotedTools, ScriptedAgent, kinds, service, text_of
+
+from adapters.system import Ids
+from core.model.errors import (
+    InvalidField,
+    NotSupported,
+    Overloaded,
+    PositionAhead,
+    QuotaExceeded,
+    RequestIdReused,
+    ThreadNotFound,
+    TurnInProgress,
+    TurnNotFound,
+)
+from core.model.events import TextDelta, ToolAnswered, ToolCalled, TurnFinished, TurnStarted
+from core.model.message import Role
+from core.model.thread import ProviderState
+from core.model.turn import BusyPolicy, TurnReason, TurnState
+from core.ports.agent import AgentFailed, RoundFinished, StateChanged
+from core.ports.store import Conflict, Store
+from core.ports.tools import ToolOutput
+from core.ports.turns import RequestKey
+from core.use_cases.read_threads import MessageQuery
+from core.use_cases.recover_turns import recover_turns
+from core.use_cases.turn_engine import MAX_OUTPUT, MAX_TOOL_ROUNDS, TurnLimits
+
+
+async def test_a_turn_is_started_text_finished(store: Store) -> None:
+    async with service(store, ScriptedAgent(["Hi ", "there 👋", DONE])) as it:
+        turn_id = await it.say()
+        events = await it.events(turn_id)
+        assert events[0].position == 1
+        assert isinstance(events[0].event, TurnStarted)
+        assert text_of(events) == "Hi there 👋"
+        last = events[-1]
+        assert isinstance(last.event, TurnFinished)
+        assert last.position == 1 + len("Hi there 👋") + 1 == last.event.turn.last_position
+        assert last.event.turn.state is TurnState.COMPLETED
+        assert last.event.turn.usage.output_tokens == 5
+        assert last.event.reply is not None
+        assert last.event.reply.text == "Hi there 👋"
+        turn, reply = await it.threads.turn("ada", turn_id)
+        assert (turn, reply) == (last.event.turn, last.event.reply)
+        messages, _ = await it.threads.messages(MessageQuery(user_id="ada", thread_id=turn.thread_id), 0, "")
+        assert [(line.index, line.role, line.text, line.partial) for line in messages] == [
+            (1, Role.USER, "Hello", False),
+            (2, Role.ASSISTANT, "Hi there 👋", False),
+        ]
+
+
+async def test_every_cut_of_a_live_and_of_an_ended_turn_resumes_exactly(store: Store) -> None:
+    gate = Gate()
+    async with service(store, ScriptedAgent(["Añ", "o 👩‍🚀 b", gate, "ye", DONE])) as it:
+        turn_id = await it.say()
+        await gate.reached.wait()
+        text = "Año 👩‍🚀 bye"
+        live = [asyncio.create_task(it.events(turn_id, after)) for after in range(9)]
+        gate.open()
+        whole = await it.events(turn_id)
+        last = whole[-1].position
+        for after, task in enumerate(live):
+            assert text_of(await task) == text[max(0, after - 1) :]
+        for after in range(last):
+            rest = await it.events(turn_id, after)
+            assert text_of(rest) == text[max(0, after - 1) :]
+            assert rest[-1].position == last
+            assert kinds(rest)[-1] is TurnFinished
+        assert await it.events(turn_id, last) == []
+
+
+async def test_positions_outside_the_log_are_refused(store: Store) -> None:
+    async with service(store) as it:
+        turn_id = await it.say()
+        last = (await it.events(turn_id))[-1].position
+        assert (await it.follow.find("ada", turn_id, last)).id == turn_id
+        with pytest.raises(PositionAhead):
+            await it.follow.find("ada", turn_id, last + 1)
+        with pytest.raises(InvalidField):
+            await it.follow.find("ada", turn_id, -1)
+        with pytest.raises(TurnNotFound):
+            await it.follow.find("eve", turn_id, 0)
+
+
+async def test_nothing_is_shown_that_is_not_committed(store: Store) -> None:
+    gate = Gate()
+    async with service(store, ScriptedAgent(["one two three", gate, " four", DONE])) as it:
+        turn_id = await it.say()
+        async with aclosing(it.follow.events(turn_id, 0)) as entries:
+            async for entry in entries:
+                stored = await store.read(lambda tx: tx.log.read(turn_id))
+                assert stored[-1].position >= entry.position
+                gate.open()
+
+
+async def test_a_turn_outlives_its_caller(store: Store) -> None:
+    gate = Gate()
+    async with service(store, ScriptedAgent(["a", gate, "b", DONE])) as it:
+        turn_id = await it.say()
+        follower = asyncio.create_task(it.events(turn_id))
+        await gate.reached.wait()
+        follower.cancel()
+        await asyncio.gather(follower, return_exceptions=True)
+        gate.open()
+        assert text_of(await it.events(turn_id)) == "ab"
+
+
+async def test_cancelling_the_call_that_accepts_loses_nothing(store: Store) -> None:
+    async with service(store) as it:
+        call = asyncio.create_task(it.say(request_id="r1"))
+        await asyncio.sleep(0)
+        call.cancel()
+        await asyncio.gather(call, return_exceptions=True)
+        await it.accept.settle()
+        turn_id = await it.say(request_id="r1")
+        assert text_of(await it.events(turn_id)) == "All right."
+        assert len(it.agent.requests) == 1
+
+
+async def test_a_repeated_request_id_attaches(store: Store) -> None:
+    gate = Gate()
+    async with service(store, ScriptedAgent([gate, "once", DONE])) as it:
+        ids = await asyncio.gather(*(it.say("Hello", request_id="r1") for _ in range(8)))
+        assert len(set(ids)) == 1
+        gate.open()
+        assert text_of(await it.events(ids[0])) == "once"
+        assert await it.say("Hello", request_id="r1") == ids[0]
+        turn, _ = await it.threads.turn("ada", ids[0])
+        thread = await it.threads.thread("ada", turn.thread_id)
+        assert thread.message_count == 2
+        with pytest.raises(RequestIdReused):
+            await it.say("Something else", request_id="r1")
+        assert await it.say("Hello", user="eve", request_id="r1") != ids[0]
+
+
+async def test_a_busy_thread_refuses_and_names_the_turn(store: Store) -> None:
+    gate = Gate()
+    async with service(store, ScriptedAgent([gate, "x", DONE])) as it:
+        turn_id = await it.say()
+        turn, _ = await it.threads.turn("ada", turn_id)
+        with pytest.raises(TurnInProgress) as refusal:
+            await it.say(thread_id=turn.thread_id)
+        assert refusal.value.details == {"turn_id": turn_id}
+        for policy in (BusyPolicy.QUEUE, BusyPolicy.INTERRUPT):
+            with pytest.raises(NotSupported):
+                await it.say(thread_id=turn.thread_id, on_busy=policy)
+        gate.open()
+        await it.events(turn_id)
+        await it.events(await it.say(thread_id=turn.thread_id))
+
+
+async def test_the_store_itself_refuses_a_second_turn_at_work(store: Store) -> None:
+    gate = Gate()
+    async with service(store, ScriptedAgent([gate, DONE])) as it:
+        turn, _ = await it.threads.turn("ada", await it.say())
+        second = replace(turn, id=Ids().new())
+        request = RequestKey(caller="local", user_id="ada", request_id="", fingerprint="")
+        with pytest.raises(Conflict):
+            await store.write(lambda tx: tx.turns.add(second, "test", request))
+        assert await store.read(lambda tx: tx.turns.find(second.id)) is None
+
+
+async def test_another_users_ids_do_not_exist(store: Store) -> None:
+    async with service(store) as it:
+        turn_id = await it.say()
+        await it.events(turn_id)
+        turn, _ = await it.threads.turn("ada", turn_id)
+        with pytest.raises(TurnNotFound):
+            await it.threads.turn("eve", turn_id)
+        with pytest.raises(TurnNotFound):
+            await it.cancel("eve", turn_id)
+        with pytest.raises(ThreadNotFound):
+            await it.threads.thread("eve", turn.thread_id)
+        with pytest.raises(ThreadNotFound):
+            await it.threads.messages(MessageQuery(user_id="eve", thread_id=turn.thread_id), 0, "")
+        with pytest.raises(ThreadNotFound):
+            await it.threads.describe("eve", turn.thread_id, title="mine", metadata=None)
+        with pytest.raises(ThreadNotFound):
+            await it.say(user="eve", thread_id=turn.thread_id)
+
+
+async def test_cancel_keeps_the_partial_text_and_is_idempotent(store: Store) -> None:
+    gate = Gate()
+    async with service(store, ScriptedAgent(["half a", gate, " word", DONE])) as it:
+        turn_id = await it.say()
+        follower = asyncio.create_task(it.events(turn_id))
+        await gate.reached.wait()
+        async with aclosing(it.follow.events(turn_id, 1)) as entries:
+            await anext(entries)
+        turn = await it.cancel("ada", turn_id)
+        assert (turn.state, turn.reason) == (TurnState.CANCELLED, TurnReason.CANCELLED_BY_CALLER)
+        assert await it.cancel("ada", turn_id) == turn
+        events = await follower
+        assert text_of(events) == "half a"
+        assert kinds(events).count(TurnFinished) == 1
+        last = events[-1].event
+        assert isinstance(last, TurnFinished)
+        assert last.turn == turn
+        assert last.reply is not None
+        assert (last.reply.text, last.reply.partial) == ("half a", True)
+        assert it.agent.closed == 1
+        assert it.feeds.get(turn_id) is None
+
+
+@pytest.mark.parametrize(
+    ("script", "state", "reason", "text"),
+    [
+        (["a"], TurnState.INCOMPLETE, TurnReason.PROVIDER_TRUNCATED, "a"),
+        ([], TurnState.FAILED, TurnReason.PROVIDER_TRUNCATED, ""),
+        ([DONE], TurnState.FAILED, TurnReason.PROVIDER_PROTOCOL, ""),
+        (["a", AgentFailed(TurnReason.PROVIDER_STALLED)], TurnState.INCOMPLETE, TurnReason.PROVIDER_STALLED, "a"),
+        ([AgentFailed(TurnReason.PROVIDER_CONFIG)], TurnState.FAILED, TurnReason.PROVIDER_CONFIG, ""),
+        (["a", RuntimeError("secret")], TurnState.INCOMPLETE, TurnReason.INTERNAL, "a"),
+        (
+            ["a", RoundFinished(DONE.usage, TurnReason.CONTENT_FILTERED)],
+            TurnState.INCOMPLETE,
+            TurnReason.CONTENT_FILTERED,
+            "a",
+        ),
+        (["x" * (MAX_OUTPUT + 1), DONE], TurnState.INCOMPLETE, TurnReason.OUTPUT_LIMIT, "x" * MAX_OUTPUT),
+        (["a\0b\ud800", DONE], TurnState.COMPLETED, None, "a\ufffdb\ufffd"),
+    ],
+)
+async def test_endings(
+    store: Store, script: list[object], state: TurnState, reason: TurnReason | None, text: str
+) -> None:
+    async with service(store, ScriptedAgent(script)) as it:  # type: ignore[arg-type]
+        events = await it.events(await it.say())
+        last = events[-1].event
+        assert isinstance(last, TurnFinished)
+        assert (last.turn.state, last.turn.reason) == (state, reason)
+        assert text_of(events) == text
+        assert (last.reply.text if last.reply else "") == text
+        assert last.reply is None or last.reply.partial is (state is not TurnState.COMPLETED)
+        turn_id = await it.say(thread_id=last.turn.thread_id)
+        assert text_of(await it.events(turn_id)) == "All right."  # no thread stays blocked
+
+
+async def test_a_turn_has_a_budget(store: Store) -> None:
+    gate = Gate()
+    limits = TurnLimits(budget=0.05)
+    async with service(store, ScriptedAgent(["a", gate]), limits=limits) as it:
+        last = (await it.events(await it.say()))[-1].event
+        assert isinstance(last, TurnFinished)
+        assert (last.turn.state, last.turn.reason) == (TurnState.INCOMPLETE, TurnReason.BUDGET_EXCEEDED)
+
+
+async def test_bounds_on_turns_in_flight(store: Store) -> None:
+    gates = [Gate() for _ in range(3)]
+    limits = TurnLimits(max_turns=3, max_turns_per_user=2)
+    async with service(store, ScriptedAgent(*((gate, "x", DONE) for gate in gates)), limits=limits) as it:
+        first = await it.say(request_id="r1")
+        await it.say()
+        with pytest.raises(QuotaExceeded):
+            await it.say()
+        await it.say(user="eve")
+        with pytest.raises(Overloaded):
+            await it.say(user="bob")
+        assert await it.say(request_id="r1") == first  # a repeat needs no place
+        for gate in gates:
+            gate.open()
+        await it.events(first)
+        await it.events(await it.say(user="bob"))
+
+
+async def test_tools_go_round_and_stand_in_the_transcript(store: Store) -> None:
+    call = ToolCalled("c1", "note", '{"text": "x"}')
+    other = ToolCalled("c2", "missing", "{}")
+    agent = ScriptedAgent(["Let me note that. ", call, other, DONE], ["Noted.", DONE])
+    async with service(store, agent) as it:
+        events = await it.events(await it.say())
+        assert kinds(events) == [
+            TurnStarted, TextDelta, ToolCalled, ToolCalled, ToolAnswered, ToolAnswered, TextDelta, TurnFinished,
+        ]  # fmt: skip
+        assert text_of(events) == "Let me note that. Noted."
+        (name, arguments, context) = it.tools.calls[0]
+        assert len(it.tools.calls) == 1
+        assert (name, arguments, context.user_id, context.call_id) == ("note", call.arguments_json, "ada", "c1")
+        (round_one,) = agent.requests[1].rounds
+        assert [(e.call_id, e.is_error) for e in round_one.exchanges] == [("c1", False), ("c2", True)]
+        last = events[-1].event
+        assert isinstance(last, TurnFinished)
+        assert last.turn.usage.output_tokens == 10
+        query = MessageQuery(user_id="ada", thread_id=last.turn.thread_id)
+        lines, _ = await it.threads.messages(query, 0, "")
+        assert [line.role for line in lines] == [Role.USER, Role.TOOL, Role.TOOL, Role.ASSISTANT]
+        assert lines[1].tool is not None
+        assert lines[1].tool.arguments_json == call.arguments_json
+
+
+async def test_a_tool_call_is_on_record_before_it_has_an_effect(store: Store) -> None:
+    seen: list[bool] = []
+    tools = NotedTools()
+
+    async def look(name: str, arguments: str, context: object) -> object:
+        stored = await store.read(lambda tx: tx.log.read(turn_ids[0]))
+        seen.append(any(isinstance(entry.event, ToolCalled) for entry in stored))
+        return ToolOutput("ok")
+
+    tools.call = look  # type: ignore[method-assign, assignment]
+    turn_ids: list[str] = []
+    gate = Gate()
+    agent = ScriptedAgent([gate, ToolCalled("c1", "note", "{}"), DONE])
+    async with service(store, agent, tools) as it:
+        turn_ids.append(await it.say())
+        gate.open()
+        await it.events(turn_ids[0])
+    assert seen == [True]
+
+
+async def test_the_tool_loop_is_bounded(store: Store) -> None:
+    rounds = [(ToolCalled(f"c{number}", "note", "{}"), DONE) for number in range(MAX_TOOL_ROUNDS + 5)]
+    async with service(store, ScriptedAgent(*rounds)) as it:
+        last = (await it.events(await it.say()))[-1].event
+        assert isinstance(last, TurnFinished)
+        assert (last.turn.state, last.turn.reason) == (TurnState.FAILED, TurnReason.TOOL_LIMIT)
+        assert len(it.tools.calls) == MAX_TOOL_ROUNDS
+
+
+async def test_the_providers_copy_follows_the_transcript(store: Store) -> None:
+    state = ProviderState(provider="scripted", conversation_id="conv_1", synced_to=0)
+    kept = RoundFinished(DONE.usage, keeps_copy=True)
+    agent = ScriptedAgent([StateChanged(state), "a", kept], ["b", AgentFailed(TurnReason.PROVIDER_STALLED)])
+    async with service(store, agent) as it:
+        turn, _ = await it.threads.turn("ada", await it.say())
+        await it.events(turn.id)
+        await it.events(await it.say(thread_id=turn.thread_id))
+        await it.events(await it.say(thread_id=turn.thread_id))
+        first, second, third = (request.state for request in agent.requests)
+        assert first is None
+        assert second is not None
+        assert (second.conversation_id, second.synced_to) == ("conv_1", 2)
+        assert third is not None
+        assert third.synced_to == 2  # a failed turn is not in the copy
+        assert agent.requests[2].message.index == 5
+
+
+async def test_what_a_stopped_process_left_is_ended_at_the_next_start(store: Store) -> None:
+    gates = [Gate(), Gate()]
+    it_agent = ScriptedAgent(["some", gates[0]], [gates[1]])
+    async with service(store, it_agent) as it:
+        with_text = await it.say()
+        await gates[0].reached.wait()
+        async with aclosing(it.follow.events(with_text, 1)) as entries:
+            await anext(entries)
+        without = await it.say(user="eve")
+        await gates[1].reached.wait()
+        for task in list(it.engine._running.values()):  # as kill -9 would: no goodbye
+            task.cancel()
+        assert await recover_turns(store, Ids()) == 2
+        assert await recover_turns(store, Ids()) == 0
+        turn, reply = await it.threads.turn("ada", with_text)
+        assert (turn.state, turn.reason) == (TurnState.INCOMPLETE, TurnReason.INTERRUPTED)
+        assert reply is not None
+        assert (reply.text, reply.partial) == ("some", True)
+        turn, reply = await it.threads.turn("eve", without)
+        assert (turn.state, turn.reason, reply) == (TurnState.FAILED, TurnReason.INTERRUPTED, None)
+        assert text_of(await it.events(with_text)) == "some"
+        await it.events(await it.say(user="eve", thread_id=turn.thread_id))
+
+
+async def test_a_lost_lease_writes_nothing(store: Store) -> None:
+    gate = Gate()
+    async with service(store, ScriptedAgent(["kept", gate, " lost", DONE])) as it:
+        turn_id = await it.say()
+        await gate.reached.wait()
+        async with aclosing(it.follow.events(turn_id, 1)) as entries:
+            await anext(entries)
+        await recover_turns(store, Ids())  # somebody else ends it
+        before = await store.read(lambda tx: tx.log.read(turn_id))
+        gate.open()
+        events = await it.events(turn_id)
+        assert text_of(events) == "kept"
+        assert await store.read(lambda tx: tx.log.read(turn_id)) == before
+
+
+async def test_draining_refuses_waits_and_interrupts(store: Store) -> None:
+    quick, stuck = Gate(), Gate()
+    async with service(store, ScriptedAgent(["a", quick, "b", DONE], ["c", stuck])) as it:
+        first = await it.say()
+        second = await it.say(user="eve")
+        await stuck.reached.wait()
+        it.engine.refuse()
+        with pytest.raises(Exception, match="shutting down"):
+            await it.say(user="bob")
+        quick.open()
+        assert text_of(await it.events(first)) == "ab"
+        await it.engine.drain(0)
+        turn, reply = await it.threads.turn("eve", second)
+        assert (turn.state, turn.reason) == (TurnState.INCOMPLETE, TurnReason.INTERRUPTED)
+        assert reply is not None
+        assert reply.text == "c"
+
+
+async def test_the_log_of_a_finished_turn_is_one_row_and_its_memory_is_free(store: Store) -> None:
+    async with service(store, ScriptedAgent([*"abcdefghij", DONE])) as it:
+        turn_id = await it.say()
+        await it.events(turn_id)
+        stored = await store.read(lambda tx: tx.log.read(turn_id))
+        assert len(stored) == 3
+        assert it.feeds.get(turn_id) is None
+        assert not it.engine._running
+        assert not it.engine._reserved

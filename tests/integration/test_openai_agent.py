@@ -1,0 +1,977 @@
+"""The OpenAI agent against a provider on loopback."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+from datetime import UTC, date, datetime
+from typing import Any, get_args
+
+import httpx2
+import openai
+import pytest
+from fake_provider import (
+    Answer,
+    Break,
+    Call,
+    ErrorEvent,
+    Failed,
+    FakeProvider,
+    Gate,
+    HttpError,
+    Incomplete,
+    Reasoning,
+    Text,
+    rate_limited,
+)
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from openai import AsyncOpenAI
+from openai.types.responses import ResponseStreamEvent
+from pydantic import BaseModel
+
+from adapters.openai.agent import OpenAIAgent
+from adapters.openai.client import make_client
+from adapters.openai.memory import StateMode
+from adapters.openai.models import KeyRefused, ModelMissing, model_sunset, sunset_warning
+from core.model.agent import AgentDefinition, Domain
+from core.model.events import TextDelta, ToolCalled
+from core.model.message import Message, RefusalPart, Role, TextPart, ToolExchange
+from core.model.thread import ProviderState
+from core.model.turn import TurnReason
+from core.ports.agent import (
+    AgentEvent,
+    AgentFailed,
+    ReplyRequest,
+    RoundFinished,
+    StateChanged,
+    ToolRound,
+)
+from core.ports.tools import ToolSpec
+
+KEY = "sk-very-secret"
+USER_KEY = "key-of-users"
+COACH = AgentDefinition(
+    slug="career",
+    version=1,
+    domain=Domain.CAREER,
+    name="Career coach",
+    instructions="Be kind.",
+    effort="none",
+    verbosity="low",
+    tools=("goals",),
+)
+GOALS = ToolSpec(name="goals", description="Lists goals.", parameters={"type": "object", "properties": {}})
+
+
+class Naps:
+    """Stands in for asyncio.sleep and takes no time."""
+
+    def __init__(self) -> None:
+        self.taken: list[float] = []
+
+    async def __call__(self, seconds: float) -> None:
+        self.taken.append(seconds)
+
+
+@dataclass
+class ThreadOfTest:
+    """A thread as the engine would keep it: the transcript and what the agent last said of its copy."""
+
+    agent: OpenAIAgent
+    messages: list[Message] = field(default_factory=list)
+    state: ProviderState | None = None
+    turns: int = 0
+    definition: AgentDefinition = COACH
+    tools: Sequence[ToolSpec] = (GOALS,)
+
+    def add(self, role: Role, text: str, tool: ToolExchange | None = None, **more: Any) -> Message:
+        index = len(self.messages) + 1
+        message = Message(
+            id=f"m{index}",
+            thread_id="thread-1",
+            turn_id=f"turn-{self.turns}",
+            index=index,
+            role=role,
+            content=more.pop("content", (TextPart(text),) if text else ()),
+            partial=more.pop("partial", False),
+            created_at=datetime(2026, 11, 22, tzinfo=UTC),
+            tool=tool,
+        )
+        self.messages.append(message)
+        return message
+
+    def begin(self, text: str) -> ReplyRequest:
+        """Accepts a user's message."""
+        self.turns += 1
+        message = self.add(Role.USER, text)
+        before = tuple(self.messages[:-1])
+
+        async def history() -> Sequence[Message]:
+            return before
+
+        return ReplyRequest(
+            turn_id=f"turn-{self.turns}",
+            thread_id="thread-1",
+            user_id="ann@example.org",
+            domain=Domain.CAREER,
+            definition=self.definition,
+            message=message,
+            history=history,
+            tools=self.tools,
+            state=self.state,
+        )
+
+    async def round(self, request: ReplyRequest) -> list[AgentEvent]:
+        """Runs one round to its end, storing what the agent says of its copy."""
+        events: list[AgentEvent] = []
+        async with aclosing(self.agent.reply(replace(request, state=self.state))) as reply:
+            async for event in reply:
+                if isinstance(event, StateChanged):
+                    self.state = event.state
+                events.append(event)
+        return events
+
+    async def say(self, text: str) -> str:
+        """Runs a turn to its end and returns the reply."""
+        request = self.begin(text)
+        said = ""
+        while True:
+            events = await self.round(request)
+            text_of_round = "".join(event.text for event in events if isinstance(event, TextDelta))
+            said += text_of_round
+            calls = [event for event in events if isinstance(event, ToolCalled)]
+            if not calls:
+                break
+            exchanges = tuple(
+                ToolExchange(c.call_id, c.name, c.arguments_json, f"answer to {c.name}", False) for c in calls
+            )
+            for exchange in exchanges:
+                self.add(Role.TOOL, "", exchange)
+            request = replace(request, rounds=(*request.rounds, ToolRound(text_of_round, exchanges)))
+        self.add(Role.ASSISTANT, said)
+        finished = events[-1]
+        assert isinstance(finished, RoundFinished)
+        if finished.keeps_copy:
+            assert self.state is not None
+            self.state = replace(self.state, synced_to=len(self.messages))
+        return said
+
+
+@pytest.fixture
+async def provider() -> AsyncIterator[FakeProvider]:
+    async with FakeProvider(api_key=KEY) as provider:
+        yield provider
+
+
+@pytest.fixture
+async def client(provider: FakeProvider) -> AsyncIterator[AsyncOpenAI]:
+    client = make_client(KEY, provider.base_url, 5)
+    yield client
+    await client.close()
+
+
+@pytest.fixture
+def naps() -> Naps:
+    return Naps()
+
+
+@pytest.fixture
+def agent(client: AsyncOpenAI, naps: Naps) -> OpenAIAgent:
+    return OpenAIAgent(client, model="gpt-6-luna", user_key=USER_KEY, sleep=naps)
+
+
+@pytest.fixture
+def thread(agent: OpenAIAgent) -> ThreadOfTest:
+    return ThreadOfTest(agent)
+
+
+def said(events: Sequence[AgentEvent]) -> str:
+    return "".join(event.text for event in events if isinstance(event, TextDelta))
+
+
+async def fails(thread: ThreadOfTest, text: str = "Hello") -> tuple[TurnReason, str]:
+    """Runs a round that must fail; returns why, and the text that came before."""
+    events: list[AgentEvent] = []
+
+    async def run() -> None:
+        async with aclosing(thread.agent.reply(thread.begin(text))) as reply:
+            async for event in reply:
+                if isinstance(event, StateChanged):
+                    thread.state = event.state
+                events.append(event)
+
+    with pytest.raises(AgentFailed) as caught:
+        await run()
+    return caught.value.reason, said(events)
+
+
+def words(items: Sequence[dict[str, Any]]) -> list[str]:
+    """Conversation items in short."""
+    short = []
+    for item in items:
+        match item["type"]:
+            case "message":
+                parts = [part.get("text", part.get("refusal")) for part in item["content"]]
+                short.append(f"{item['role']}: {' | '.join(parts)}")
+            case "function_call":
+                short.append(f"call {item['call_id']}: {item['name']}")
+            case "function_call_output":
+                short.append(f"answer {item['call_id']}: {item['output']}")
+    return short
+
+
+# --- conversations
+
+
+async def test_two_turns_use_one_conversation(provider: FakeProvider, thread: ThreadOfTest) -> None:
+    assert await thread.say("I want to lead") == "You said: I want to lead What would you like to change?"
+    assert await thread.say("My team") == "You said: My team What would you like to change?"
+    (conversation,) = provider.conversations.values()
+    assert words(conversation.items) == [
+        "user: I want to lead",
+        "assistant: You said: I want to lead What would you like to change?",
+        "user: My team",
+        "assistant: You said: My team What would you like to change?",
+    ]
+    assert thread.state == ProviderState(provider="openai", conversation_id=conversation.id, synced_to=4)
+    assert [body["conversation"] for body in provider.posts] == [conversation.id] * 2
+    assert [len(body["input"]) for body in provider.posts] == [1, 1]
+
+
+async def test_the_conversation_is_known_before_the_response_is_asked_for(
+    provider: FakeProvider, thread: ThreadOfTest
+) -> None:
+    async with aclosing(thread.agent.reply(thread.begin("Hello"))) as reply:
+        first = await anext(reply)
+    assert isinstance(first, StateChanged)
+    assert first.state.conversation_id in provider.conversations
+    assert first.state.synced_to == 0
+    assert provider.posts == []
+
+
+async def test_what_is_sent(provider: FakeProvider, thread: ThreadOfTest) -> None:
+    await thread.say("Hello")
+    (body,) = provider.posts
+    user_hash = body["safety_identifier"]
+    assert len(user_hash) == 64
+    assert "ann" not in str(body)
+    assert body == {
+        "model": "gpt-6-luna",
+        "instructions": "Be kind.",
+        "input": [{"type": "message", "role": "user", "content": [{"type": "input_text", "text": "Hello"}]}],
+        "conversation": thread.state.conversation_id if thread.state else None,
+        "store": True,
+        "stream": True,
+        "tools": [
+            {
+                "type": "function",
+                "name": "goals",
+                "description": "Lists goals.",
+                "parameters": {"type": "object", "properties": {}},
+                "strict": False,
+            }
+        ],
+        "parallel_tool_calls": True,
+        "reasoning": {"effort": "none"},
+        "text": {"verbosity": "low"},
+        "max_output_tokens": 2048,
+        "metadata": {
+            "thread_id": "thread-1",
+            "turn_id": "turn-1",
+            "agent_id": "career-v1",
+            "domain": "career",
+        },
+        "safety_identifier": user_hash,
+        "prompt_cache_key": f"career-v1-{user_hash[:16]}",
+    }
+    request = provider.requests[-1]
+    assert request.headers["x-client-request-id"] == "turn-1-0-0"
+
+
+async def test_what_is_not_set_is_not_sent(provider: FakeProvider, thread: ThreadOfTest) -> None:
+    thread.definition = replace(COACH, model="gpt-4o", effort="", verbosity="", max_output_tokens=1)
+    thread.tools = ()
+    await thread.say("Hello")
+    (body,) = provider.posts
+    assert body["model"] == "gpt-4o"
+    assert body["max_output_tokens"] == 16
+    assert not {"tools", "parallel_tool_calls", "reasoning", "text", "temperature", "top_p"} & body.keys()
+
+
+async def test_a_user_is_the_same_to_the_provider_in_every_turn(
+    provider: FakeProvider, client: AsyncOpenAI, thread: ThreadOfTest
+) -> None:
+    await thread.say("Hello")
+    await thread.say("Hello")
+    other = ThreadOfTest(OpenAIAgent(client, model="gpt-6-luna", user_key=b"another key"))
+    await other.say("Hello")
+    first, second, third = (body["safety_identifier"] for body in provider.posts)
+    assert first == second != third
+
+
+async def test_usage_is_counted(provider: FakeProvider, thread: ThreadOfTest) -> None:
+    events = await thread.round(thread.begin("Hello"))
+    finished = events[-1]
+    assert isinstance(finished, RoundFinished)
+    assert finished.keeps_copy
+    assert finished.shortfall is None
+    assert finished.usage.input_tokens > finished.usage.cached_input_tokens > 0
+    assert finished.usage.output_tokens > 0
+
+
+# --- tools
+
+
+async def test_a_tool_call_goes_round(provider: FakeProvider, thread: ThreadOfTest) -> None:
+    provider.then(Answer(output=(Text(text="Let me look."), Call("goals", '{"a": 1}', "call_a"))))
+    reply = await thread.say("What are my goals?")
+    assert reply == "Let me look.\n\nYou said: answer to goals What would you like to change?"
+    (conversation,) = provider.conversations.values()
+    assert words(conversation.items) == [
+        "user: What are my goals?",
+        "assistant: Let me look.",
+        "call call_a: goals",
+        "answer call_a: answer to goals",
+        "assistant: You said: answer to goals What would you like to change?",
+    ]
+    assert provider.posts[1]["input"] == [
+        {"type": "function_call_output", "call_id": "call_a", "output": "answer to goals"}
+    ]
+    assert [request.headers.get("x-client-request-id") for request in provider.requests[1:]] == [
+        "turn-1-0-0",
+        "turn-1-1-0",
+    ]
+
+
+async def test_parallel_calls_are_answered_together(provider: FakeProvider, thread: ThreadOfTest) -> None:
+    provider.then(Answer(output=(Reasoning(), Call("goals"), Call("goals"))))
+    await thread.say("What are my goals?")
+    assert len(provider.posts[1]["input"]) == 2
+
+
+async def test_a_conversation_lost_between_two_rounds_is_rebuilt_with_the_rounds(
+    provider: FakeProvider, thread: ThreadOfTest
+) -> None:
+    await thread.say("Hello")
+    provider.then(Answer(output=(Text(text="Let me look."), Call("goals", "{}", "call_a"))))
+    request = thread.begin("My goals?")
+    await thread.round(request)
+    provider.conversations.clear()
+    exchange = ToolExchange("call_a", "goals", "{}", "none", False)
+    events = await thread.round(replace(request, rounds=(ToolRound("Let me look.", (exchange,)),)))
+    assert said(events) == "\n\nYou said: none What would you like to change?"
+    (conversation,) = provider.conversations.values()
+    assert words(conversation.items)[2:] == [
+        "user: My goals?",
+        "assistant: Let me look.",
+        "call call_a: goals",
+        "answer call_a: none",
+        "assistant: You said: none What would you like to change?",
+    ]
+    assert thread.state is not None
+    assert len(thread.state.retired) == 1
+
+
+async def test_a_round_that_broke_off_is_repeated_on_a_fresh_conversation(
+    provider: FakeProvider, thread: ThreadOfTest
+) -> None:
+    provider.then(Answer(output=(Call("goals", "{}", "call_a"),)), Answer(fault=Break(how="eof", after=0)))
+    request = thread.begin("My goals?")
+    await thread.round(request)
+    exchange = ToolExchange("call_a", "goals", "{}", "none", False)
+    later = replace(request, rounds=(ToolRound("", (exchange,)),))
+    with pytest.raises(AgentFailed):
+        await thread.round(later)
+    assert said(await thread.round(later)) == "You said: none What would you like to change?"
+    assert len(provider.conversations) == 2
+    assert len(provider.posts[-1]["input"]) == 3
+
+
+async def test_a_conversation_with_an_unanswered_call_is_rebuilt(
+    provider: FakeProvider, thread: ThreadOfTest
+) -> None:
+    await thread.say("Hello")
+    (first,) = provider.conversations.values()
+    first.items.append({"id": "fc_x", "type": "function_call", "call_id": "x", "name": "goals", "arguments": "{}"})
+    assert await thread.say("Again") == "You said: Again What would you like to change?"
+    assert len(provider.conversations) == 2
+
+
+# --- the record and its copy
+
+
+async def test_a_lost_conversation_is_rebuilt_from_the_record_item_by_item(
+    provider: FakeProvider, thread: ThreadOfTest
+) -> None:
+    provider.then(Answer(output=(Call("goals", "{}", "call_a"),)))
+    await thread.say("First")
+    thread.add(Role.USER, "Forbidden?")
+    thread.add(Role.ASSISTANT, "", content=(TextPart("Well. "), RefusalPart("I can't.")), partial=True)
+    thread.add(Role.USER, "Unanswered")
+    old = next(iter(provider.conversations))
+    provider.conversations.clear()
+    assert thread.state is not None
+    thread.state = replace(thread.state, synced_to=len(thread.messages))
+    await thread.say("Last")
+    (conversation,) = provider.conversations.values()
+    assert words(conversation.items) == [
+        "user: First",
+        "call call_a: goals",
+        "answer call_a: answer to goals",
+        "assistant: You said: answer to goals What would you like to change?",
+        "user: Forbidden?",
+        "assistant: Well.  | I can't.",
+        "user: Unanswered",
+        "user: Last",
+        "assistant: You said: Last What would you like to change?",
+    ]
+    assert conversation.items[5]["status"] == "incomplete"
+    assert conversation.metadata == {"thread_id": "thread-1", "agent_id": "career-v1", "domain": "career"}
+    assert thread.state == ProviderState(
+        provider="openai", conversation_id=conversation.id, synced_to=len(thread.messages), retired=(old,)
+    )
+
+
+async def test_a_copy_that_is_behind_the_record_is_rebuilt(provider: FakeProvider, thread: ThreadOfTest) -> None:
+    await thread.say("First")
+    old = next(iter(provider.conversations))
+    thread.add(Role.USER, "A turn that failed")
+    await thread.say("Last")
+    assert thread.state is not None
+    assert thread.state.retired == (old,)
+    assert words(provider.conversations[thread.state.conversation_id or ""].items)[2:4] == [
+        "user: A turn that failed",
+        "user: Last",
+    ]
+    assert len(provider.posts) == 2
+
+
+async def test_a_long_history_is_added_in_pieces_of_twenty(provider: FakeProvider, thread: ThreadOfTest) -> None:
+    for number in range(25):
+        thread.add(Role.USER, f"question {number}")
+        thread.add(Role.ASSISTANT, f"answer {number}")
+    events = await thread.round(thread.begin("Last"))
+    states = [event.state for event in events if isinstance(event, StateChanged)]
+    assert [state.synced_to for state in states] == [-1, 50]
+    (conversation,) = provider.conversations.values()
+    assert len(conversation.items) == 52
+    assert [request.path for request in provider.requests].count(f"/v1/conversations/{conversation.id}/items") == 2
+
+
+async def test_a_copy_that_was_not_finished_is_not_used(provider: FakeProvider, thread: ThreadOfTest) -> None:
+    for number in range(25):
+        thread.add(Role.USER, f"question {number}")
+    provider.refusals["items"] = [HttpError(status=400)]
+    assert await fails(thread) == (TurnReason.PROVIDER_CONFIG, "")
+    assert thread.state is not None
+    assert (thread.state.synced_to, len(provider.conversations)) == (-1, 1)
+    await thread.say("Again")
+    assert len(thread.state.retired) == 1
+
+
+async def test_a_locked_conversation_is_waited_for(
+    provider: FakeProvider, thread: ThreadOfTest, naps: Naps
+) -> None:
+    await thread.say("First")
+    provider.then(
+        HttpError(status=400, code="conversation_locked"), HttpError(status=400, code="conversation_locked")
+    )
+    await thread.say("Second")
+    assert len(naps.taken) == 2
+    assert len(provider.conversations) == 1
+
+
+async def test_a_conversation_that_stays_locked_is_replaced(
+    provider: FakeProvider, thread: ThreadOfTest, naps: Naps
+) -> None:
+    await thread.say("First")
+    next(iter(provider.conversations.values())).busy = True
+    await thread.say("Second")
+    assert len(naps.taken) == 4
+    assert len(provider.conversations) == 2
+
+
+async def test_after_an_unknown_outcome_the_copy_is_in_doubt(provider: FakeProvider, thread: ThreadOfTest) -> None:
+    await thread.say("First")
+    provider.then(Answer(fault=Break(how="eof", after=0)))
+    assert await fails(thread) == (TurnReason.PROVIDER_TRUNCATED, "")
+    assert thread.state is not None
+    assert thread.state.synced_to == -1
+
+
+async def test_without_state_every_request_says_everything(
+    provider: FakeProvider, client: AsyncOpenAI, naps: Naps
+) -> None:
+    agent = OpenAIAgent(client, model="gpt-6-luna", user_key=USER_KEY, state_mode=StateMode.STATELESS, sleep=naps)
+    thread = ThreadOfTest(agent)
+    provider.then(Answer(output=(Call("goals", "{}", "call_a"),)))
+    await thread.say("First")
+    events = await thread.round(thread.begin("Second"))
+    assert provider.conversations == {}
+    assert thread.state is None
+    assert events[-1] == RoundFinished(events[-1].usage) if isinstance(events[-1], RoundFinished) else False
+    assert [len(body["input"]) for body in provider.posts] == [1, 3, 5]
+    assert [body["store"] for body in provider.posts] == [False] * 3
+    assert provider.responses == {}
+
+
+# --- what a response may say
+
+
+async def test_a_refusal_is_marked(provider: FakeProvider, thread: ThreadOfTest) -> None:
+    provider.then(Answer(output=(Text(text="I can't help with that.", refusal=True),)))
+    events = await thread.round(thread.begin("Hello"))
+    assert said(events) == "I can't help with that."
+    assert all(event.refusal for event in events if isinstance(event, TextDelta))
+
+
+@pytest.mark.parametrize(
+    ("reason", "shortfall"),
+    [("max_output_tokens", TurnReason.OUTPUT_LIMIT), ("content_filter", TurnReason.CONTENT_FILTERED)],
+)
+async def test_an_incomplete_answer_says_so(
+    provider: FakeProvider, thread: ThreadOfTest, reason: str, shortfall: TurnReason
+) -> None:
+    provider.then(Answer(output=(Text(text="Half an"),), ending=Incomplete(reason)))
+    events = await thread.round(thread.begin("Hello"))
+    assert said(events) == "Half an"
+    finished = events[-1]
+    assert isinstance(finished, RoundFinished)
+    assert (finished.shortfall, finished.keeps_copy) == (shortfall, False)
+
+
+async def test_an_answer_incomplete_for_unknown_reasons_broke_off(
+    provider: FakeProvider, thread: ThreadOfTest
+) -> None:
+    provider.then(Answer(ending=Incomplete("steered")))
+    assert (await fails(thread))[0] is TurnReason.PROVIDER_TRUNCATED
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        Answer(unknown_events=True),
+        Answer(comments=True),
+        Answer(twice=True),
+        Answer(newline="\r\n"),
+        Answer(newline="\r"),
+        Answer(byte_by_byte=True),
+        Answer(sequence_numbers=False),
+        Answer(event_names=False, unknown_events=True),
+        Answer(output_in_terminal=False),
+        Answer(output=(Text(deltas=False),)),
+        Answer(output=(Text(deltas=False, done=False),)),
+        Answer(output=(Text(deltas=False, done=False, in_item=False),)),
+        Answer(output=(Text(done=False, in_item=False),)),
+        Answer(output=(Reasoning(), Text())),
+    ],
+)
+async def test_however_it_is_sent_it_reads_the_same(
+    provider: FakeProvider, thread: ThreadOfTest, answer: Answer
+) -> None:
+    provider.then(answer)
+    assert await thread.say("Hello") == "You said: Hello What would you like to change?"
+
+
+async def test_unfit_characters_are_replaced_and_halves_joined(
+    provider: FakeProvider, thread: ThreadOfTest
+) -> None:
+    provider.then(Answer(output=(Text(pieces=("a\0", "\ud83d", "\ude00b", "\ud83d")),)))
+    assert await thread.say("Hello") == "a\ufffd\U0001f600b\ufffd"
+
+
+# --- what can go wrong
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason", "text"),
+    [
+        (Answer(fault=Break(how="eof")), TurnReason.PROVIDER_TRUNCATED, "You said"),
+        (Answer(fault=Break(how="half")), TurnReason.PROVIDER_TRUNCATED, "You said"),
+        (Answer(fault=Break(how="cut")), TurnReason.PROVIDER_TRUNCATED, "You said"),
+        (Answer(fault=Break(how="cut", after=0)), TurnReason.PROVIDER_TRUNCATED, ""),
+        (Answer(fault=Break(how="malformed")), TurnReason.PROVIDER_PROTOCOL, "You said"),
+        (
+            Answer(ending=Failed()),
+            TurnReason.PROVIDER_UNAVAILABLE,
+            "You said: Hello What would you like to change?",
+        ),
+        (
+            Answer(output=(), ending=Failed("invalid_prompt")),
+            TurnReason.CONTENT_FILTERED,
+            "",
+        ),
+        (Answer(output=(Text(text="Well"),), ending=ErrorEvent()), TurnReason.PROVIDER_UNAVAILABLE, "Well"),
+        (
+            Answer(output=(Text(text="Well"),), ending=ErrorEvent(nested=True)),
+            TurnReason.PROVIDER_UNAVAILABLE,
+            "Well",
+        ),
+        (
+            Answer(output=(), ending=ErrorEvent("context_length_exceeded", nested=True)),
+            TurnReason.CONTEXT_TOO_LONG,
+            "",
+        ),
+        (HttpError(status=400, code="context_length_exceeded"), TurnReason.CONTEXT_TOO_LONG, ""),
+        (HttpError(status=429, code="insufficient_quota"), TurnReason.PROVIDER_RATE_LIMITED, ""),
+        (HttpError(status=400, body=b"<html>"), TurnReason.PROVIDER_CONFIG, ""),
+        (HttpError(status=400, body=b'{"detail": "no"}'), TurnReason.PROVIDER_CONFIG, ""),
+        (HttpError(reset=True), TurnReason.PROVIDER_UNAVAILABLE, ""),
+        (Answer(output=(Text(text="x" * (2 << 20), deltas=False),)), TurnReason.PROVIDER_PROTOCOL, ""),
+    ],
+)
+async def test_failures_are_not_repeated(
+    provider: FakeProvider, thread: ThreadOfTest, answer: Answer | HttpError, reason: TurnReason, text: str
+) -> None:
+    provider.then(answer)
+    assert await fails(thread) == (reason, text)
+    assert len(provider.posts) == 1
+    await provider.quiet()
+    assert await thread.say("And now?") == "You said: And now? What would you like to change?"
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        HttpError(status=500),
+        HttpError(status=503, code="server_is_overloaded"),
+        HttpError(status=408),
+        rate_limited(),
+        Answer(output=(), ending=Failed()),
+        Answer(output=(), ending=Failed("rate_limit_exceeded")),
+        Answer(output=(), ending=ErrorEvent()),
+        Answer(output=(Reasoning(),), ending=ErrorEvent("server_is_overloaded", nested=True)),
+    ],
+)
+async def test_what_can_pass_is_tried_twice_more(
+    provider: FakeProvider, thread: ThreadOfTest, naps: Naps, failure: Answer | HttpError
+) -> None:
+    provider.then(failure, failure)
+    assert await thread.say("Hello") == "You said: Hello What would you like to change?"
+    assert [request.headers["x-client-request-id"] for request in provider.requests[-3:]] == [
+        "turn-1-0-0",
+        "turn-1-0-1",
+        "turn-1-0-2",
+    ]
+    assert len(naps.taken) == 2
+    provider.then(failure, failure, failure)
+    await fails(thread)
+    assert len(provider.posts) == 6
+
+
+async def test_the_provider_says_when_to_come_back(
+    provider: FakeProvider, thread: ThreadOfTest, naps: Naps
+) -> None:
+    provider.then(rate_limited("7"))
+    await thread.say("Hello")
+    assert naps.taken == [7.0]
+    provider.then(rate_limited("21"))
+    assert await fails(thread) == (TurnReason.PROVIDER_RATE_LIMITED, "")
+    assert naps.taken == [7.0]
+
+
+async def test_a_wrong_key_is_a_fault_of_the_configuration(provider: FakeProvider, naps: Naps) -> None:
+    client = make_client("sk-wrong", provider.base_url, 5)
+    agent = OpenAIAgent(client, model="gpt-6-luna", user_key=USER_KEY, sleep=naps)
+    assert await fails(ThreadOfTest(agent)) == (TurnReason.PROVIDER_CONFIG, "")
+    await agent.aclose()
+    assert len(provider.requests) == 1
+
+
+async def test_a_wrong_model_is_a_fault_of_the_configuration(provider: FakeProvider, thread: ThreadOfTest) -> None:
+    thread.definition = replace(COACH, model="gpt-3")
+    assert await fails(thread) == (TurnReason.PROVIDER_CONFIG, "")
+    assert len(provider.posts) == 1
+
+
+async def test_nobody_listening_is_tried_twice_more(naps: Naps) -> None:
+    async with FakeProvider() as gone:
+        url = gone.base_url
+    agent = OpenAIAgent(make_client("", url, 5), model="gpt-6-luna", user_key=USER_KEY, sleep=naps)
+    assert await fails(ThreadOfTest(agent)) == (TurnReason.PROVIDER_UNAVAILABLE, "")
+    assert len(naps.taken) == 2
+    await agent.aclose()
+
+
+async def test_a_server_without_conversations_is_a_fault_of_the_configuration(
+    provider: FakeProvider, thread: ThreadOfTest
+) -> None:
+    provider.refusals["conversations"] = [HttpError(status=404), HttpError(status=404)]
+    assert await fails(thread) == (TurnReason.PROVIDER_CONFIG, "")
+    assert len(provider.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (Answer(headers_gate=Gate()), TurnReason.PROVIDER_TIMEOUT),
+        (Answer(fault=Break(how="stall", after=0)), TurnReason.PROVIDER_TIMEOUT),
+        (Answer(fault=Break(how="comments", after=0)), TurnReason.PROVIDER_TIMEOUT),
+        (Answer(fault=Break(how="stall", after=2)), TurnReason.PROVIDER_STALLED),
+        (Answer(fault=Break(how="comments", after=2)), TurnReason.PROVIDER_STALLED),
+    ],
+)
+async def test_silence_has_a_bound(
+    provider: FakeProvider, client: AsyncOpenAI, answer: Answer, reason: TurnReason
+) -> None:
+    agent = OpenAIAgent(client, model="gpt-6-luna", user_key=USER_KEY, first_event=0.2, idle=0.1)
+    provider.then(answer)
+    assert (await fails(ThreadOfTest(agent)))[0] is reason
+    await provider.quiet()
+    assert len(provider.posts) == 1
+
+
+async def test_the_readers_own_time_is_not_the_providers_silence(
+    provider: FakeProvider, client: AsyncOpenAI
+) -> None:
+    agent = OpenAIAgent(client, model="gpt-6-luna", user_key=USER_KEY, first_event=5.0, idle=0.05)
+    fault = Break(how="stall", after=1)
+    provider.then(Answer(fault=fault))
+    async with aclosing(agent.reply(ThreadOfTest(agent).begin("Hello"))) as reply:
+        async for event in reply:
+            if isinstance(event, TextDelta) and not fault.gate.released.is_set():
+                fault.gate.released.set()
+                elapsed = asyncio.Event()
+                asyncio.get_running_loop().call_later(0.1, elapsed.set)
+                await elapsed.wait()
+    assert isinstance(event, RoundFinished)
+
+
+# --- stopping
+
+
+async def test_two_hundred_cancels_leave_no_connection(provider: FakeProvider, agent: OpenAIAgent) -> None:
+    for number in range(200):
+        gate = Gate()
+        stalled = Answer(headers_gate=gate) if number % 2 else Answer(fault=Break(how="stall", gate=gate))
+        provider.then(stalled)
+        stopped = ThreadOfTest(agent)
+        task = asyncio.create_task(stopped.round(stopped.begin("Hello")))
+        await gate.reached.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    await provider.quiet()
+    replies = await asyncio.gather(*(ThreadOfTest(agent).say("Hello") for _ in range(5)))
+    assert len(set(replies)) == 1
+
+
+async def test_closing_the_reply_stops_the_provider(provider: FakeProvider, thread: ThreadOfTest) -> None:
+    for _ in range(20):
+        provider.then(Answer(fault=Break(how="stall")))
+        async with aclosing(thread.agent.reply(thread.begin("Hello"))) as reply:
+            async for event in reply:
+                if isinstance(event, TextDelta):
+                    break
+        await provider.quiet()
+    assert provider.posts
+    assert await thread.say("And now?") == "You said: And now? What would you like to change?"
+
+
+async def test_a_finished_reply_gives_its_connection_back(provider: FakeProvider, thread: ThreadOfTest) -> None:
+    for _ in range(5):
+        await thread.say("Hello")
+    assert provider.accepted == 1
+
+
+# --- discretion
+
+
+async def test_nothing_personal_or_secret_is_logged(
+    provider: FakeProvider, thread: ThreadOfTest, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    provider.then(
+        Answer(output=(Text(text="My heartfelt advice"), Call("goals", '{"arg": "heartfelt"}'))),
+        Answer(),
+        HttpError(status=400, message="heartfelt", code="heartfelt words"),
+        Answer(output=(Text(text="heartfelt"),), ending=Failed("server_error", "heartfelt")),
+    )
+    await thread.say("My heartfelt story")
+    await fails(thread, "My heartfelt story")
+    await fails(thread, "My heartfelt story")
+    logged = [record.getMessage() for record in caplog.records]
+    assert any("reason=PROVIDER_CONFIG status=400" in line and "request_id=req_" in line for line in logged)
+    for line in (*logged, *(str(record.exc_text) for record in caplog.records)):
+        assert "heartfelt" not in line
+        assert KEY not in line
+        assert USER_KEY not in line
+        assert "ann@example.org" not in line
+
+
+# --- the older path, and the provider's own types
+
+
+async def typed_text(client: AsyncOpenAI) -> str:
+    """What the SDK's own stream reads."""
+    text = ""
+    stream = await client.responses.create(model="gpt-6-luna", input="Hello", stream=True)
+    async with stream:
+        async for event in stream:
+            if event.type == "response.output_text.delta":
+                text += event.delta
+    return text
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    pieces=st.lists(
+        st.text(st.characters(exclude_characters="\0"), min_size=1, max_size=8), min_size=1, max_size=6
+    ),
+    newline=st.sampled_from(["\n", "\r\n"]),
+    byte_by_byte=st.booleans(),
+    unknown_events=st.booleans(),
+)
+def test_the_lean_path_reads_what_the_sdk_reads(
+    pieces: list[str], newline: Any, byte_by_byte: bool, unknown_events: bool
+) -> None:
+    async def read_both() -> None:
+        answer = Answer(
+            output=(Text(pieces=tuple(pieces)),),
+            newline=newline,
+            byte_by_byte=byte_by_byte,
+            unknown_events=unknown_events,
+        )
+        async with FakeProvider([answer, answer]) as provider:
+            agent = OpenAIAgent(make_client("", provider.base_url, 2), model="gpt-6-luna", user_key=USER_KEY)
+            client = make_client("", provider.base_url, 2)
+            assert await ThreadOfTest(agent).say("Hello") == await typed_text(client) == "".join(pieces)
+            await agent.aclose()
+            await client.close()
+
+    asyncio.run(read_both())
+
+
+def extras(value: object) -> list[str]:
+    """Fields that the SDK's types do not know, anywhere in a model."""
+    match value:
+        case BaseModel():
+            unknown = list(value.model_extra or {})
+            return unknown + [extra for name in type(value).model_fields for extra in extras(getattr(value, name))]
+        case list():
+            return [extra for item in value for extra in extras(item)]
+        case _:
+            return []
+
+
+EVENT_TYPES: dict[str, type[BaseModel]] = {
+    get_args(variant.model_fields["type"].annotation)[0]: variant
+    for variant in get_args(get_args(ResponseStreamEvent)[0])
+}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        Answer(output=(Reasoning(), Text(), Call("goals", '{"a": 1}'), Call("goals"))),
+        Answer(output=(Text(text="No.", refusal=True),)),
+        Answer(ending=Incomplete()),
+        Answer(ending=Failed()),
+        Answer(ending=ErrorEvent()),
+    ],
+)
+async def test_what_the_provider_sends_fits_the_types_of_the_sdk(
+    provider: FakeProvider, thread: ThreadOfTest, client: AsyncOpenAI, answer: Answer
+) -> None:
+    await thread.say("Hello")
+    provider.then(answer)
+    tools: Any = [{"type": "function", "name": "goals", "parameters": {}, "strict": False}]
+    create = client.responses.with_streaming_response.create
+    async with create(model="gpt-6-luna", input="Hello", tools=tools, stream=True) as response:
+        lines = [line async for line in response.iter_lines()]
+    sent = [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
+    assert len(sent) > 3 or answer.ending != "completed"
+    for number, data in enumerate(sent):
+        kind = httpx2.Response(200, content=data).json()["type"]
+        event = EVENT_TYPES[kind].model_validate_json(data, strict=True)
+        assert extras(event) == []
+        assert event.model_dump()["sequence_number"] == number
+
+
+async def test_the_endpoints_of_conversations(provider: FakeProvider, client: AsyncOpenAI) -> None:
+    made = await client.conversations.create(metadata={"a": "b"})
+    assert (await client.conversations.retrieve(made.id)).metadata == {"a": "b"}
+    items: Any = [{"type": "message", "role": "user", "content": f"{number}"} for number in range(20)]
+    await client.conversations.items.create(made.id, items=items)
+    with pytest.raises(openai.BadRequestError):
+        await client.conversations.items.create(made.id, items=[*items, items[0]])
+    with pytest.raises(openai.BadRequestError):
+        await client.conversations.items.create(made.id, items=[{"type": "message", "role": "nobody"}])  # type: ignore[list-item]
+    listed = [item async for item in client.conversations.items.list(made.id, limit=7, order="asc")]
+    assert [item.id for item in listed] == [item["id"] for item in provider.conversations[made.id].items]
+    newest = await client.conversations.items.list(made.id)
+    assert newest.data[0].id == listed[-1].id
+    one = await client.conversations.items.retrieve(listed[0].id or "", conversation_id=made.id)
+    assert one == listed[0]
+    await client.conversations.items.delete(listed[0].id or "", conversation_id=made.id)
+    assert (await client.conversations.delete(made.id)).deleted
+    assert len(provider.items) == 19
+    with pytest.raises(openai.NotFoundError):
+        await client.conversations.retrieve(made.id)
+
+
+async def test_the_endpoints_of_responses(provider: FakeProvider, client: AsyncOpenAI) -> None:
+    made = await client.responses.create(model="gpt-6-luna", input="Hello")
+    assert made.output_text == "You said: Hello What would you like to change?"
+    assert (await client.responses.retrieve(made.id)).output_text == made.output_text
+    chained = await client.responses.create(model="gpt-6-luna", input="More", previous_response_id=made.id)
+    assert chained.usage is not None
+    await client.responses.delete(made.id)
+    with pytest.raises(openai.NotFoundError):
+        await client.responses.retrieve(made.id)
+    with pytest.raises(openai.BadRequestError):
+        await client.responses.create(model="gpt-6-luna", input="Hello", extra_body={"invented": 1})
+    answer: Any = [{"type": "function_call_output", "call_id": "x", "output": "y"}]
+    with pytest.raises(openai.BadRequestError, match="No tool call found"):
+        await client.responses.create(model="gpt-6-luna", input=answer)
+
+
+async def test_an_aborted_response_leaves_nothing_in_its_conversation(
+    provider: FakeProvider, thread: ThreadOfTest, client: AsyncOpenAI
+) -> None:
+    fault = Break(how="stall")
+    provider.then(Answer(fault=fault))
+    task = asyncio.create_task(thread.round(thread.begin("Hello")))
+    await fault.gate.reached.wait()
+    (conversation,) = provider.conversations.values()
+    with pytest.raises(openai.BadRequestError) as caught:
+        await client.responses.create(model="gpt-6-luna", input="Hi", conversation=conversation.id)
+    assert caught.value.code == "conversation_locked"
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await provider.quiet()
+    assert conversation.items == []
+
+
+# --- models
+
+
+async def test_the_last_day_of_a_model(provider: FakeProvider, client: AsyncOpenAI) -> None:
+    assert await model_sunset(client, "gpt-4o") == date(2027, 1, 14)
+    assert await model_sunset(client, "gpt-6-luna") is None
+    provider.models["odd"] = "soon"
+    assert await model_sunset(client, "odd") is None
+    with pytest.raises(ModelMissing):
+        await model_sunset(client, "gpt-3")
+    wrong = make_client("sk-wrong", provider.base_url, 1)
+    with pytest.raises(KeyRefused):
+        await model_sunset(wrong, "gpt-4o")
+    await wrong.close()
+
+
+@pytest.mark.parametrize(
+    ("today", "warning"),
+    [
+        (date(2026, 11, 15), None),
+        (date(2026, 11, 16), "The model gpt-4o leaves the API on 2027-01-14, in 59 days. "),
+        (date(2027, 1, 13), "The model gpt-4o leaves the API on 2027-01-14, in 1 day. "),
+        (date(2027, 1, 15), "The model gpt-4o left the API on 2027-01-14. "),
+    ],
+)
+def test_the_warning_before_the_last_day(today: date, warning: str | None) -> None:
+    said = sunset_warning("gpt-4o", date(2027, 1, 14), today)
+    assert said == (warning and warning + "Set OPENAI_MODEL to another one.")
+    assert sunset_warning("gpt-6-luna", None, today) is None

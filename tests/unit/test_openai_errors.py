@@ -1,0 +1,171 @@
+"""What the provider's errors mean."""
+
+import json
+import ssl
+
+import anyio
+import httpx2
+import openai
+import pytest
+
+from adapters.openai.errors import Exchange, Remedy, classified, fault_in_stream, fault_of, translated
+from adapters.openai.retry import LOCK_WAITS, Patience
+from core.model.turn import TurnReason as R
+
+REQUEST = httpx2.Request("POST", "http://127.0.0.1/v1/responses")
+LOCKED = "conversation_locked"
+NONE, RETRY, WAIT, REBUILD = Remedy.NONE, Remedy.RETRY, Remedy.WAIT, Remedy.REBUILD
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "message", "param", "reason", "remedy"),
+    [
+        (400, LOCKED, "Another process is currently operating", "conversation", R.PROVIDER_UNAVAILABLE, WAIT),
+        (400, "context_length_exceeded", "", "input", R.CONTEXT_TOO_LONG, NONE),
+        (400, "", "This model's maximum context length is 4096 tokens.", "", R.CONTEXT_TOO_LONG, NONE),
+        (413, "", "", "", R.CONTEXT_TOO_LONG, NONE),
+        (400, "content_filter", "", "", R.CONTENT_FILTERED, NONE),
+        (400, "invalid_prompt", "flagged", "", R.CONTENT_FILTERED, NONE),
+        (400, "model_not_found", "", "model", R.PROVIDER_CONFIG, NONE),
+        (404, "model_not_found", "", "", R.PROVIDER_CONFIG, NONE),
+        (404, "", "The model does not exist.", "model", R.PROVIDER_CONFIG, NONE),
+        (404, "", "Conversation with id 'conv_1' not found.", "", R.PROVIDER_CONFIG, REBUILD),
+        (400, "previous_response_not_found", "", "", R.PROVIDER_CONFIG, REBUILD),
+        (400, "", "No tool output found for function call call_1.", "input", R.PROVIDER_PROTOCOL, REBUILD),
+        (400, "", "No tool call found for function call output.", "input", R.PROVIDER_PROTOCOL, REBUILD),
+        (400, "unsupported_parameter", "", "temperature", R.PROVIDER_CONFIG, NONE),
+        (401, "invalid_api_key", "", "", R.PROVIDER_CONFIG, NONE),
+        (403, "", "", "", R.PROVIDER_CONFIG, NONE),
+        (422, "", "", "", R.PROVIDER_CONFIG, NONE),
+        (429, "rate_limit_exceeded", "Please try again in 1s.", "", R.PROVIDER_RATE_LIMITED, RETRY),
+        (429, "rate_limit_exceeded", "Request too large for gpt-6-luna", "", R.PROVIDER_RATE_LIMITED, NONE),
+        (429, "insufficient_quota", "", "", R.PROVIDER_RATE_LIMITED, NONE),
+        (429, "", "", "", R.PROVIDER_RATE_LIMITED, RETRY),
+        (408, "", "", "", R.PROVIDER_TIMEOUT, RETRY),
+        (500, "server_error", "", "", R.PROVIDER_UNAVAILABLE, RETRY),
+        (502, "", "", "", R.PROVIDER_UNAVAILABLE, RETRY),
+        (503, "server_is_overloaded", "", "", R.PROVIDER_UNAVAILABLE, RETRY),
+        (None, "slow_down", "", "", R.PROVIDER_UNAVAILABLE, RETRY),
+        (None, "something_new", "", "", R.PROVIDER_UNAVAILABLE, NONE),
+    ],
+)
+def test_the_table(status: int | None, code: str, message: str, param: str, reason: R, remedy: Remedy) -> None:
+    fault = classified(status, code, message, param)
+    assert (fault.reason, fault.remedy) == (reason, remedy)
+    assert fault.status == status
+
+
+@pytest.mark.parametrize(
+    ("error", "opened", "started", "reason", "remedy"),
+    [
+        (httpx2.ConnectError("refused"), False, False, R.PROVIDER_UNAVAILABLE, RETRY),
+        (httpx2.ConnectTimeout("slow"), False, False, R.PROVIDER_TIMEOUT, RETRY),
+        (httpx2.PoolTimeout("full"), False, False, R.PROVIDER_UNAVAILABLE, NONE),
+        (httpx2.ReadTimeout("slow"), False, False, R.PROVIDER_TIMEOUT, NONE),
+        (httpx2.WriteTimeout("slow"), False, False, R.PROVIDER_TIMEOUT, NONE),
+        (httpx2.ReadTimeout("slow"), True, True, R.PROVIDER_STALLED, NONE),
+        (TimeoutError(), True, False, R.PROVIDER_TIMEOUT, NONE),
+        (TimeoutError(), True, True, R.PROVIDER_STALLED, NONE),
+        (httpx2.RemoteProtocolError("gone"), False, False, R.PROVIDER_UNAVAILABLE, NONE),
+        (httpx2.RemoteProtocolError("cut"), True, False, R.PROVIDER_TRUNCATED, NONE),
+        (httpx2.ReadError("reset"), True, True, R.PROVIDER_TRUNCATED, NONE),
+        (ssl.SSLError("odd"), True, True, R.PROVIDER_TRUNCATED, NONE),
+        (anyio.EndOfStream(), True, True, R.PROVIDER_TRUNCATED, NONE),
+        (httpx2.DecodingError("gzip"), True, True, R.PROVIDER_PROTOCOL, NONE),
+        (httpx2.UnsupportedProtocol("ftp"), False, False, R.PROVIDER_CONFIG, NONE),
+        (json.JSONDecodeError("bad", "{", 1), True, False, R.PROVIDER_PROTOCOL, NONE),
+        (openai.APITimeoutError(REQUEST), False, False, R.PROVIDER_TIMEOUT, NONE),
+        (openai.APIConnectionError(request=REQUEST), False, False, R.PROVIDER_UNAVAILABLE, NONE),
+        (openai.OpenAIError("no key"), False, False, R.PROVIDER_CONFIG, NONE),
+    ],
+)
+def test_exceptions(error: Exception, opened: bool, started: bool, reason: R, remedy: Remedy) -> None:
+    fault = fault_of(error, Exchange(opened=opened, started=started))
+    assert fault is not None
+    assert (fault.reason, fault.remedy) == (reason, remedy)
+
+
+def test_the_cause_of_a_connection_error_decides() -> None:
+    error = openai.APIConnectionError(request=REQUEST)
+    error.__cause__ = httpx2.ConnectError("refused")
+    fault = fault_of(error, Exchange())
+    assert fault is not None
+    assert fault.remedy is Remedy.RETRY
+
+
+def status_error(status: int, headers: dict[str, str], body: object = None) -> openai.APIStatusError:
+    response = httpx2.Response(status, headers=headers, request=REQUEST)
+    return openai.APIStatusError("Please try again in 20ms.", response=response, body=body)
+
+
+@pytest.mark.parametrize(
+    ("headers", "wait"),
+    [
+        ({"retry-after": "3"}, 3.0),
+        ({"retry-after-ms": "250", "retry-after": "1"}, 0.25),
+        ({"retry-after": "Wed, 21 Oct 2026 07:28:00 GMT"}, 0.02),
+        ({"retry-after": "nan"}, 0.02),
+        ({}, 0.02),
+    ],
+)
+def test_how_long_the_provider_asks_to_wait(headers: dict[str, str], wait: float) -> None:
+    fault = fault_of(status_error(429, headers), Exchange())
+    assert fault is not None
+    assert fault.retry_after == pytest.approx(wait)
+
+
+def test_what_is_kept_of_an_error_is_safe_to_log() -> None:
+    body = {"code": "a code with words of the user", "message": "secret", "param": {"x": "secret"}}
+    fault = fault_of(status_error(400, {"x-request-id": "req_1"}, body), Exchange())
+    assert fault is not None
+    assert (fault.code, fault.status, fault.request_id) == ("", 400, "req_1")
+    assert "secret" not in str(fault)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason", "remedy"),
+    [
+        ({"code": "server_error", "message": "m"}, R.PROVIDER_UNAVAILABLE, RETRY),
+        ({"type": "error", "code": "rate_limit_exceeded"}, R.PROVIDER_RATE_LIMITED, RETRY),
+        ({"type": "invalid_request_error", "code": None, "message": "m"}, R.PROVIDER_CONFIG, NONE),
+        ({"type": "invalid_request_error", "code": LOCKED}, R.PROVIDER_UNAVAILABLE, WAIT),
+        ({"code": "404", "message": "Conversation not found"}, R.PROVIDER_CONFIG, REBUILD),
+        ({"code": 500}, R.PROVIDER_UNAVAILABLE, RETRY),
+        ({"code": "context_length_exceeded"}, R.CONTEXT_TOO_LONG, NONE),
+        (None, R.PROVIDER_UNAVAILABLE, NONE),
+        ("words", R.PROVIDER_UNAVAILABLE, NONE),
+    ],
+)
+def test_errors_within_a_stream(error: object, reason: R, remedy: Remedy) -> None:
+    fault = fault_in_stream(error)
+    assert (fault.reason, fault.remedy) == (reason, remedy)
+
+
+def test_other_exceptions_are_nobody_elses_fault() -> None:
+    with pytest.raises(LookupError), translated(Exchange()):
+        raise LookupError
+
+
+async def test_patience_has_an_end() -> None:
+    waited: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        waited.append(seconds)
+
+    patience = Patience(sleep)
+    limited = classified(429, "", "", "", retry_after=7.0)
+    down = classified(503, "", "", "")
+    locked = classified(400, LOCKED, "", "")
+    assert [await patience.wait(fault) for fault in (limited, down, down)] == [True, True, False]
+    assert waited[0] == 7.0
+    assert 0.75 <= waited[1] <= 1.25
+    waited.clear()
+    assert [await patience.wait(locked) for _ in range(5)] == [True, True, True, True, False]
+    assert all(0.75 * asked <= slept <= 1.25 * asked for asked, slept in zip(LOCK_WAITS, waited, strict=True))
+
+
+async def test_a_wait_that_is_too_long_is_not_begun() -> None:
+    async def sleep(_: float) -> None:
+        raise AssertionError
+
+    assert not await Patience(sleep).wait(classified(429, "", "", "", retry_after=21.0))

@@ -1,0 +1,138 @@
+"""What a response's events say."""
+
+import json
+
+import pytest
+
+from adapters.openai.round import RoundReader
+from core.model.events import TextDelta, ToolCalled
+from core.model.turn import TurnReason
+
+DELTA = "response.output_text.delta"
+
+
+def event(kind: str, **fields: object) -> bytes:
+    return json.dumps({"type": kind, **fields}).encode()
+
+
+def delta(text: str, number: int | None = None, place: int = 0) -> bytes:
+    numbered = {} if number is None else {"sequence_number": number}
+    return event(DELTA, delta=text, output_index=place, content_index=0, **numbered)
+
+
+def test_a_pair_cut_in_two_is_joined() -> None:
+    reader = RoundReader()
+    assert reader.read([delta("a\ud83d")]) == [TextDelta("a")]
+    assert reader.read([delta("\ude00b")]) == [TextDelta("\U0001f600b")]
+
+
+def test_half_a_pair_that_stays_alone_is_replaced() -> None:
+    reader = RoundReader()
+    done = event("response.completed", response={})
+    assert reader.read([delta("a\ud83d"), done]) == [TextDelta("a\ufffd")]
+
+
+def test_an_event_sent_twice_counts_once() -> None:
+    assert RoundReader().read([delta("a", 4), delta("a", 4), delta("b", 5), delta("a", 4)]) == [TextDelta("ab")]
+
+
+def test_events_without_numbers_all_count() -> None:
+    assert RoundReader().read([delta("a"), delta("a")]) == [TextDelta("aa")]
+
+
+def test_text_that_comes_only_whole_is_not_lost_and_never_doubled() -> None:
+    place = {"output_index": 0, "content_index": 0}
+    item = {"type": "message", "content": [{"type": "output_text", "text": "abc"}]}
+    wholes = [
+        event("response.output_text.done", text="abc", **place),
+        event("response.output_item.done", output_index=0, item=item),
+        event("response.completed", response={"output": [item]}),
+    ]
+    for first in range(3):
+        assert RoundReader().read(wholes[first:]) == [TextDelta("abc")]
+        assert RoundReader().read([delta("a"), *wholes[first:2], delta("")]) == [
+            TextDelta("abc" if first < 2 else "a")
+        ]
+
+
+def test_a_lost_delta_is_no_silent_splice() -> None:
+    reader = RoundReader()
+    reader.read([delta("a"), delta("c"), event("response.output_text.done", text="abc")])
+    assert reader.fault is not None
+    assert reader.fault.reason is TurnReason.PROVIDER_PROTOCOL
+
+
+def test_text_before_a_failure_in_the_same_bytes_is_kept() -> None:
+    reader = RoundReader()
+    assert reader.read([delta("a"), b"{"]) == [TextDelta("a")]
+    assert reader.fault is not None
+
+
+def test_a_second_message_is_set_apart() -> None:
+    assert RoundReader().read([delta("a"), delta("b", place=1), delta("c", place=1)]) == [TextDelta("a\n\nbc")]
+    assert RoundReader(follows_text=True).read([delta("a")]) == [TextDelta("\n\na")]
+
+
+def test_text_without_end_is_refused() -> None:
+    reader = RoundReader()
+    for _ in range(101):
+        reader.read([delta("x" * 10_000)])
+    assert reader.fault is not None
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        event(DELTA),
+        event(DELTA, delta=None),
+        event("response.output_text.done", text=3),
+        event("response.completed"),
+        event("response.completed", response=None),
+        event("response.output_item.done", item=[]),
+        event("response.output_item.done", item={"type": "function_call", "name": "x"}),
+    ],
+)
+def test_events_without_their_fields_break_the_protocol(broken: bytes) -> None:
+    reader = RoundReader()
+    reader.read([broken])
+    assert reader.fault is not None
+    assert reader.fault.reason is TurnReason.PROVIDER_PROTOCOL
+
+
+@pytest.mark.parametrize(
+    "usage", [None, [], {}, {"input_tokens": None, "input_tokens_details": None}, {"output_tokens_details": {}}]
+)
+def test_usage_may_be_left_out(usage: object) -> None:
+    reader = RoundReader()
+    reader.read([event("response.completed", response={"usage": usage})])
+    assert reader.end is not None
+    assert reader.end.usage.input_tokens == 0
+
+
+def test_calls_come_with_the_end_and_once() -> None:
+    item = {"type": "function_call", "call_id": "call_1", "name": "goals", "arguments": '{"a": 1}'}
+    reader = RoundReader()
+    reader.read([event("response.output_item.done", output_index=0, item=item)])
+    assert reader.end is None
+    reader.read([event("response.completed", response={"output": [item]})])
+    assert reader.end is not None
+    assert reader.end.calls == (ToolCalled("call_1", "goals", '{"a": 1}'),)
+
+
+def test_an_answer_that_falls_short_calls_nothing() -> None:
+    item = {"type": "function_call", "call_id": "call_1", "name": "goals", "arguments": "{"}
+    reader = RoundReader()
+    details = {"reason": "max_output_tokens"}
+    reader.read(
+        [
+            event("response.output_item.done", output_index=0, item=item),
+            event("response.incomplete", response={"incomplete_details": details}),
+        ]
+    )
+    assert reader.end is not None
+    assert (reader.end.calls, reader.end.shortfall) == ((), TurnReason.OUTPUT_LIMIT)
+
+
+def test_what_follows_the_end_is_not_read() -> None:
+    reader = RoundReader()
+    assert reader.read([delta("a"), event("response.completed", response={}), delta("b")]) == [TextDelta("a")]
