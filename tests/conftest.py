@@ -10,12 +10,12 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from doubles import ManualClock
 
 from adapters.memory.store import MemoryStore
 from adapters.sql.schema import migrate
 from adapters.sql.store import SqlStore
 from core.ports.store import Store
+from doubles import ManualClock
 
 
 @pytest.fixture(autouse=True)

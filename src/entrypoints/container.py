@@ -34,7 +34,7 @@ def _catalog(settings: Settings) -> Catalog:
     from adapters.catalog.loader import CatalogError, load_catalog
 
     try:
-        return load_catalog(settings.agents_dir, settings.openai_assistant_id)
+        return load_catalog(settings.agents_dir, settings.openai_assistant_id or "")
     except CatalogError as error:
         raise SettingsError(error.faults) from error
 

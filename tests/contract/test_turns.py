@@ -5,7 +5,6 @@ from contextlib import aclosing
 from dataclasses import replace
 
 import pytest
-from doubles import DONE, Gate, NotedTools, ScriptedAgent, kinds, service, text_of
 
 from adapters.system import Ids
 from core.model.errors import (
@@ -30,6 +29,7 @@ from core.ports.turns import RequestKey
 from core.use_cases.read_threads import MessageQuery
 from core.use_cases.recover_turns import recover_turns
 from core.use_cases.turn_engine import MAX_OUTPUT, MAX_TOOL_ROUNDS, TurnLimits
+from doubles import DONE, Gate, NotedTools, ScriptedAgent, kinds, service, text_of
 
 
 async def test_a_turn_is_started_text_finished(store: Store) -> None:

@@ -1,6 +1,6 @@
 """The one table from errors to statuses, and what travels with them."""
 
-from typing import NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 import grpc
 from google.protobuf import any_pb2
@@ -10,6 +10,8 @@ from grpc_status import rpc_status
 from core.model import errors
 
 DOMAIN = "agents.vidacoach"
+
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
 class MalformedRequest(errors.CoreError):
@@ -38,7 +40,7 @@ STATUS: dict[type[errors.CoreError], grpc.StatusCode] = {
 }
 
 
-async def refuse(context: grpc.aio.ServicerContext[object, object], error: errors.CoreError) -> NoReturn:
+async def refuse(context: Context, error: errors.CoreError) -> NoReturn:
     """Ends the call with an error's status, reason and details."""
     details: list[any_pb2.Any] = [
         _packed(error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.details))
@@ -53,7 +55,7 @@ async def refuse(context: grpc.aio.ServicerContext[object, object], error: error
     await _abort(context, STATUS[type(error)], error.message, details)
 
 
-async def refuse_unforeseen(context: grpc.aio.ServicerContext[object, object], request_id: str) -> NoReturn:
+async def refuse_unforeseen(context: Context, request_id: str) -> NoReturn:
     """Ends the call INTERNAL with nothing but an id that the log knows too."""
     details = [
         _packed(error_details_pb2.ErrorInfo(reason="INTERNAL", domain=DOMAIN)),
@@ -63,7 +65,7 @@ async def refuse_unforeseen(context: grpc.aio.ServicerContext[object, object], r
 
 
 async def _abort(
-    context: grpc.aio.ServicerContext[object, object],
+    context: Context,
     code: grpc.StatusCode,
     message: str,
     details: list[any_pb2.Any],

@@ -1,6 +1,6 @@
 """AdminService: what the operators' commands ask of the owner of an embedded database."""
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import grpc
 
@@ -9,7 +9,7 @@ from entrypoints.grpc_api import mapping
 from entrypoints.grpc_api.gen.vidacoach.admin.v1 import admin_service_pb2 as api
 from entrypoints.grpc_api.gen.vidacoach.admin.v1.admin_service_pb2_grpc import AdminServiceServicer
 
-_Context = grpc.aio.ServicerContext[Any, Any]
+_Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
 class AdminService(AdminServiceServicer):

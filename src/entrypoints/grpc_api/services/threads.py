@@ -1,6 +1,6 @@
 """ThreadService."""
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import grpc
 
@@ -11,7 +11,7 @@ from entrypoints.grpc_api import mapping
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import thread_service_pb2 as api
 from entrypoints.grpc_api.gen.vidacoach.agents.v1.thread_service_pb2_grpc import ThreadServiceServicer
 
-_Context = grpc.aio.ServicerContext[Any, Any]
+_Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 _UPDATABLE = frozenset({"title", "metadata"})
 
 

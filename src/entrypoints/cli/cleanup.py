@@ -1,0 +1,184 @@
+"""`vida-coach cleanup`."""
+
+import argparse
+import asyncio
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from entrypoints.cli.failure import TRY_LATER, USAGE, Failure, explained
+
+if TYPE_CHECKING:
+    from core.use_cases.clean_up_threads import Cleanup, CleanupReport
+    from entrypoints.settings import Settings
+
+_START_WAIT = 10.0
+"""Seconds to wait for an owner that holds the database but does not answer yet."""
+
+Progress = Callable[[int, int], None]
+
+
+def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Adds the command."""
+    parser = subparsers.add_parser(
+        "cleanup",
+        help="expire threads that nobody has used for a while",
+        description="Makes threads INACTIVE whose newest message is older than the time to live. They stay "
+        "readable, and a new message wakes them; a thread with a turn that has not ended is never touched. Works "
+        "in batches, beside traffic, and goes on where a stopped cleanup left off. Meant to be run daily.",
+        epilog="exit codes: 0 done, 1 failed, 2 usage, 75 another cleanup is running",
+    )
+    parser.add_argument(
+        "--ttl-days",
+        type=int,
+        metavar="N",
+        help="days since the newest message (default: OPENAI_THREAD_TTL, 30); 0 expires every idle thread",
+    )
+    parser.add_argument("--batch-size", type=int, metavar="N", help="threads a transaction (default: 1000)")
+    parser.add_argument("--dry-run", action="store_true", help="count only, change nothing")
+    parser.add_argument(
+        "--domain", choices=["career", "health", "relationship", "general"], help="only threads of this domain"
+    )
+    parser.add_argument(
+        "--format", choices=["text", "json"], default="text", help="what stdout gets (default: text)"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs the command."""
+    with explained():
+        from core.model.agent import Domain
+        from core.model.errors import CleanupRunning, InvalidField
+        from core.use_cases.clean_up_threads import DEFAULT_BATCH, Cleanup
+        from entrypoints.observability import set_up_logging
+        from entrypoints.settings import load_settings
+
+        settings = load_settings()
+        set_up_logging(settings)
+        cleanup = Cleanup(
+            ttl_days=settings.openai_thread_ttl if options.ttl_days is None else options.ttl_days,
+            batch_size=DEFAULT_BATCH if options.batch_size is None else options.batch_size,
+            dry_run=options.dry_run,
+            domain=Domain(options.domain) if options.domain else None,
+        )
+        try:
+            cleanup.check()
+            report = _clean_up(settings, cleanup, _progress())
+        except InvalidField as error:
+            raise Failure(f"--{error.field.replace('_', '-')} {error.problem}", USAGE) from error
+        except CleanupRunning as error:
+            raise Failure("another cleanup is running: try again when it is done", TRY_LATER) from error
+    if options.format == "json":
+        print(json.dumps(_as_json(report)))
+    else:
+        verb = "would expire" if report.dry_run else "expired"
+        print(
+            f"{verb} {report.expired} threads idle since before {report.cutoff:%Y-%m-%d %H:%M:%S} UTC "
+            f"({report.batches} batches, {report.seconds:.1f} s)"
+        )
+    return 0
+
+
+def _progress() -> Progress:
+    if not sys.stderr.isatty():
+        return lambda *_: None
+    return lambda expired, batches: print(f"{expired} threads expired in {batches} batches …", file=sys.stderr)
+
+
+def _as_json(report: "CleanupReport") -> dict[str, object]:
+    return {
+        "cutoff": report.cutoff.isoformat(),
+        "dry_run": report.dry_run,
+        "expired": report.expired,
+        "deleted": report.deleted,
+        "batches": report.batches,
+        "seconds": report.seconds,
+    }
+
+
+def _clean_up(settings: "Settings", cleanup: "Cleanup", progress: Progress) -> "CleanupReport":
+    from adapters.sql.engines import database_file, is_embedded
+    from adapters.sql.schema import SchemaState, SchemaTooNewError, migrate, schema_state
+    from core.model.errors import CleanupRunning
+    from entrypoints.ownership import DatabaseOwnedError, Ownership
+
+    if not is_embedded(settings.database):
+        state = schema_state(settings.database)
+        if state is not SchemaState.CURRENT:
+            raise Failure(f"the database's schema is {state.value}: run `vida-coach migrate`")
+        return asyncio.run(_run_here(settings, cleanup, progress))
+    database = database_file(settings.database)
+    deadline = time.monotonic() + _START_WAIT
+    while True:
+        try:
+            with Ownership(database, "cleanup"):
+                migrate(settings.database)
+                return asyncio.run(_run_here(settings, cleanup, progress))
+        except SchemaTooNewError as error:
+            raise Failure(str(error)) from error
+        except DatabaseOwnedError as owned:
+            if owned.role == "cleanup":
+                raise CleanupRunning from owned
+            report = _ask_owner(database, cleanup, progress)
+            if report is not None:
+                return report
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(0.1)  # the owner is starting or leaving
+
+
+async def _run_here(settings: "Settings", cleanup: "Cleanup", progress: Progress) -> "CleanupReport":
+    from entrypoints.container import opened
+
+    async def tell(expired: int, batches: int) -> None:
+        progress(expired, batches)
+
+    async with opened(settings) as container:
+        return await container.cleanup()(cleanup, tell)
+
+
+def _ask_owner(database: Path, cleanup: "Cleanup", progress: Progress) -> "CleanupReport | None":
+    """Has the owner run it. None if the owner does not listen."""
+    from datetime import datetime
+
+    import grpc
+
+    from core.model.errors import CleanupRunning
+    from core.use_cases.clean_up_threads import CleanupReport
+    from entrypoints.grpc_api.gen.vidacoach.admin.v1 import admin_service_pb2 as api
+    from entrypoints.grpc_api.gen.vidacoach.admin.v1.admin_service_pb2_grpc import AdminServiceStub
+    from entrypoints.grpc_api.gen.vidacoach.agents.v1 import resources_pb2 as pb
+    from entrypoints.grpc_api.mapping import DOMAINS
+    from entrypoints.ownership import socket_path
+
+    request = api.CleanupRequest(
+        ttl_days=cleanup.ttl_days,
+        batch_size=cleanup.batch_size,
+        dry_run=cleanup.dry_run,
+        domain=DOMAINS[cleanup.domain] if cleanup.domain else pb.DOMAIN_UNSPECIFIED,
+    )
+    with grpc.insecure_channel(f"unix:{socket_path(database)}") as channel:
+        try:
+            for response in AdminServiceStub(channel).Cleanup(request):
+                if response.HasField("report"):
+                    report = response.report
+                    return CleanupReport(
+                        cutoff=datetime.fromisoformat(report.cutoff),
+                        dry_run=report.dry_run,
+                        expired=report.expired,
+                        deleted=report.deleted,
+                        batches=report.batches,
+                        seconds=report.seconds,
+                    )
+                progress(response.progress.expired, response.progress.batches)
+        except grpc.RpcError as error:
+            code = error.code()
+            if code is grpc.StatusCode.ABORTED:
+                raise CleanupRunning from error
+            if code is not grpc.StatusCode.UNAVAILABLE:
+                raise Failure(f"the owner of the database could not clean up: {code.name}") from error
+    return None
