@@ -64,7 +64,7 @@ async def served(agent: Agent | None = None, tools: Tools | None = None) -> Asyn
     """
     overridden: list[Any] = []
     if agent is not None:
-        doubles = {
+        doubles: dict[Any, object] = {
             Container.agent: agent,
             Container.tools: tools or NotedTools(),
             Container.catalog: CATALOG,

@@ -47,9 +47,13 @@ def _agent(settings: Settings) -> Agent:
     from adapters.openai import OpenAIAgent, make_client
 
     key = settings.openai_api_key.get_secret_value() if settings.openai_api_key else ""
+    user_key = settings.user_hash_key.get_secret_value() if settings.user_hash_key else key
     client = make_client(key, settings.openai_base_url, max_connections=settings.max_turns + 10)
     return OpenAIAgent(
-        client, model=settings.openai_model, user_key=key or "vida-coach", state_mode=settings.openai_state.value
+        client,
+        model=settings.openai_model,
+        user_key=user_key or "vida-coach",  # a server without a key is one's own: there is nobody to hide from
+        state_mode=settings.openai_state.value,
     )
 
 

@@ -88,6 +88,9 @@ class Settings(BaseSettings):
     openai_state: StateMode = _setting(
         "OPENAI_STATE", "where the provider finds the conversation", StateMode.CONVERSATION
     )
+    user_hash_key: SecretStr | None = _setting(
+        "VIDA_USER_HASH_KEY", "key of the hash that stands for a user at the provider; unset: OPENAI_API_KEY", None
+    )
     database_url: SecretStr = _setting(
         "VIDA_DATABASE_URL", "sqlite:///FILE or postgresql://…", SecretStr(""), validate_default=True
     )

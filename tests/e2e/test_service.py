@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from typing import Any
 
 import grpc
 import pytest
@@ -251,7 +252,7 @@ async def test_an_exceptions_text_reaches_neither_client_nor_log(caplog: pytest.
         raise ValueError("secret words")
 
     async with served(ScriptedAgent()) as client:
-        service = client.container.agent_service()
+        service: Any = client.container.agent_service()
         service._threads.turn = explode
         with pytest.raises(grpc.aio.AioRpcError) as error:
             await client.agents.GetTurn(api.GetTurnRequest(user_id="ada", turn_id="x"))

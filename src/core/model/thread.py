@@ -14,6 +14,10 @@ MAX_METADATA_KEY = 64
 MAX_METADATA_VALUE = 512
 
 
+UNSYNCED = -1
+"""`synced_to` of a copy that may hold anything."""
+
+
 class ThreadState(StrEnum):
     """Whether a thread is in use."""
 
@@ -42,7 +46,7 @@ class ProviderState:
     """What is known of the provider's copy of a thread. SQL is the record; this copy is a cache.
 
     `synced_to` is the number of transcript lines that the copy is known to mirror: where it is less than the
-    thread's own count, the copy is rebuilt before it is used. `retired` holds the ids of the copies that were
+    thread's own count, the copy is rebuilt before it is used; UNSYNCED says that nothing is known of it. `retired` holds the ids of the copies that were
     replaced and still have to be erased there.
     """
 

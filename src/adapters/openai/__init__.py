@@ -1,0 +1,16 @@
+"""The coach's replies from OpenAI, or from any server that speaks its Responses API."""
+
+from adapters.openai.agent import OpenAIAgent
+from adapters.openai.client import make_client
+from adapters.openai.memory import StateMode
+from adapters.openai.models import KeyRefused, ModelMissing, model_sunset, sunset_warning
+
+__all__ = [
+    "KeyRefused",
+    "ModelMissing",
+    "OpenAIAgent",
+    "StateMode",
+    "make_client",
+    "model_sunset",
+    "sunset_warning",
+]

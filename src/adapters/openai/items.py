@@ -1,0 +1,92 @@
+"""From lines of the transcript to items of the API."""
+
+from collections.abc import Iterable, Sequence
+from typing import cast
+
+from openai.types.responses import ResponseInputItemParam, ResponseOutputMessageParam
+
+from core.model.message import ContentPart, Message, RefusalPart, Role, ToolExchange
+from core.ports.agent import ReplyRequest, ToolRound
+
+
+def labels(request: ReplyRequest) -> dict[str, str]:
+    """What is said at the provider of whose thread this is, to find it again: ids, and nothing of a person."""
+    return {
+        "thread_id": request.thread_id,
+        "agent_id": request.definition.id,
+        "domain": request.domain.value,
+    }
+
+
+def history_items(messages: Iterable[Message]) -> list[ResponseInputItemParam]:
+    """A transcript, line by line. A line of a tool is two items, a line without text none."""
+    items: list[ResponseInputItemParam] = []
+    for message in messages:
+        match message.role:
+            case Role.USER:
+                items.append(_user_item(message))
+            case Role.ASSISTANT if message.text:
+                items.append(_assistant_item(message.content, partial=message.partial))
+            case Role.TOOL if message.tool is not None:
+                items += _exchange_items(message.tool)
+            case _:
+                continue
+    return items
+
+
+def turn_items(request: ReplyRequest) -> list[ResponseInputItemParam]:
+    """Everything of the turn so far: the user's message and the rounds that are finished."""
+    items = [_user_item(request.message)]
+    for finished in request.rounds:
+        if finished.text:
+            items.append({"type": "message", "role": "assistant", "content": finished.text})
+        for exchange in finished.exchanges:
+            items += _exchange_items(exchange)
+    return items
+
+
+def output_items(finished: ToolRound) -> list[ResponseInputItemParam]:
+    """The answers to the calls of a round."""
+    return [_output_item(exchange) for exchange in finished.exchanges]
+
+
+def _user_item(message: Message) -> ResponseInputItemParam:
+    return {
+        "type": "message",
+        "role": "user",
+        "content": [{"type": "input_text", "text": part.text} for part in message.content],
+    }
+
+
+def _assistant_item(content: Sequence[ContentPart], *, partial: bool) -> ResponseInputItemParam:
+    if not any(isinstance(part, RefusalPart) for part in content):
+        return {"type": "message", "role": "assistant", "content": "".join(part.text for part in content)}
+    message = {
+        "type": "message",
+        "role": "assistant",
+        "status": "incomplete" if partial else "completed",
+        "content": [
+            {"type": "refusal", "refusal": part.text}
+            if isinstance(part, RefusalPart)
+            else {"type": "output_text", "text": part.text, "annotations": []}
+            for part in content
+        ],
+    }
+    # The SDK's type asks for an id, the API doesn't: OpenAI's own agents SDK strips it before it adds items.
+    return cast("ResponseOutputMessageParam", message)
+
+
+def _exchange_items(exchange: ToolExchange) -> list[ResponseInputItemParam]:
+    return [
+        {
+            "type": "function_call",
+            "call_id": exchange.call_id,
+            "name": exchange.name,
+            "arguments": exchange.arguments_json,
+        },
+        _output_item(exchange),
+    ]
+
+
+def _output_item(exchange: ToolExchange) -> ResponseInputItemParam:
+    return {"type": "function_call_output", "call_id": exchange.call_id, "output": exchange.output}

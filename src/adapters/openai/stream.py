@@ -1,0 +1,177 @@
+"""From the bytes of a streamed answer to its events, decoding only those that matter."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import suppress
+from typing import Any, TypeVar
+
+import jiter
+
+from adapters.openai.errors import ProviderFault
+from core.model.turn import TurnReason
+
+T = TypeVar("T")
+
+MAX_EVENT_BYTES = 1 << 20
+DRAIN_SECONDS = 0.5
+
+_WANTED = frozenset(
+    {
+        b"response.output_text.delta",
+        b"response.output_text.done",
+        b"response.refusal.delta",
+        b"response.refusal.done",
+        b"response.output_item.done",
+        b"response.completed",
+        b"response.incomplete",
+        b"response.failed",
+    }
+)
+
+
+class SseSplitter:
+    """Splits a stream of Server-Sent Events, however it is cut into chunks.
+
+    Takes LF, CRLF and CR. Half an event at the end of the stream is no event. Raises ProviderFault
+    (`PROVIDER_PROTOCOL`) where an event is longer than `max_event` bytes.
+    """
+
+    def __init__(self, max_event: int = MAX_EVENT_BYTES) -> None:
+        self._max_event = max_event
+        self._buffer = bytearray()
+        self._after_cr = False
+
+    def feed(self, chunk: bytes) -> list[bytes]:
+        """Takes the next bytes; returns the data of the events that they complete, comments left out.
+
+        The data of an event whose name says that nobody wants it is b"".
+        """
+        if self._after_cr or b"\r" in chunk:
+            chunk = self._with_line_feeds(chunk)
+        buffer = self._buffer
+        searched = max(len(buffer) - 1, 0)
+        buffer += chunk
+        end = buffer.rfind(b"\n\n", searched)
+        if end < 0:
+            self._check(len(buffer))
+            return []
+        blocks = bytes(buffer[:end]).split(b"\n\n")
+        del buffer[: end + 2]
+        self._check(len(buffer))
+        events = []
+        for block in blocks:
+            self._check(len(block))
+            data = _data_of(block)
+            if data is not None:
+                events.append(data)
+        return events
+
+    def _with_line_feeds(self, chunk: bytes) -> bytes:
+        if self._after_cr and chunk.startswith(b"\n"):
+            chunk = chunk[1:]
+            self._after_cr = False
+        if chunk:
+            self._after_cr = chunk.endswith(b"\r")
+        return chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+
+    def _check(self, size: int) -> None:
+        if size > self._max_event:
+            raise ProviderFault(TurnReason.PROVIDER_PROTOCOL)
+
+
+def _data_of(block: bytes) -> bytes | None:
+    lines: list[bytes] = []
+    for line in block.split(b"\n"):
+        if line.startswith(b"data:"):
+            lines.append(line[6:] if line.startswith(b"data: ") else line[5:])
+        elif line.startswith(b"event:"):
+            name = line[6:].strip()
+            if name.startswith(b"response.") and name not in _WANTED:
+                return b""
+    return b"\n".join(lines) if lines else None
+
+
+def decoded(data: bytes) -> dict[str, Any] | None:
+    """Reads the data of an event; None for what is no event of the API. Raises ProviderFault if malformed."""
+    if not data or data == b"[DONE]":
+        return None
+    try:
+        event = jiter.from_json(data)
+    except ValueError:
+        event = _read_leniently(data)
+    if not isinstance(event, dict):
+        raise ProviderFault(TurnReason.PROVIDER_PROTOCOL)
+    return event
+
+
+def _read_leniently(data: bytes) -> Any:
+    """jiter refuses half a surrogate pair, which a delta may end with; the standard library lets it through."""
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ProviderFault(TurnReason.PROVIDER_PROTOCOL) from error
+
+
+class TextCleaner:
+    """Makes text fit to be stored: U+0000 and lone surrogates become U+FFFD, a pair cut in two is joined."""
+
+    def __init__(self) -> None:
+        self._half = ""
+
+    def feed(self, text: str) -> str:
+        """Cleans the next piece. Half a pair at its end is kept back until the other half can come."""
+        if self._half:
+            text, self._half = self._half + text, ""
+        if text and "\ud800" <= text[-1] <= "\udbff":
+            text, self._half = text[:-1], text[-1]
+        return clean(text)
+
+    def flush(self) -> str:
+        """What was kept back and stays alone."""
+        half, self._half = self._half, ""
+        return clean(half)
+
+
+def clean(text: str) -> str:
+    """Cleans a whole text."""
+    if "\0" in text:
+        text = text.replace("\0", "\ufffd")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
+
+
+class Watchdog:
+    """Bounds the silence of a provider. Only events end a silence: comments and bytes don't.
+
+    The time that the reader spends elsewhere between two waits is not counted.
+    """
+
+    def __init__(self, first_event: float, idle: float) -> None:
+        self._left = first_event
+        self._idle = idle
+
+    def heard(self) -> None:
+        """An event came."""
+        self._left = self._idle
+
+    async def wait(self, awaitable: Awaitable[T]) -> T:
+        """Waits within what is left of the silence. Raises TimeoutError."""
+        now = asyncio.get_running_loop().time
+        began = now()
+        try:
+            async with asyncio.timeout(self._left):
+                return await awaitable
+        finally:
+            self._left = max(self._left - (now() - began), 0.0)
+
+
+async def drain(chunks: AsyncIterator[bytes]) -> None:
+    """Reads an answer to its end, so that its connection can be used again. Gives up where there is no end."""
+    with suppress(Exception):  # the answer is whole: that its connection ends badly spoils nothing
+        async with asyncio.timeout(DRAIN_SECONDS):
+            async for _ in chunks:
+                pass
