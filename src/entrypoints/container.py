@@ -1,5 +1,7 @@
 """The composition root: what is made of what. Nothing is made at import, nothing is wired behind the scenes."""
 
+import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING
@@ -21,7 +23,11 @@ from core.use_cases.read_threads import ReadThreads
 from core.use_cases.recover_turns import recover_turns
 from core.use_cases.turn_engine import TurnEngine, TurnLimits
 from core.use_cases.turn_feed import TurnFeeds
+from entrypoints.ownership import DatabaseOwnedError
 from entrypoints.settings import Provider, Settings, SettingsError
+
+_OWNER_WAIT = 5.0
+_OWNER_POLL = 0.1
 
 if TYPE_CHECKING:
     from entrypoints.grpc_api.server import Server
@@ -174,8 +180,8 @@ async def opened(settings: Settings) -> AsyncIterator[Container]:
 async def running(settings: Settings) -> AsyncIterator[Container]:
     """The whole service, ready for messages: agents published, what a stopped process left brought to an end.
 
-    For the one process that owns the database. On leaving, turns that still run are ended INTERRUPTED.
-    Raises SettingsError.
+    For the one process that owns the database: until turns have leases, a second one would end the turns of the
+    first. On leaving, turns that still run are ended INTERRUPTED. Raises SettingsError and DatabaseOwnedError.
     """
     container = Container(settings=settings)
     catalog = container.catalog()
@@ -183,12 +189,27 @@ async def running(settings: Settings) -> AsyncIterator[Container]:
         stack.push_async_callback(container.store().aclose)
         stack.push_async_callback(container.agent().aclose)
         _check_tools(catalog, container.tools())
+        await stack.enter_async_context(_owned(container.store()))
         await _publish(container.store(), catalog)
         await recover_turns(container.store(), container.ids())
         container.engine().start()
         stack.push_async_callback(container.engine().drain, 0)
         stack.push_async_callback(container.accept().settle)
         yield container
+
+
+@asynccontextmanager
+async def _owned(store: Store) -> AsyncIterator[None]:
+    """Holds the database for this process; a predecessor that was killed may take a moment to be gone."""
+    deadline = time.monotonic() + _OWNER_WAIT
+    while True:
+        async with store.exclusive("owner") as held:
+            if held:
+                yield
+                return
+        if time.monotonic() >= deadline:
+            raise DatabaseOwnedError("serve", 0)
+        await asyncio.sleep(_OWNER_POLL)
 
 
 def _check_tools(catalog: Catalog, tools: Tools) -> None:

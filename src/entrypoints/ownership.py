@@ -19,7 +19,7 @@ class DatabaseOwnedError(Exception):
     """Another process owns the database. `role` is the command that it runs, empty if it does not say."""
 
     def __init__(self, role: str, pid: int) -> None:
-        holder = f"`vida-coach {role}` (process {pid})" if role else "another process"
+        holder = f"`vida-coach {role}`{f' (process {pid})' if pid else ''}" if role else "another process"
         super().__init__(f"the database is in use by {holder}")
         self.role = role
         self.pid = pid
