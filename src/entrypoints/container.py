@@ -47,7 +47,7 @@ def _catalog(settings: Settings) -> Catalog:
 
 def _agent(settings: Settings) -> Agent:
     if settings.provider is Provider.PRACTICE:
-        from adapters.practice import PracticeAgent
+        from adapters.practice.agent import PracticeAgent
 
         return PracticeAgent(settings.practice_words_per_second)
     from adapters.openai import OpenAIAgent, make_client
@@ -64,13 +64,15 @@ def _agent(settings: Settings) -> Agent:
 
 
 def _tools(settings: Settings, store: Store, ids: IdsPort) -> Tools:
+    from adapters.tools.definition import ToolDefinitionError
     from adapters.tools.goals import goal_tools
-    from adapters.tools.registry import Registry, ToolDefinitionError, load_tools
+    from adapters.tools.loading import load_tools
+    from adapters.tools.registry import Registry
 
     try:
         return Registry([*goal_tools(store, ids), *load_tools(settings.tools)])
     except ToolDefinitionError as error:
-        raise SettingsError([f"tools: {error}"]) from error
+        raise SettingsError([f"tools: {fault}" for fault in error.faults]) from error
 
 
 def _limits(settings: Settings) -> TurnLimits:

@@ -13,6 +13,8 @@ from typing import Self
 _MAX_SOCKET_PATH = 100
 """Bytes; the kernel's limit is 108 with the final NUL."""
 _POLL_SECONDS = 0.05
+_LASTING = frozenset({"serve", "chat"})
+"""Roles whose end is not worth waiting for."""
 
 
 class DatabaseOwnedError(Exception):
@@ -35,7 +37,7 @@ class Ownership:
         self._descriptor = -1
 
     def take(self) -> None:
-        """Takes the lock. Raises DatabaseOwnedError after `wait_seconds`."""
+        """Takes the lock, waiting for a short command that holds it. Raises DatabaseOwnedError."""
         self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         deadline = time.monotonic() + self._wait
@@ -43,10 +45,10 @@ class Ownership:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    holder = self._holder(descriptor)
+                role, pid = self._holder(descriptor)
+                if role in _LASTING or time.monotonic() >= deadline:
                     os.close(descriptor)
-                    raise DatabaseOwnedError(*holder) from None
+                    raise DatabaseOwnedError(role, pid) from None
                 time.sleep(_POLL_SECONDS)
             else:
                 break

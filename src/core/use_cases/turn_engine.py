@@ -33,6 +33,9 @@ MAX_ARGUMENTS = 65_536
 MAX_OUTPUT = 131_072
 """Code points of text in one reply."""
 
+_LAST_WRITES = 10.0
+"""Seconds that a stop gives to ending what is left."""
+
 _UNSTORABLE = re.compile("[\0\ud800-\udfff]")
 
 
@@ -126,9 +129,13 @@ class TurnEngine:
         for task in left.values():
             task.cancel()
         await asyncio.gather(*left.values(), return_exceptions=True)
-        for turn_id in left:
-            await self._end(turn_id, Ending(reason=TurnReason.INTERRUPTED))
-            self._feeds.drop(turn_id)
+        try:
+            async with asyncio.timeout(_LAST_WRITES):
+                for turn_id in left:
+                    await self._end(turn_id, Ending(reason=TurnReason.INTERRUPTED))
+                    self._feeds.drop(turn_id)
+        except TimeoutError:
+            _log.error("the store does not answer: turns are left to be ended at the next start")
         if self._writing is not None:
             self._writing.cancel()
             await asyncio.gather(self._writing, return_exceptions=True)
