@@ -46,8 +46,8 @@ class ProviderState:
     """What is known of the provider's copy of a thread. SQL is the record; this copy is a cache.
 
     `synced_to` is the number of transcript lines that the copy is known to mirror: where it is less than the
-    thread's own count, the copy is rebuilt before it is used; UNSYNCED says that nothing is known of it. `retired` holds the ids of the copies that were
-    replaced and still have to be erased there.
+    thread's own count, the copy is rebuilt before it is used; UNSYNCED says that nothing is known of it.
+    `retired` holds the ids of the copies that were replaced and still have to be erased there.
     """
 
     provider: str

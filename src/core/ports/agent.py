@@ -93,8 +93,8 @@ class Agent(Protocol):
 
         Text in order, any number of tool calls, then exactly one RoundFinished, last. If tools were called
         the caller runs them and asks again, with the round added to `rounds`. Text holds no U+0000 and no
-        lone surrogates. Fails with AgentFailed and nothing else. Closing the generator or cancelling the
-        task stops the provider's work and frees what it holds.
+        lone surrogates. Fails with AgentFailed, with what `history` raises, and nothing else. Closing the
+        generator or cancelling the task stops the provider's work and frees what it holds.
         """
 
     @abstractmethod

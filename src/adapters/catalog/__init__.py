@@ -1,0 +1,1 @@
+"""The agents on offer, as data: one TOML file a coach."""

@@ -1,0 +1,38 @@
+"""The steps of a coaching conversation after the GROW model."""
+
+from enum import StrEnum
+
+
+class Step(StrEnum):
+    """What the coach has asked last, and the person's next words answer."""
+
+    OPENING = "opening"
+    """Nothing has been asked yet."""
+    GOAL = "goal"
+    """What would you like?"""
+    SIGN = "sign"
+    """How would you notice?"""
+    NOW = "now"
+    """How do things stand?"""
+    OBSTACLE = "obstacle"
+    """What has been tried, what is in the way?"""
+    OPTIONS = "options"
+    """What could you do?"""
+    MORE = "more"
+    """And what else?"""
+    CHOICE = "choice"
+    """Which one?"""
+    STEP = "step"
+    """What exactly will you do, and when?"""
+    WHEN = "when"
+    """When? Asked only if the step had no time."""
+    CONFIDENCE = "confidence"
+    """How sure are you, from 0 to 10?"""
+    RAISE = "raise"
+    """What would make it one more? Asked only if the number was low."""
+    TAKEAWAY = "takeaway"
+    """What do you take with you?"""
+    CHECK_IN = "check-in"
+    """The round is over. The person comes back with news of the step, or with something new."""
+    LEARNED = "learned"
+    """The step was taken: what made it work?"""

@@ -1,0 +1,1 @@
+"""The tools that a coach may call: typed async Python functions."""

@@ -1,0 +1,221 @@
+"""Settings: read in one place, all faults at once, no value ever shown."""
+
+from pathlib import Path
+
+import pytest
+
+from entrypoints.settings import LogFormat, LogLevel, Provider, Settings, SettingsError, StateMode, load_settings
+
+SECRET = "canary-4711"
+
+
+def faults() -> list[str]:
+    """What is wrong with the settings."""
+    with pytest.raises(SettingsError) as error:
+        load_settings()
+    assert SECRET not in str(error.value) + repr(error.value) + "".join(error.value.faults)
+    assert str(error.value).splitlines()[1:] == [f"  {fault}" for fault in error.value.faults]
+    return error.value.faults
+
+
+def test_defaults(tmp_path: Path) -> None:
+    settings = load_settings()
+    assert settings.database == f"sqlite:///{tmp_path}/data/vida-coach/vida-coach.db"
+    assert settings.provider is Provider.PRACTICE
+    assert settings.openai_api_key is None
+    values = {
+        "openai_model": "gpt-6-luna",
+        "openai_assistant_id": None,
+        "openai_thread_ttl": 30,
+        "openai_state": StateMode.CONVERSATION,
+        "listen": "127.0.0.1:50051",
+        "turn_budget": 180,
+        "drain": 185,
+        "practice_words_per_second": 25,
+        "max_request_bytes": 4 * 2**20,
+        "max_turns": 5_000,
+        "max_turns_per_user": 8,
+        "reflection": None,
+        "log_format": LogFormat.TEXT,
+        "log_level": LogLevel.INFO,
+    }
+    assert {name: getattr(settings, name) for name in values} == values
+
+
+@pytest.mark.parametrize(
+    ("environment", "provider"),
+    [
+        ({}, Provider.PRACTICE),
+        ({"OPENAI_API_KEY": SECRET}, Provider.OPENAI),
+        ({"OPENAI_BASE_URL": "http://127.0.0.1:1/v1"}, Provider.OPENAI),
+        ({"OPENAI_API_KEY": ""}, Provider.PRACTICE),
+        ({"OPENAI_MODEL": "gpt-4o"}, Provider.PRACTICE),
+        ({"OPENAI_API_KEY": SECRET, "VIDA_PROVIDER": "practice"}, Provider.PRACTICE),
+        ({"OPENAI_API_KEY": SECRET, "VIDA_PROVIDER": "openai"}, Provider.OPENAI),
+    ],
+    ids=str,
+)
+def test_the_provider_is_chosen_by_what_is_set(
+    environment: dict[str, str], provider: Provider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert load_settings().provider is provider
+
+
+def test_openai_needs_a_key_or_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VIDA_PROVIDER", "openai")
+    (fault,) = faults()
+    assert "OPENAI_API_KEY" in fault
+    assert "OPENAI_BASE_URL" in fault
+
+
+BAD = {
+    "OPENAI_THREAD_TTL": ["-1", "36501", "1.5", f"{SECRET}"],
+    "OPENAI_STATE": ["response_chain", SECRET],
+    "VIDA_DATABASE_URL": [
+        f"mysql://u:{SECRET}@h/d",
+        SECRET,
+        "sqlite://",
+        "sqlite:///",
+        "sqlite:///:memory:",
+        f"postgresql://u:{SECRET}@h:port/d",
+    ],
+    "VIDA_LISTEN": ["50051", ":50051", "host:", "host:x", "host:65536", f"{SECRET}", "host:-1"],
+    "VIDA_PROVIDER": ["anthropic", SECRET],
+    "VIDA_AGENTS_DIR": [f"/nowhere/{SECRET}", "/dev/null"],
+    "VIDA_TURN_BUDGET": ["0", "-1", "3601", "nan", SECRET],
+    "VIDA_DRAIN": ["-1", "7201", "nan", SECRET],
+    "VIDA_PRACTICE_WORDS_PER_SECOND": ["-1", "nan", SECRET],
+    "VIDA_MAX_REQUEST_BYTES": ["1", "1000000000", "4MiB"],
+    "VIDA_MAX_TURNS": ["0", "-5", "100001"],
+    "VIDA_MAX_TURNS_PER_USER": ["0"],
+    "VIDA_REFLECTION": ["maybe", SECRET],
+    "VIDA_LOG_FORMAT": ["xml", SECRET],
+    "VIDA_LOG_LEVEL": ["trace", SECRET],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [(name, value) for name, values in BAD.items() for value in values],
+    ids=lambda part: str(part).replace(SECRET, "SECRET"),
+)
+def test_a_bad_value_is_named_and_not_shown(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, value)
+    (fault,) = faults()
+    assert fault.startswith(f"{name}: ")
+
+
+NOT_BUILT = [
+    "OPENAI_BACKGROUND",
+    "VIDA_AUTH_TOKENS",
+    "VIDA_LEASE",
+    "VIDA_RESTART_INTERRUPTED",
+    "VIDA_TLS_CERT",
+    "VIDA_TLS_KEY",
+    "VIDA_TLS_CLIENT_CA",
+]
+
+
+def test_all_faults_are_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, values in BAD.items():
+        monkeypatch.setenv(name, values[0])
+    for name in [*NOT_BUILT, "VIDA_LISTN", "VIDA_DATABASE"]:
+        monkeypatch.setenv(name, SECRET)
+    monkeypatch.setenv("OPENAI_ORG", "not ours, and of no interest")
+    found = faults()
+    assert sorted(fault.partition(":")[0] for fault in found) == sorted(
+        [*BAD, *NOT_BUILT, "VIDA_LISTN", "VIDA_DATABASE"]
+    )
+
+
+def test_an_unreadable_file_is_told_with_all_other_faults(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY_FILE", f"/nowhere/{SECRET}")
+    monkeypatch.setenv("VIDA_DATABASE_URL_FILE", f"/nowhere/else/{SECRET}")
+    monkeypatch.setenv("VIDA_LOG_LEVEL", "loud")
+    monkeypatch.setenv("VIDA_LISTN", "x")
+    assert sorted(fault.partition(":")[0] for fault in faults()) == [
+        "OPENAI_API_KEY_FILE",
+        "VIDA_DATABASE_URL_FILE",
+        "VIDA_LISTN",
+        "VIDA_LOG_LEVEL",
+    ]
+
+
+@pytest.mark.parametrize("name", NOT_BUILT)
+def test_what_is_not_built_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "")
+    load_settings()  # empty is unset
+    monkeypatch.setenv(name, SECRET)
+    assert faults() == [f"{name}: is not supported yet"]
+
+
+@pytest.mark.parametrize("name", ["VIDA_LISTN", "VIDA_", "VIDA_PROVIDERS", "VIDA_LISTN_FILE"])
+def test_a_name_that_is_not_known_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, SECRET)
+    assert faults() == [f"{name}: there is no such setting"]
+
+
+def test_secrets_come_from_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key, url = tmp_path / "key", tmp_path / "url"
+    key.write_text(f"{SECRET}\r\n")
+    url.write_text(f"postgresql://u:{SECRET}@h/d")
+    monkeypatch.setenv("OPENAI_API_KEY_FILE", str(key))
+    monkeypatch.setenv("VIDA_DATABASE_URL_FILE", str(url))
+    settings = load_settings()
+    assert settings.openai_api_key is not None
+    assert settings.openai_api_key.get_secret_value() == SECRET
+    assert settings.database.startswith("postgresql://u:")
+    assert SECRET not in repr(settings) + str(settings)
+    monkeypatch.setenv("OPENAI_API_KEY", "from the environment")
+    settings = load_settings()
+    assert settings.openai_api_key is not None
+    assert settings.openai_api_key.get_secret_value() == "from the environment"
+
+
+def test_an_env_file_counts_least(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dotenv = Path(".env")
+    dotenv.write_text("OPENAI_MODEL=from-file\nVIDA_LISTEN=127.0.0.1:1\nVIDA_MAX_TURNS=\n# VIDA_X=1\n")
+    settings = load_settings()
+    assert (settings.openai_model, settings.listen, settings.max_turns) == ("from-file", "127.0.0.1:1", 5_000)
+    monkeypatch.setenv("OPENAI_MODEL", "from-environment")
+    assert load_settings().openai_model == "from-environment"
+    dotenv.write_text(f"VIDA_LISTN={SECRET}\nVIDA_TLS_CERT={SECRET}\nVIDA_LOG_LEVEL={SECRET}\nOTHER={SECRET}\n")
+    assert sorted(fault.partition(":")[0] for fault in faults()) == [
+        "VIDA_LISTN",
+        "VIDA_LOG_LEVEL",
+        "VIDA_TLS_CERT",
+    ]
+
+
+def test_an_env_file_may_name_files(tmp_path: Path) -> None:
+    """What is accepted is not ignored."""
+    key = tmp_path / "key"
+    key.write_text(SECRET)
+    Path(".env").write_text(f"OPENAI_API_KEY_FILE={key}\n")
+    settings = load_settings()
+    assert settings.openai_api_key is not None
+    assert settings.openai_api_key.get_secret_value() == SECRET
+
+
+@pytest.mark.parametrize(
+    ("listen", "drain", "budget", "expected"),
+    [("[::1]:0", None, "60", 65), ("localhost:65535", "0", "60", 0)],
+    ids=["by budget", "as set"],
+)
+def test_what_follows_from_settings(
+    listen: str, drain: str | None, budget: str, expected: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VIDA_LISTEN", listen)
+    monkeypatch.setenv("VIDA_TURN_BUDGET", budget)
+    if drain is not None:
+        monkeypatch.setenv("VIDA_DRAIN", drain)
+    settings = load_settings()
+    assert (settings.listen, settings.drain) == (listen, expected)
+
+
+def test_settings_never_change() -> None:
+    with pytest.raises(ValueError):
+        load_settings().listen = "x"
+    assert {str(field.validation_alias)[:5] for field in Settings.model_fields.values()} == {"OPENA", "VIDA_"}

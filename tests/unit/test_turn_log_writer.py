@@ -1,0 +1,412 @@
+"""Group commit in virtual time: what waits for the tick, and what becomes of a commit that fails."""
+
+import asyncio
+import functools
+import selectors
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any, TypeVar
+
+import pytest
+
+from adapters.memory.store import MemoryStore
+from adapters.system import Ids
+from core.model.agent import Domain
+from core.model.errors import LeaseLost, StoreUnavailable
+from core.model.events import LogEntry, TextDelta, ToolCalled, TurnEvent, TurnStarted
+from core.model.thread import Thread, ThreadState
+from core.model.turn import Turn, TurnState, Usage
+from core.ports.store import Store, Transaction
+from core.ports.turns import RequestKey
+from core.use_cases.turn_feed import TurnFeed
+from core.use_cases.turn_log_writer import OpenLog, TurnLogWriter
+from doubles import CATALOG, ManualClock
+from harness import until
+
+T = TypeVar("T")
+
+IDS = Ids()
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+TICK = 0.005
+COMMIT = 0.002
+"""Virtual seconds that a commit takes."""
+
+
+class VirtualTime(asyncio.SelectorEventLoop):
+    """A loop in which waiting takes no time: when nothing is ready, the clock jumps to the next timer."""
+
+    def __init__(self) -> None:
+        self._virtual = 1_000.0
+        loop = self
+
+        class Selector(selectors.SelectSelector):
+            def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+                ready = super().select(0)
+                if not ready and timeout is None:
+                    raise AssertionError("everything waits for something that never comes")
+                if not ready and timeout:
+                    loop._virtual += timeout
+                return ready
+
+        super().__init__(Selector())
+
+    def time(self) -> float:
+        return self._virtual
+
+
+def in_virtual_time(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """Runs a test in a loop with virtual time."""
+
+    @functools.wraps(test)
+    def run(**arguments: object) -> None:
+        with asyncio.Runner(loop_factory=VirtualTime) as runner:
+            runner.run(test(**arguments))
+
+    return run
+
+
+class SlowStore(Store):
+    """A store whose commits take virtual time, are counted, and fail as a test says."""
+
+    def __init__(self) -> None:
+        self.inner = MemoryStore(ManualClock())
+        self.commits = 0
+        self.committing = 0
+        self.before: Callable[[Callable[[Transaction], Any]], None] = lambda _: None
+        self.after: Callable[[], None] = lambda: None
+
+    async def write(self, change: Callable[[Transaction], T]) -> T:
+        self.commits += 1
+        self.committing += 1
+        assert self.committing == 1, "the writer commits one group at a time"
+        try:
+            await asyncio.sleep(COMMIT)
+            self.before(change)
+            result = await self.inner.write(change)
+            self.after()
+            return result
+        finally:
+            self.committing -= 1
+
+    async def read(self, query: Callable[[Transaction], T]) -> T:
+        return await self.inner.read(query)
+
+    def exclusive(self, name: str) -> Any:
+        return self.inner.exclusive(name)
+
+    async def aclose(self) -> None:
+        """Nothing is held."""
+
+
+class Bench:
+    """A writer at work on a store, and turns that write."""
+
+    def __init__(self, store: SlowStore, writer: TurnLogWriter) -> None:
+        self.store = store
+        self.writer = writer
+
+    async def turn(self) -> tuple[OpenLog, TurnFeed]:
+        """A running turn with its open log."""
+        thread = Thread(
+            id=IDS.new(),
+            user_id="ada",
+            domain=Domain.CAREER,
+            agent_id="career-v1",
+            title="",
+            state=ThreadState.ACTIVE,
+            metadata={},
+            last_message_at=NOW,
+            created_at=NOW,
+            message_count=0,
+        )
+        turn = Turn(
+            id=IDS.new(),
+            thread_id=thread.id,
+            user_id="ada",
+            agent_id="career-v1",
+            state=TurnState.RUNNING,
+            attempt=1,
+            epoch=1,
+            last_position=1,
+            usage=Usage(),
+            reason=None,
+            model="m",
+            provider="p",
+            accepted_at=NOW,
+        )
+        started = TurnStarted(turn.id, thread.id, "career-v1")
+
+        def change(tx: Transaction) -> None:
+            tx.agents.publish(CATALOG.by_domain[Domain.CAREER])
+            tx.users.ensure("ada", NOW)
+            tx.threads.add(thread)
+            tx.turns.add(turn, "me", RequestKey(caller="c", user_id="ada", request_id="", fingerprint=""))
+            tx.log.begin(turn.id, [started])
+
+        await self.store.inner.write(change)
+        feed = TurnFeed([LogEntry(1, started)])
+        return self.writer.open(turn, feed), feed
+
+    async def stored(self, log: OpenLog) -> str:
+        """The committed text of a turn."""
+        return text_of(await self.store.read(lambda tx: tx.log.read(log.turn_id)))
+
+
+def text_of(entries: Any) -> str:
+    return "".join(entry.event.text for entry in entries if isinstance(entry.event, TextDelta))
+
+
+@asynccontextmanager
+async def bench() -> AsyncIterator[Bench]:
+    store = SlowStore()
+    writer = TurnLogWriter(store)
+    writing = asyncio.create_task(writer.run())
+    try:
+        yield Bench(store, writer)
+    finally:
+        writing.cancel()
+        await asyncio.gather(writing, return_exceptions=True)
+
+
+def now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+async def elapsed(what: Awaitable[object]) -> float:
+    begun = now()
+    await what
+    return now() - begun
+
+
+@in_virtual_time
+async def test_first_text_waits_for_its_own_commit_and_for_no_timer() -> None:
+    async with bench() as it:
+        other, _ = await it.turn()
+        other.add(TextDelta("x"))
+        await other.flush()  # a commit has just been made: the tick has begun
+        log, feed = await it.turn()
+        log.add(TextDelta("a"))
+        assert await elapsed(feed.changed(1)) == pytest.approx(COMMIT)
+        log.add(TextDelta("b"))
+        assert await elapsed(feed.changed(2)) == pytest.approx(TICK + COMMIT)
+
+
+@in_virtual_time
+async def test_a_tool_call_before_the_first_text_takes_nothing_from_it() -> None:
+    async with bench() as it:
+        log, feed = await it.turn()
+        log.add(ToolCalled("c", "note", "{}"))
+        await log.flush()
+        log.add(TextDelta("a"))
+        assert await elapsed(feed.changed(2)) == pytest.approx(COMMIT)
+
+
+@in_virtual_time
+async def test_an_idle_writer_commits_nothing_and_waits_for_nothing() -> None:
+    async with bench() as it:
+        log, feed = await it.turn()
+        await asyncio.sleep(60)
+        assert it.store.commits == 0
+        log.add(TextDelta("a"))
+        await log.flush()
+        await asyncio.sleep(60)
+        assert it.store.commits == 1
+        log.add(TextDelta("b"))  # the last commit is long ago: no timer either
+        assert await elapsed(feed.changed(2)) == pytest.approx(COMMIT)
+
+
+@pytest.mark.parametrize("turns", [1, 10, 400])
+@pytest.mark.parametrize("per_second", [20, 2_000])
+@in_virtual_time
+async def test_commits_grow_with_time_and_not_with_tokens(turns: int, per_second: int) -> None:
+    async with bench() as it:
+        logs = [await it.turn() for _ in range(turns)]
+        for log, _ in logs:
+            log.add(TextDelta("-"))
+        for log, _ in logs:
+            await log.flush()
+        first, begun = it.store.commits, now()
+        seconds = 1
+        for _ in range(per_second * seconds):
+            for log, _ in logs[:20]:
+                log.add(TextDelta("x"))
+            await asyncio.sleep(1 / per_second)
+        took = now() - begun
+        tick = min(0.1, max(TICK, 0.0002 * turns))
+        assert it.store.commits - first <= took / tick + 2
+        assert it.store.commits - first >= min(per_second, took / (tick + COMMIT)) * 0.8
+        for log, feed in logs[:20]:
+            await log.flush()
+            assert await it.stored(log) == text_of(feed.after(0)) == "-" + "x" * per_second * seconds
+
+
+@in_virtual_time
+async def test_first_texts_that_come_together_share_commits() -> None:
+    async with bench() as it:
+        logs = [await it.turn() for _ in range(500)]
+        for log, _ in logs:
+            log.add(TextDelta("a"))
+        for log, feed in logs:
+            await log.flush()
+            assert text_of(feed.after(0)) == "a"
+        assert it.store.commits <= 2
+
+
+@in_virtual_time
+async def test_nothing_is_shown_before_it_is_committed() -> None:
+    async with bench() as it:
+        log, feed = await it.turn()
+        shown: list[str] = []
+        it.store.before = lambda _: shown.append(text_of(feed.after(0)))
+        for letter in "abc":
+            log.add(TextDelta(letter))
+            await log.flush()
+        assert shown == ["", "a", "ab"]
+
+
+@in_virtual_time
+async def test_a_fault_in_a_group_hits_its_turn_alone() -> None:
+    class BadDataError(Exception):
+        pass
+
+    async with bench() as it:
+        logs = [await it.turn() for _ in range(5)]
+        culprit = logs[2][0]
+
+        def refuse(change: Any) -> None:
+            if any(append.turn_id == culprit.turn_id for append in change.args[0]):
+                raise BadDataError
+
+        it.store.before = refuse
+        for log, _ in logs:
+            log.add(TextDelta("a"))
+        for log, feed in logs:
+            if log is culprit:
+                with pytest.raises(BadDataError):
+                    await log.flush()
+                with pytest.raises(BadDataError):
+                    log.add(TextDelta("more"))
+                with pytest.raises(BadDataError):
+                    await log.settle()
+                assert text_of(feed.after(0)) == await it.stored(log) == ""
+            else:
+                await log.flush()
+                assert text_of(feed.after(0)) == await it.stored(log) == "a"
+        it.store.before = lambda _: None
+        logs[0][0].add(TextDelta("b"))
+        await logs[0][0].flush()
+        assert await it.stored(logs[0][0]) == "ab"
+
+
+@in_virtual_time
+async def test_an_outage_is_waited_out_and_shows_nothing() -> None:
+    async with bench() as it:
+        log, feed = await it.turn()
+        back = now() + 30
+
+        def down(_: object) -> None:
+            if now() < back:
+                raise StoreUnavailable
+
+        it.store.before = down
+        log.add(TextDelta("a"))
+        flush = asyncio.create_task(log.flush())
+        while now() < back - 2:
+            await asyncio.sleep(1)
+            log.add(TextDelta("b"))
+            assert text_of(feed.after(0)) == ""
+            assert not flush.done()
+        assert it.store.commits < 60  # it does not hammer
+        took = await elapsed(flush)
+        assert took < 4
+        text = await it.stored(log)
+        assert text == text_of(feed.after(0)) == "a" + "b" * (len(text) - 1)
+        assert len(text) >= 28
+
+
+@pytest.mark.parametrize("how", ["committed", "lost"])
+@in_virtual_time
+async def test_a_commit_of_unknown_outcome_is_neither_lost_nor_doubled(how: str) -> None:
+    async with bench() as it:
+        logs = [await it.turn() for _ in range(3)]
+        failures = iter([True, True, False])
+
+        def fail() -> None:
+            if next(failures, False):
+                raise StoreUnavailable
+
+        if how == "committed":
+            it.store.after = fail  # the commit happened and its answer got lost
+        else:
+            it.store.before = lambda _: fail()
+        for log, _ in logs:
+            log.add(TextDelta("abc"))
+            log.add(ToolCalled("c", "note", "{}"))
+        for log, feed in logs:
+            await log.flush()
+            assert await it.stored(log) == text_of(feed.after(0)) == "abc"
+            assert log.position == 5
+        logs[0][0].add(TextDelta("d"))
+        await logs[0][0].flush()
+        assert await it.stored(logs[0][0]) == "abcd"
+
+
+@pytest.mark.parametrize("why", ["ended", "other epoch", "other position"])
+@in_virtual_time
+async def test_a_turn_that_belongs_to_somebody_else_is_lost_and_others_go_on(why: str) -> None:
+    async with bench() as it:
+        (log, feed), (other, _) = await it.turn(), await it.turn()
+
+        def take(tx: Transaction) -> None:
+            turn = tx.turns.find(log.turn_id)
+            assert turn is not None
+            changes: dict[str, dict[str, Any]] = {
+                "ended": {"state": TurnState.CANCELLED},
+                "other epoch": {"epoch": 2},
+                "other position": {"last_position": 9},
+            }
+            tx.turns.save_ending(replace(turn, **changes[why]))
+
+        await it.store.inner.write(take)
+        for each in (log, other):
+            each.add(TextDelta("a"))
+        with pytest.raises(LeaseLost):
+            await log.flush()
+        await other.flush()
+        assert text_of(feed.after(0)) == ""
+        with pytest.raises(LeaseLost):
+            log.add(TextDelta("b"))
+        with pytest.raises(LeaseLost):
+            await log.settle()
+
+
+@in_virtual_time
+async def test_settling_waits_for_what_is_on_its_way_and_gives_back_the_rest() -> None:
+    async with bench() as it:
+        log, feed = await it.turn()
+        log.add(TextDelta("a"))
+        await until(lambda: log.in_flight)
+        events: list[TurnEvent] = [TextDelta("b"), TextDelta("c"), TextDelta("d", refusal=True)]
+        for event in events:
+            log.add(event)
+        assert await log.settle() == (TextDelta("bc"), TextDelta("d", refusal=True))
+        assert await it.stored(log) == text_of(feed.after(0)) == "a"
+        assert await log.settle() == ()
+        await asyncio.sleep(1)
+        assert it.store.commits == 1
+
+
+@in_virtual_time
+async def test_a_slow_store_holds_the_turn_back() -> None:
+    async with bench() as it:
+        log, _ = await it.turn()
+        log.add(TextDelta("a"))
+        await log.flush()
+        for _ in range(16):
+            log.add(TextDelta("x" * 4_096))
+            assert await elapsed(log.drain()) == 0
+        log.add(TextDelta("y"))
+        assert await elapsed(log.drain()) > 0
+        assert len(await it.stored(log)) == 1 + 16 * 4_096 + 1
