@@ -113,7 +113,9 @@ class EmbeddedService:
     def revive(self) -> None:
         """Takes the place of an owner that has left: the socket stays the same."""
         ours = (DatabaseOwnedError, SchemaTooNewError, SettingsError, StoreUnavailable, OSError)
-        with contextlib.suppress(*ours):  # then somebody else is about to answer, or the client says that none does
+        with contextlib.suppress(
+            *ours
+        ):  # then somebody else is about to answer, or the client says that none does
             if self._server is None and not self._answers():
                 self._own()
 

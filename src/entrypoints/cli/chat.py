@@ -1,0 +1,92 @@
+"""`vida-coach chat`."""
+
+import argparse
+import getpass
+import sys
+from typing import TYPE_CHECKING
+
+from entrypoints.cli.failure import FAILED, explained
+
+if TYPE_CHECKING:
+    from entrypoints.cli.connection import Service
+    from entrypoints.settings import Settings
+
+_BROKEN_PIPE = 141
+"""What a shell reports of a command that SIGPIPE has ended."""
+
+
+def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Adds the command."""
+    parser = subparsers.add_parser(
+        "chat",
+        help="talk to a coach",
+        description="A conversation in the terminal: replies appear word by word, and go on by themselves when "
+        "the connection drops. /help lists the commands. Ctrl-C in mid-reply cancels the turn, again leaves. With "
+        "nothing configured the practice coach answers: no key, no network; the record is a local file.",
+        epilog="From a pipe, one line is one message, sent after the previous reply has ended; blank lines are "
+        "skipped and commands work too. stdout holds the replies and nothing else, each ended by a newline. "
+        "Exit codes: 0 every turn completed, 1 not so, 130 interrupted.",
+    )
+    parser.add_argument(
+        "--server",
+        metavar="HOST:PORT",
+        help="this service and no other (default: the embedded database's, or VIDA_LISTEN with PostgreSQL)",
+    )
+    parser.add_argument(
+        "--domain",
+        choices=["career", "health", "relationship", "general"],
+        help="what a new thread is about (default: general)",
+    )
+    parser.add_argument("--thread", metavar="ID", default="", help="go on with a thread (see /threads)")
+    parser.add_argument("--user", metavar="ID", help="whose conversation it is (default: your user name)")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs the command."""
+    with explained():
+        from entrypoints.cli.connection import ServiceAt, open_channel, service
+        from entrypoints.cli.session import Session
+        from entrypoints.cli.terminal import Lines, Screen
+        from entrypoints.client import CoachClient
+        from entrypoints.settings import load_settings
+
+        screen = Screen(sys.stdout, sys.stderr)
+        place: Service
+        try:
+            if options.server is not None:
+                place = ServiceAt(options.server, "check the address, or start it there with `vida-coach serve`")
+            else:
+                settings = load_settings()
+                _set_up_logging(settings)
+                place = service(settings)
+            with place, open_channel(place.target) as channel:
+                session = Session(
+                    CoachClient(channel, options.user if options.user is not None else _user_name()),
+                    place,
+                    screen,
+                    Lines(sys.stdin, screen),
+                    domain=options.domain or "",
+                    thread_id=options.thread,
+                )
+                return 0 if session.run() else FAILED
+        except BrokenPipeError:
+            screen.abandon()
+            return _BROKEN_PIPE
+
+
+def _user_name() -> str:
+    try:
+        return getpass.getuser() or "me"
+    except (KeyError, OSError, ImportError):  # a user without a name
+        return "me"
+
+
+def _set_up_logging(settings: "Settings") -> None:
+    """A conversation is no place for the lines of a service that runs well, unless they are asked for."""
+    from entrypoints.observability import set_up_logging
+    from entrypoints.settings import LogLevel
+
+    if "log_level" not in settings.model_fields_set:
+        settings = settings.model_copy(update={"log_level": LogLevel.ERROR})
+    set_up_logging(settings)

@@ -1,0 +1,376 @@
+"""`vida-coach doctor`."""
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from entrypoints.cli.failure import FAILED
+
+if TYPE_CHECKING:
+    from datetime import date
+
+    from sqlalchemy import URL
+
+    from core.model.agent import Catalog
+    from core.model.errors import StoreUnavailable
+    from entrypoints.settings import Settings
+
+
+class Status(StrEnum):
+    """What a check found. Only FAIL keeps the service from working."""
+
+    OK = "ok"
+    INFO = "info"
+    WARN = "warn"
+    FAIL = "fail"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at, and what to do about it. Holds no secret."""
+
+    name: str
+    status: Status
+    detail: str
+    advice: str = ""
+
+
+_HEADER = b"SQLite format 3\0"
+
+_Examine = Callable[["Settings"], Iterator[Check]]
+
+
+def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Adds the command."""
+    parser = subparsers.add_parser(
+        "doctor",
+        help="check the set-up and say what to do",
+        description="Checks the settings, the agents and their tools, the database and its schema, and the "
+        "provider: whether it takes the key, has the models, and until when. Changes nothing and shows no secret.",
+        epilog="exit codes: 0 nothing fails, 1 something does, 2 usage",
+    )
+    parser.add_argument(
+        "--format", choices=["text", "json"], default="text", help="what stdout gets (default: text)"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs the command."""
+    checks = list(examined())
+    ok = not any(check.status is Status.FAIL for check in checks)
+    if options.format == "json":
+        print(json.dumps({"ok": ok, "checks": [asdict(check) for check in checks]}, ensure_ascii=False))
+    else:
+        for check in checks:
+            print(f"{check.status:4}  {check.name:9} {check.detail}")
+            if check.advice:
+                print(f"{'':16}{check.advice}")
+    return 0 if ok else FAILED
+
+
+def examined() -> Iterator[Check]:
+    """Looks at everything, one thing after the other. Never raises."""
+    yield _versions()
+    from entrypoints.settings import SettingsError, load_settings
+
+    try:
+        settings = load_settings()
+    except SettingsError as error:
+        for fault in error.faults:
+            yield Check("settings", Status.FAIL, fault, "Correct it in the environment or in the .env file.")
+        return
+    yield Check("settings", Status.OK, f"provider {settings.provider.value}, listening on {settings.listen}")
+    parts: list[tuple[str, _Examine]] = [
+        ("agents", _agents),
+        ("database", _database),
+        ("provider", _provider),
+    ]
+    for name, examine in parts:
+        try:
+            yield from examine(settings)
+        except Exception as error:  # noqa: BLE001 - its text may hold a secret, its type does not
+            yield Check(name, Status.FAIL, f"could not be checked: {type(error).__name__}")
+
+
+def _versions() -> Check:
+    import platform
+    import sqlite3
+    from importlib.metadata import PackageNotFoundError, version
+
+    import grpc
+
+    try:
+        ours = version("vida-coach")
+    except PackageNotFoundError:  # run from a source tree
+        ours = "from source"
+    detail = (
+        f"vida-coach {ours}, Python {platform.python_version()}, grpcio {grpc.__version__}, "
+        f"SQLite {sqlite3.sqlite_version}"
+    )
+    return Check("versions", Status.INFO, detail)
+
+
+def _agents(settings: "Settings") -> Iterator[Check]:
+    from dependency_injector import providers
+
+    from adapters.memory.store import MemoryStore
+    from entrypoints.container import Container
+    from entrypoints.settings import SettingsError
+
+    container = Container(settings=settings)
+    container.store.override(providers.Singleton(MemoryStore, container.clock))  # tools are not called here
+    try:
+        catalog: Catalog = container.catalog()
+    except SettingsError as error:
+        for fault in error.faults:
+            yield Check("agents", Status.FAIL, fault, "Correct the definition, or VIDA_AGENTS_DIR.")
+        return
+    agents = catalog.agents()
+    yield Check("agents", Status.OK, ", ".join(f"{agent.name} ({agent.id})" for agent in agents))
+    try:
+        names = container.tools().names
+    except SettingsError as error:
+        for fault in error.faults:
+            yield Check("tools", Status.FAIL, fault, "Correct VIDA_TOOLS.")
+        return
+    missing = [(agent.id, name) for agent in agents for name in agent.tools if name not in names]
+    for agent_id, name in missing:
+        advice = "Name its function in VIDA_TOOLS, or take it out of the definition."
+        yield Check("tools", Status.FAIL, f"agent {agent_id}: there is no tool {name!r}", advice)
+    if not missing:
+        yield Check("tools", Status.OK, ", ".join(sorted(names)) or "none")
+
+
+def _database(settings: "Settings") -> Iterator[Check]:
+    from sqlalchemy import exc, make_url
+
+    from adapters.sql.engines import is_embedded
+
+    try:
+        url = make_url(settings.database)
+    except (exc.ArgumentError, ValueError):
+        yield Check(
+            "database",
+            Status.FAIL,
+            "VIDA_DATABASE_URL can't be read",
+            "Write it as postgresql://USER@HOST:PORT/NAME.",
+        )
+        return
+    if is_embedded(url):
+        yield from _embedded(settings)
+    else:
+        yield from _server(settings, url)
+
+
+def _server(settings: "Settings", url: "URL") -> Iterator[Check]:
+    from adapters.sql.schema import SchemaState, schema_state
+    from core.model.errors import StoreUnavailable
+
+    where = url.set(query={}).render_as_string(hide_password=True)
+    try:
+        state = schema_state(settings.database)
+    except StoreUnavailable as error:
+        advice = "Start it, or correct VIDA_DATABASE_URL."
+        yield Check("database", Status.FAIL, f"{where} does not answer: {_cause(error, url)}", advice)
+        return
+    yield Check("database", Status.OK, f"{where} answers")
+    match state:
+        case SchemaState.CURRENT:
+            yield Check("schema", Status.OK, "up to date")
+        case SchemaState.NEWER:
+            yield _newer()
+        case SchemaState.EMPTY | SchemaState.OUTDATED:
+            yield Check("schema", Status.FAIL, f"the schema is {state.value}", "Run `vida-coach migrate`.")
+
+
+def _embedded(settings: "Settings") -> Iterator[Check]:
+    from adapters.sql.engines import database_file
+    from entrypoints.ownership import DatabaseOwnedError, Ownership
+
+    file = database_file(settings.database)
+    yield _sqlite()
+    if not file.exists():
+        yield _not_there_yet(file)
+        return
+    try:
+        # Before anything is locked or opened: a file that is none of ours must stay as it is.
+        with file.open("rb") as content:
+            header = content.read(len(_HEADER))
+        if header != _HEADER:
+            yield _none_of_ours(file, header)
+            return
+        with Ownership(file, "doctor"):
+            yield from _owned_file(settings, file)
+    except DatabaseOwnedError as owned:
+        # Its owner alone may open it for writing, and has migrated it.
+        yield _owner(file, owned)
+    except OSError as error:
+        advice = "Give this user the right to read and write it and its folder."
+        yield Check("database", Status.FAIL, f"{file}: {error.strerror or 'can not be opened'}", advice)
+
+
+def _owned_file(settings: "Settings", file: Path) -> Iterator[Check]:
+    from sqlalchemy import exc, make_url
+
+    from adapters.sql.schema import SchemaState, schema_state
+    from core.model.errors import StoreUnavailable
+
+    try:
+        state = schema_state(settings.database)
+    except StoreUnavailable as error:
+        cause = _cause(error, make_url(settings.database))
+        yield Check(
+            "database", Status.FAIL, f"{file}: {cause}", "Give this user the right to read and write the file."
+        )
+        return
+    except exc.DatabaseError:
+        yield Check("database", Status.FAIL, f"{file} is damaged", "Put a backup in its place.")
+        return
+    yield Check("database", Status.OK, f"{file}, in use by nobody")
+    match state:
+        case SchemaState.CURRENT:
+            yield Check("schema", Status.OK, "up to date")
+        case SchemaState.NEWER:
+            yield _newer()
+        case SchemaState.EMPTY | SchemaState.OUTDATED:
+            advice = "Nothing to do: whatever opens it next migrates it. `vida-coach migrate` does so now."
+            yield Check("schema", Status.INFO, f"the schema is {state.value}", advice)
+
+
+def _newer() -> Check:
+    detail = "the database was written by a newer version of vida-coach"
+    return Check("schema", Status.FAIL, detail, "Run that version, or name another database in VIDA_DATABASE_URL.")
+
+
+def _not_there_yet(file: Path) -> Check:
+    import os
+
+    folder = next(parent for parent in file.absolute().parents if parent.exists())
+    if os.access(folder, os.W_OK | os.X_OK) and folder.is_dir():
+        return Check("database", Status.INFO, f"{file} does not exist yet: the first command makes it")
+    advice = "Give this user the right to write there, or name another file in VIDA_DATABASE_URL."
+    return Check("database", Status.FAIL, f"{file} can't be made: {folder} can't be written", advice)
+
+
+def _none_of_ours(file: Path, header: bytes) -> Check:
+    if not header:
+        return Check("database", Status.INFO, f"{file} is empty: the first command makes the database")
+    advice = "Move it away, or name another file in VIDA_DATABASE_URL."
+    return Check("database", Status.FAIL, f"{file} is not a SQLite database", advice)
+
+
+def _owner(file: Path, owned: Exception) -> Check:
+    from entrypoints.cli.connection import CHECK_SECONDS, open_channel
+    from entrypoints.client import is_serving
+    from entrypoints.ownership import socket_path
+
+    socket = socket_path(file)
+    with open_channel(f"unix:{socket}") as channel:
+        answers = is_serving(channel, CHECK_SECONDS)
+    if answers:
+        return Check("database", Status.OK, f"{file}: {owned}, which answers")
+    advice = "If that lasts, it is neither starting nor leaving: stop it."
+    return Check("database", Status.WARN, f"{file}: {owned}, which does not answer on {socket}", advice)
+
+
+def _sqlite() -> Check:
+    import sqlite3
+
+    version = sqlite3.sqlite_version_info
+    if version >= (3, 51, 3) or (3, 50, 7) <= version < (3, 51) or (3, 44, 6) <= version < (3, 45):
+        return Check("sqlite", Status.OK, f"SQLite {sqlite3.sqlite_version}")
+    return Check(
+        "sqlite",
+        Status.INFO,
+        f"SQLite {sqlite3.sqlite_version} can lose commits where several connections write and checkpoint "
+        "(sqlite.org/wal.html#walresetbug). The service is safe: one connection does all of both.",
+        "Let no other program write to the file while the service runs.",
+    )
+
+
+def _cause(error: "StoreUnavailable", url: "URL") -> str:
+    """The driver's own words, their first line, without the password."""
+    cause = getattr(error.__cause__, "orig", None) or error
+    lines = str(cause).strip().splitlines() or [type(cause).__name__]
+    return lines[0].replace(str(url.password), "***") if url.password else lines[0]
+
+
+def _provider(settings: "Settings") -> Iterator[Check]:
+    import asyncio
+
+    from entrypoints.settings import Provider
+
+    if settings.provider is Provider.PRACTICE:
+        advice = "Set OPENAI_API_KEY to talk to a model."
+        yield Check("provider", Status.OK, "the practice coach is built in and needs nothing", advice)
+    else:
+        yield from asyncio.run(_openai(settings))
+
+
+async def _openai(settings: "Settings") -> list[Check]:
+    from adapters.openai import make_client
+    from core.model.agent import DEFAULT_MODEL
+    from entrypoints.container import Container
+    from entrypoints.settings import SettingsError
+
+    try:
+        catalog: Catalog = Container(settings=settings).catalog()
+    except SettingsError:
+        models = {settings.openai_model}  # the agents' own check tells of it
+    else:
+        named = {agent.model for agent in catalog.agents()}
+        models = {settings.openai_model if model == DEFAULT_MODEL else model for model in named}
+    key = settings.openai_api_key.get_secret_value() if settings.openai_api_key else ""
+    async with make_client(key, settings.openai_base_url, max_connections=1) as client:
+        return [await _model(settings, client, model) for model in sorted(models)]
+
+
+async def _model(settings: "Settings", client: object, model: str) -> Check:
+    from datetime import UTC, datetime
+    from urllib.parse import urlsplit
+
+    from adapters.openai.errors import ProviderFault
+    from adapters.openai.models import KeyRefused, ModelMissing, model_sunset
+    from core.model.turn import TurnReason
+
+    own = settings.openai_base_url is not None
+    where = urlsplit(settings.openai_base_url).hostname if settings.openai_base_url else "OpenAI"
+    try:
+        day = await model_sunset(client, model)  # type: ignore[arg-type] # its type costs an import
+    except KeyRefused as fault:
+        advice = "Set OPENAI_API_KEY to a key that is valid there" + (
+            "." if own else ": https://platform.openai.com/api-keys"
+        )
+        return Check("provider", Status.FAIL, f"{where} refuses the key (HTTP {fault.status})", advice)
+    except ModelMissing as fault:
+        detail = f"{where} does not have the model {model}, or not for this key (HTTP {fault.status})"
+        if own:  # many compatible servers do not say what they have
+            return Check("provider", Status.WARN, detail, "Check OPENAI_MODEL if replies fail.")
+        return Check("provider", Status.FAIL, detail, "Set OPENAI_MODEL to a model that it has.")
+    except ProviderFault as fault:
+        away = fault.reason in (TurnReason.PROVIDER_UNAVAILABLE, TurnReason.PROVIDER_TIMEOUT)
+        status = Status.FAIL if away else Status.WARN
+        http = f" (HTTP {fault.status})" if fault.status else ""
+        return Check(
+            "provider",
+            status,
+            f"{where} could not be asked about the model {model}: {fault.reason.message}{http}",
+            "Check the network and OPENAI_BASE_URL." if away else "Try again later.",
+        )
+    return _until(model, day, datetime.now(UTC).date())
+
+
+def _until(model: str, day: "date | None", today: "date") -> Check:
+    from adapters.openai.models import sunset_warning
+
+    if (warning := sunset_warning(model, day, today)) is not None:
+        gone = day is not None and day < today
+        sentence, _, advice = warning.partition(". ")
+        return Check("model", Status.FAIL if gone else Status.WARN, f"{sentence}.", advice)
+    known = f"until {day.isoformat()}" if day else "with no end announced"
+    return Check("provider", Status.OK, f"the key is taken and the model {model} is there, {known}")

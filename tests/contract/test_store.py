@@ -1,0 +1,916 @@
+"""What the ports to the record promise, on every store."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from datetime import UTC, date, datetime, timedelta
+from functools import partial
+from typing import TypeVar
+
+import psycopg
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from adapters.memory.store import MemoryStore
+from adapters.sql.store import SqlStore
+from adapters.system import Ids
+from core.model.agent import Domain
+from core.model.errors import StoreUnavailable, ThreadNotFound
+from core.model.events import (
+    AttemptRestarted,
+    LogEntry,
+    TextDelta,
+    ToolAnswered,
+    ToolCalled,
+    TurnEvent,
+    TurnFinished,
+    TurnStarted,
+    extent,
+)
+from core.model.goal import Goal
+from core.model.message import ContentPart, Message, RefusalPart, Role, TextPart, ToolExchange
+from core.model.thread import ProviderState, Thread, ThreadState
+from core.model.turn import Turn, TurnReason, TurnState, Usage
+from core.ports.agents import AgentVersionChanged
+from core.ports.store import Conflict, Store, Transaction
+from core.ports.threads import NewMessage, ThreadKey
+from core.ports.turns import LogAppend, RequestKey
+from doubles import CATALOG, ManualClock, definition
+from harness import until
+
+T = TypeVar("T")
+
+IDS = Ids()
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+ACTIVE = frozenset({ThreadState.ACTIVE})
+ANY = frozenset(ThreadState)
+
+TEXTS = {
+    "plain": "plain",
+    "emoji": "👩‍🚀👨‍👩‍👧‍👦🏳️‍🌈 e\u0301 ﷽ Z̷̧͓",
+    "quotes": """ "double" 'single' `back` \\ \\\\ \\n \\u0041 \\" """,
+    "lines": "a\nb\r\nc\rd\u0085e\u2028f\u2029g\th",
+    "control": "\x01\x08\x1b\x7f",
+    "edges of Unicode": "\ufffd\ufffe\uffff\U0001fffe\U0010ffff\ud7ff\ue000",
+    "end of a log": '["f"]]',
+    "JSON": '{"a": [null, true, "\\""]}',
+    "JSON string": '"',
+    "SQL": "'; DROP TABLE turns; -- %s %(x)s :name ? $1",
+    "64 Ki": "x" * 65_536,
+    "64 Ki emoji": "👋" * 65_536,
+}
+
+
+def a_thread(user: str = "ada", **changes: object) -> Thread:
+    values: dict[str, object] = {
+        "id": IDS.new(),
+        "user_id": user,
+        "domain": Domain.CAREER,
+        "agent_id": "career-v1",
+        "title": "",
+        "state": ThreadState.ACTIVE,
+        "metadata": {},
+        "last_message_at": NOW,
+        "created_at": NOW,
+        "message_count": 0,
+    }
+    return Thread(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def a_turn(of: Thread, **changes: object) -> Turn:
+    values: dict[str, object] = {
+        "id": IDS.new(),
+        "thread_id": of.id,
+        "user_id": of.user_id,
+        "agent_id": of.agent_id,
+        "state": TurnState.RUNNING,
+        "attempt": 1,
+        "epoch": 1,
+        "last_position": 1,
+        "usage": Usage(),
+        "reason": None,
+        "model": "script-1",
+        "provider": "scripted",
+        "accepted_at": NOW,
+    }
+    return Turn(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def a_line(of: Turn, text: str = "Hello", role: Role = Role.USER, **changes: object) -> NewMessage:
+    values: dict[str, object] = {
+        "id": IDS.new(),
+        "turn_id": of.id,
+        "role": role,
+        "content": (TextPart(text),),
+        "created_at": NOW,
+    }
+    return NewMessage(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def request(user: str = "ada", request_id: str = "", fingerprint: str = "f", caller: str = "local") -> RequestKey:
+    return RequestKey(caller=caller, user_id=user, request_id=request_id, fingerprint=fingerprint)
+
+
+def add_thread(tx: Transaction, thread: Thread) -> None:
+    tx.users.ensure(thread.user_id, NOW)
+    tx.threads.add(thread)
+
+
+def add_threads(threads: Sequence[Thread], tx: Transaction) -> None:
+    for thread in threads:
+        add_thread(tx, thread)
+
+
+def add_turn(tx: Transaction, turn: Turn, key: RequestKey | None = None) -> None:
+    tx.turns.add(turn, "test", key or request(turn.user_id))
+    tx.log.begin(turn.id, [TurnStarted(turn.id, turn.thread_id, turn.agent_id)])
+
+
+@pytest.fixture
+async def record(store: Store) -> Store:
+    """A store with the catalog's agents."""
+    await store.write(lambda tx: [tx.agents.publish(agent) for agent in CATALOG.agents()])
+    return store
+
+
+async def lines_of(store: Store, thread: Thread) -> list[Message]:
+    """A thread's transcript."""
+    return list(
+        await store.read(lambda tx: tx.messages.list(thread.id, after=None, newest_first=False, limit=None))
+    )
+
+
+async def begun(store: Store, **changes: object) -> tuple[Thread, Turn]:
+    """A thread with a running turn."""
+    thread = a_thread()
+    turn = a_turn(thread, **changes)
+
+    def change(tx: Transaction) -> None:
+        add_thread(tx, thread)
+        add_turn(tx, turn)
+
+    await store.write(change)
+    return thread, turn
+
+
+class Hold:
+    """Keeps a database's writer busy, so that what is submitted meanwhile shares a commit."""
+
+    def __init__(self, store: Store) -> None:
+        self._go_on = threading.Event()
+        self.reached = threading.Event()
+        if isinstance(store, MemoryStore):
+            self._go_on.set()  # it runs every change at once
+
+    def change(self, _: Transaction) -> None:
+        self.reached.set()
+        assert self._go_on.wait(20)
+
+    def open(self) -> None:
+        self._go_on.set()
+
+
+async def together(store: Store, changes: Sequence[Callable[[Transaction], T]]) -> list[T | BaseException]:
+    """Submits changes in order, all of them before the first one runs."""
+    hold = Hold(store)
+    first = asyncio.create_task(store.write(hold.change))
+    await until(hold.reached.is_set)
+    tasks = [asyncio.create_task(store.write(change)) for change in changes]
+    await asyncio.sleep(0)  # every task has submitted its change
+    hold.open()
+    await first
+    return await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def spread(entries: Sequence[LogEntry]) -> list[tuple[int, object]]:
+    """A log by positions: every code point and every event at its own."""
+    result: list[tuple[int, object]] = []
+    for entry in entries:
+        if isinstance(entry.event, TextDelta):
+            start = entry.position - len(entry.event.text)
+            result += [(start + n, (c, entry.event.refusal)) for n, c in enumerate(entry.event.text, start=1)]
+        else:
+            result.append((entry.position, entry.event))
+    return result
+
+
+# The store
+
+
+async def test_a_change_that_fails_leaves_no_trace_and_those_beside_it_are_committed(record: Store) -> None:
+    class OwnError(Exception):
+        pass
+
+    taken, _ = await begun(record)
+    threads = [a_thread(f"user{number}") for number in range(60)]
+
+    def change_of(number: int, thread: Thread) -> Callable[[Transaction], str]:
+        def change(tx: Transaction) -> str:
+            add_thread(tx, thread)
+            turn = a_turn(thread)
+            add_turn(tx, turn, request(thread.user_id, "r"))
+            tx.messages.append(thread.id, [a_line(turn)])
+            match number % 6:
+                case 1:
+                    raise OwnError
+                case 3:
+                    raise ThreadNotFound
+                case 5:
+                    tx.turns.add(a_turn(taken), "test", request())  # a second turn at work
+            return thread.id
+
+        return change
+
+    results = await together(record, [change_of(n, thread) for n, thread in enumerate(threads)])
+    expected = [{1: OwnError, 3: ThreadNotFound, 5: Conflict}.get(number % 6) for number in range(60)]
+    assert [type(result) if isinstance(result, Exception) else None for result in results] == expected
+    for thread, error, result in zip(threads, expected, results, strict=True):
+        found = await record.read(lambda tx, t=thread: tx.threads.get(t.user_id, t.id))  # type: ignore[misc]
+        earlier = await record.read(
+            lambda tx, t=thread: tx.turns.by_request("local", t.user_id, "r")  # type: ignore[misc]
+        )
+        lines = await lines_of(record, thread)
+        if error is None:
+            assert result == thread.id
+            assert found is not None
+            assert found.message_count == len(lines) == 1
+            assert earlier is not None
+        else:
+            assert (found, earlier, list(lines)) == (None, None, [])
+    unfinished = await record.read(lambda tx: tx.turns.unfinished(100))
+    assert len(unfinished) == 1 + expected.count(None)
+
+
+async def test_a_lone_change_that_fails_leaves_no_trace(record: Store) -> None:
+    thread = a_thread()
+
+    def change(tx: Transaction) -> None:
+        add_thread(tx, thread)
+        tx.threads.describe(thread.id, title="x", metadata=None)
+        raise ValueError
+
+    with pytest.raises(ValueError):
+        await record.write(change)
+    assert await record.read(lambda tx: tx.threads.get("ada", thread.id)) is None
+    await record.write(lambda tx: add_thread(tx, thread))  # nothing is left in the way
+
+
+async def test_changes_take_effect_in_the_order_of_submission(record: Store) -> None:
+    thread, turn = await begun(record)
+
+    def append(number: int) -> Callable[[Transaction], int]:
+        def change(tx: Transaction) -> int:
+            line = a_line(turn, str(number), Role.TOOL)
+            (stored,) = tx.messages.append(thread.id, [line])
+            if number % 5 == 4:
+                raise ValueError
+            return stored.index
+
+        return change
+
+    results = await together(record, [append(number) for number in range(300)])
+    kept = [number for number in range(300) if number % 5 != 4]
+    assert [result for result in results if isinstance(result, int)] == list(range(1, len(kept) + 1))
+    lines = await lines_of(record, thread)
+    assert [line.text for line in lines] == [str(number) for number in kept]
+
+
+async def test_a_read_sees_every_write_committed_before_it(record: Store) -> None:
+    thread, _ = await begun(record)
+    for number in range(50):
+        await record.write(
+            lambda tx, title=str(number): tx.threads.describe(thread.id, title=title, metadata=None)  # type: ignore[misc]
+        )
+        reads = [record.read(lambda tx: tx.threads.get("ada", thread.id)) for _ in range(3)]
+        assert {found.title if found else None for found in await asyncio.gather(*reads)} == {str(number)}
+
+
+async def test_a_change_sees_what_it_has_written(record: Store) -> None:
+    thread = a_thread()
+
+    def change(tx: Transaction) -> Thread | None:
+        add_thread(tx, thread)
+        return tx.threads.get("ada", thread.id)
+
+    assert await record.write(change) == thread
+
+
+async def test_cancelling_the_caller_does_not_stop_a_submitted_change(record: Store) -> None:
+    thread, hold = a_thread(), Hold(record)
+    first = asyncio.create_task(record.write(hold.change))
+    await until(hold.reached.is_set)
+    second = asyncio.create_task(record.write(lambda tx: add_thread(tx, thread)))
+    await asyncio.sleep(0)  # submitted
+    second.cancel()
+    await asyncio.gather(second, return_exceptions=True)
+    hold.open()
+    await first
+    await record.write(lambda tx: tx.now())  # one more behind it
+    assert await record.read(lambda tx: tx.threads.get("ada", thread.id)) == thread
+
+
+async def test_closing_waits_for_submitted_changes(database_url: str, clock: ManualClock) -> None:
+    store, thread = SqlStore(database_url, clock), a_thread()
+    await store.write(lambda tx: [tx.agents.publish(agent) for agent in CATALOG.agents()])
+    hold = Hold(store)
+    writes = [
+        asyncio.create_task(store.write(hold.change)),
+        asyncio.create_task(store.write(lambda tx: add_thread(tx, thread))),
+    ]
+    await until(hold.reached.is_set)
+    closing = asyncio.create_task(store.aclose())
+    await asyncio.sleep(0)
+    hold.open()
+    await closing
+    await asyncio.gather(*writes)
+    for call in (store.write, store.read):
+        with pytest.raises(StoreUnavailable):
+            await call(lambda tx: tx.now())
+    await store.aclose()
+    again = SqlStore(database_url, clock)
+    assert await again.read(lambda tx: tx.threads.get("ada", thread.id)) == thread
+    await again.aclose()
+
+
+async def test_time_is_utc_and_does_not_run_backwards(record: Store) -> None:
+    times = [await record.read(lambda tx: tx.now()) for _ in range(3)] + [await record.write(lambda tx: tx.now())]
+    assert times == sorted(times)
+    assert {time.utcoffset() for time in times} == {timedelta(0)}
+
+
+async def fail_holding(store: Store, name: str) -> None:
+    async with store.exclusive(name) as held:
+        assert held
+        raise ValueError
+
+
+async def test_exclusive_excludes_by_name_and_never_waits(record: Store) -> None:
+    async with record.exclusive("a") as first:
+        async with record.exclusive("a") as second, record.exclusive("b") as other:
+            assert (first, second, other) == (True, False, True)
+        async with record.exclusive("a") as third:  # one that did not get it frees nothing
+            assert not third
+    with pytest.raises(ValueError):
+        await fail_holding(record, "a")
+    async with record.exclusive("a") as again:
+        assert again
+
+
+@asynccontextmanager
+async def two_processes(url: str, clock: ManualClock) -> AsyncIterator[tuple[SqlStore, SqlStore]]:
+    stores = SqlStore(url, clock), SqlStore(url, clock)
+    await stores[0].write(lambda tx: [tx.agents.publish(agent) for agent in CATALOG.agents()])
+    try:
+        yield stores
+    finally:
+        for store in stores:
+            await store.aclose()
+
+
+async def test_postgresql_exclusive_holds_over_processes_and_ends_with_its_holder(
+    postgres_url: str, clock: ManualClock
+) -> None:
+    async with two_processes(postgres_url, clock) as (one, two):
+        async with one.exclusive("a") as mine, two.exclusive("a") as theirs:
+            assert (mine, theirs) == (True, False)
+        async with one.exclusive("a") as mine:
+            assert mine
+            with psycopg.connect(postgres_url, autocommit=True) as killer:
+                killer.execute(
+                    "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory' AND granted"
+                    " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+                )
+                gone = "SELECT count(*) = 0 FROM pg_locks WHERE locktype = 'advisory' AND database ="
+                gone += " (SELECT oid FROM pg_database WHERE datname = current_database())"
+                await until(lambda: (killer.execute(gone.encode()).fetchone() or [False])[0])
+            async with two.exclusive("a") as theirs:
+                assert theirs
+
+
+async def test_postgresql_a_change_that_collides_with_another_processes_is_run_again(
+    postgres_url: str, clock: ManualClock
+) -> None:
+    async with two_processes(postgres_url, clock) as stores:
+        both_have_looked = threading.Barrier(2)
+        runs: list[str] = []
+
+        def change_of(name: str) -> Callable[[Transaction], str]:
+            thread = a_thread()
+
+            def change(tx: Transaction) -> str:
+                runs.append(name)
+                found = tx.turns.by_request("local", "ada", "r1")
+                if runs.count(name) == 1:
+                    both_have_looked.wait(20)
+                if found:
+                    return found[0].id
+                add_thread(tx, thread)
+                turn = a_turn(thread)
+                add_turn(tx, turn, request(request_id="r1"))
+                return turn.id
+
+            return change
+
+        ids = await asyncio.gather(*(s.write(change_of(n)) for s, n in zip(stores, "ab", strict=True)))
+        assert len(set(ids)) == 1
+        assert len(runs) == 3
+
+
+@pytest.mark.parametrize("what", ["thread", "turn"])
+async def test_postgresql_a_lock_keeps_other_processes_away(
+    postgres_url: str, clock: ManualClock, what: str
+) -> None:
+    async with two_processes(postgres_url, clock) as (one, two):
+        thread, turn = await begun(one)
+        hold = Hold(one)
+
+        def lock(tx: Transaction) -> None:
+            assert tx.threads.lock("ada", thread.id) if what == "thread" else tx.turns.lock(turn.id)
+            hold.change(tx)
+
+        def collide(tx: Transaction) -> None:
+            if what == "thread":
+                tx.threads.describe(thread.id, title="late", metadata=None)
+            else:
+                tx.turns.save_ending(replace(turn, state=TurnState.FAILED))
+
+        holding = asyncio.create_task(one.write(lock))
+        await until(hold.reached.is_set)
+        colliding = asyncio.create_task(two.write(collide))
+        with psycopg.connect(postgres_url, autocommit=True) as watch:
+            waiting = b"SELECT count(*) FROM pg_locks WHERE NOT granted"
+            await until(lambda: (watch.execute(waiting).fetchone() or [0])[0] == 1)
+        cutoff = NOW + timedelta(days=1)
+        if what == "thread":  # and a cleanup leaves out what another process holds
+            third = SqlStore(postgres_url, clock)
+            await third.write(lambda tx: tx.turns.save_ending(replace(turn, state=TurnState.FAILED)))
+            batch = await third.write(lambda tx: tx.threads.expire(cutoff, None, None, 10))
+            assert batch.expired == 0
+            await third.aclose()
+        assert not colliding.done()
+        hold.open()
+        await asyncio.gather(holding, colliding)
+
+
+# Users and agents
+
+
+async def test_ensuring_a_user_is_idempotent(record: Store) -> None:
+    await together(record, [lambda tx: tx.users.ensure("ada", tx.now()) for _ in range(20)])
+
+    def change(tx: Transaction) -> None:
+        tx.users.ensure("ada", NOW)
+        tx.users.ensure("ada", NOW + timedelta(days=1))
+        tx.threads.add(a_thread())
+
+    await record.write(change)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"instructions": "Other."},
+        {"model": "gpt-x"},
+        {"tools": ()},
+        {"domain": Domain.HEALTH},
+        {"name": "x"},
+        {"max_output_tokens": 99},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+async def test_a_published_agent_never_changes(store: Store, changes: dict[str, object]) -> None:
+    first = definition()
+    second = definition(
+        version=2, instructions='Ünï "quoted" 👋\n', effort="low", verbosity="high", tools=("a", "b")
+    )
+    for offered in (first, second, first):
+        await store.write(lambda tx, agent=offered: tx.agents.publish(agent))  # type: ignore[misc]
+    changed = replace(first, **changes)  # type: ignore[arg-type]
+    with pytest.raises(AgentVersionChanged) as error:
+        await store.write(lambda tx: tx.agents.publish(changed))
+    assert error.value.agent_id == "career-v1"
+    assert await store.read(lambda tx: tx.agents.get("career-v1")) == first
+    assert await store.read(lambda tx: tx.agents.get("career-v2")) == second
+    assert await store.read(lambda tx: tx.agents.get("career-v3")) is None
+
+
+# Threads
+
+
+async def test_a_thread_is_its_users_alone(record: Store) -> None:
+    thread = a_thread(
+        metadata={"k": "v", 'q"': "👋\\"}, title="T", domain=Domain.HEALTH, state=ThreadState.INACTIVE
+    )
+    await record.write(lambda tx: add_thread(tx, thread))
+    for look in (
+        lambda tx, user: tx.threads.get(user, thread.id),
+        lambda tx, user: tx.threads.lock(user, thread.id),
+    ):
+        assert await record.write(lambda tx, look=look: look(tx, "ada")) == thread  # type: ignore[misc]
+        assert await record.write(lambda tx, look=look: look(tx, "eve")) is None  # type: ignore[misc]
+    assert await record.read(lambda tx: tx.threads.list("eve", None, ANY, None, 10)) == []
+    assert await record.read(lambda tx: tx.threads.get("ada", IDS.new())) is None
+
+
+async def pages(store: Store, size: int, **query: object) -> AsyncIterator[list[Thread]]:
+    """A user's threads, page by page."""
+    before: ThreadKey | None = None
+    domain, states = query.get("domain"), query.get("states", ACTIVE)
+    while page := await store.read(
+        lambda tx, before=before: tx.threads.list("ada", domain, states, before, size)  # type: ignore[misc]
+    ):
+        yield list(page)
+        before = ThreadKey(page[-1].last_message_at, page[-1].id)
+
+
+async def test_threads_are_listed_newest_first_with_ties_in_one_order(record: Store) -> None:
+    domains = list(Domain)
+    threads = [
+        a_thread(
+            last_message_at=NOW + timedelta(microseconds=number // 4),
+            domain=domains[number % 3],
+            agent_id=f"{domains[number % 3]}-v1",
+            state=ThreadState.INACTIVE if number % 5 == 0 else ThreadState.ACTIVE,
+        )
+        for number in range(24)
+    ]
+
+    def change(tx: Transaction) -> None:
+        for thread in threads:
+            add_thread(tx, thread)
+        add_thread(tx, a_thread("eve"))
+
+    await record.write(change)
+    order = sorted(threads, key=lambda thread: (thread.last_message_at, thread.id), reverse=True)
+    for domain in (None, *Domain):
+        for states in (ACTIVE, frozenset({ThreadState.INACTIVE}), ANY):
+            expected = [t for t in order if t.state in states and domain in (None, t.domain)]
+            for size in (1, 3, 100):
+                got = [page async for page in pages(record, size, domain=domain, states=states)]
+                assert [thread for page in got for thread in page] == expected
+                assert all(len(page) == size for page in got[:-1])
+
+
+async def test_no_state_is_no_thread(record: Store) -> None:
+    await record.write(lambda tx: add_thread(tx, a_thread()))
+    assert list(await record.read(lambda tx: tx.threads.list("ada", None, frozenset(), None, 10))) == []
+
+
+async def test_pages_survive_what_comes_and_goes_between_them(record: Store) -> None:
+    threads = [a_thread(last_message_at=NOW - timedelta(hours=number // 2)) for number in range(12)]
+    await record.write(partial(add_threads, threads))
+    order = sorted(threads, key=lambda thread: (thread.last_message_at, thread.id), reverse=True)
+    seen: list[str] = []
+    async for page in pages(record, 3):
+        seen += [thread.id for thread in page]
+        last = page[-1]
+
+        def change(tx: Transaction, last: Thread = last) -> None:
+            add_thread(tx, a_thread(last_message_at=NOW + timedelta(hours=1)))  # new ones come in front
+            turn = a_turn(last)  # and the one that the cursor names is no longer there
+            add_turn(tx, turn)
+            tx.messages.append(last.id, [a_line(turn, created_at=NOW + timedelta(hours=2))])
+
+        await record.write(change)
+    assert seen == [thread.id for thread in order]
+
+
+async def test_a_page_may_begin_behind_a_thread_that_is_gone(record: Store) -> None:
+    threads = [a_thread(last_message_at=NOW - timedelta(hours=number)) for number in range(6)]
+    await record.write(partial(add_threads, threads))
+    await record.write(lambda tx: tx.threads.expire(NOW - timedelta(hours=2, minutes=30), None, None, 100))
+    rest = await record.read(
+        lambda tx: tx.threads.list("ada", None, ACTIVE, ThreadKey(NOW - timedelta(minutes=30), IDS.new()), 10)
+    )
+    assert [thread.id for thread in rest] == [thread.id for thread in threads[1:3]]
+
+
+async def test_describing_replaces_what_is_given(record: Store) -> None:
+    thread = a_thread(title="old", metadata={"a": "1"})
+    await record.write(lambda tx: add_thread(tx, thread))
+    await record.write(lambda tx: tx.threads.describe(thread.id, title='new "👋"', metadata=None))
+    found = await record.read(lambda tx: tx.threads.get("ada", thread.id))
+    assert found == replace(thread, title='new "👋"')
+    await record.write(lambda tx: tx.threads.describe(thread.id, title=None, metadata={"b": "2\\"}))
+    found = await record.read(lambda tx: tx.threads.get("ada", thread.id))
+    assert found == replace(thread, title='new "👋"', metadata={"b": "2\\"})
+    await record.write(lambda tx: tx.threads.describe(thread.id, title="", metadata={}))
+    assert await record.read(lambda tx: tx.threads.get("ada", thread.id)) == replace(thread, title="", metadata={})
+
+
+async def test_provider_state_is_kept_as_it_was_last_said(record: Store) -> None:
+    thread = a_thread()
+    await record.write(lambda tx: add_thread(tx, thread))
+    assert await record.read(lambda tx: tx.threads.provider_state(thread.id)) is None
+    for state in (
+        ProviderState(provider="openai", conversation_id="conv_1", synced_to=4, retired=("conv_0", 'x"')),
+        ProviderState(provider="openai"),
+    ):
+        await record.write(lambda tx, state=state: tx.threads.save_provider_state(thread.id, state))  # type: ignore[misc]
+        assert await record.read(lambda tx: tx.threads.provider_state(thread.id)) == state
+    assert await record.read(lambda tx: tx.threads.get("ada", thread.id)) == thread
+
+
+# Messages
+
+
+async def test_lines_have_dense_indexes_and_are_listed_both_ways(record: Store) -> None:
+    thread, turn = await begun(record)
+    wait = [timedelta(seconds=number) for number in range(7)]
+    lines = [a_line(turn, str(number), Role.TOOL, created_at=NOW + wait[number]) for number in range(7)]
+    stored: list[Message] = []
+    for some in (lines[:1], lines[1:4], lines[4:]):
+        stored += await record.write(lambda tx, some=some: tx.messages.append(thread.id, some))  # type: ignore[misc]
+    assert [line.index for line in stored] == [1, 2, 3, 4, 5, 6, 7]
+    other, other_turn = await begun(record)
+    (first,) = await record.write(lambda tx: tx.messages.append(other.id, [a_line(other_turn)]))
+    assert first.index == 1  # of its own thread
+    for after in (None, *range(9)):
+        for limit in (None, 1, 3, 100):
+            for newest_first in (False, True):
+                found = await record.read(
+                    lambda tx, a=after, n=newest_first, m=limit: tx.messages.list(  # type: ignore[misc]
+                        thread.id, after=a, newest_first=n, limit=m
+                    )
+                )
+                behind = [
+                    line
+                    for line in (stored[::-1] if newest_first else stored)
+                    if after is None or (line.index < after if newest_first else line.index > after)
+                ]
+                assert list(found) == behind[:limit]
+    assert (
+        list(await record.read(lambda tx: tx.messages.list(IDS.new(), after=None, newest_first=False, limit=None)))
+        == []
+    )
+
+
+async def test_a_line_wakes_its_thread_and_moves_it_on(record: Store) -> None:
+    thread = a_thread(state=ThreadState.INACTIVE)
+    turn = a_turn(thread)
+    later = NOW + timedelta(hours=1, microseconds=7)
+
+    def change(tx: Transaction) -> None:
+        add_thread(tx, thread)
+        add_turn(tx, turn)
+        tx.messages.append(thread.id, [a_line(turn), a_line(turn, "b", Role.TOOL, created_at=later)])
+
+    await record.write(change)
+    assert await record.read(lambda tx: tx.threads.get("ada", thread.id)) == replace(
+        thread, state=ThreadState.ACTIVE, last_message_at=later, message_count=2
+    )
+
+
+async def test_a_turn_has_one_reply(record: Store) -> None:
+    thread, turn = await begun(record)
+    exchange = ToolExchange("c1", "note", '{"a": "\\u00e9', 'answer "👋"', is_error=True)
+    await record.write(lambda tx: tx.messages.append(thread.id, [a_line(turn)]))
+    assert await record.read(lambda tx: tx.messages.reply_of(turn.id)) is None
+    *_, reply = await record.write(
+        lambda tx: tx.messages.append(
+            thread.id,
+            [
+                a_line(turn, "answer", Role.TOOL, tool=exchange),
+                a_line(turn, content=(TextPart("a"), RefusalPart("b")), role=Role.ASSISTANT, partial=True),
+            ],
+        )
+    )
+    assert (reply.index, reply.text, reply.partial) == (3, "ab", True)
+    with pytest.raises(Conflict):
+        await record.write(lambda tx: tx.messages.append(thread.id, [a_line(turn, "two", Role.ASSISTANT)]))
+    assert await record.read(lambda tx: tx.messages.reply_of(turn.id)) == reply
+    _, tool, last = await lines_of(record, thread)
+    assert (tool.tool, last) == (exchange, reply)
+
+
+@pytest.mark.parametrize("name", TEXTS)
+async def test_text_comes_back_as_it_went_in(record: Store, name: str) -> None:
+    text = TEXTS[name]
+    thread, turn = await begun(record)
+    parts: tuple[ContentPart, ...] = (TextPart(text), RefusalPart(text))
+    exchange = ToolExchange("c", "note", text, text, is_error=False)
+    events: tuple[TurnEvent, ...] = (
+        TextDelta(text),
+        ToolCalled("c", "note", text),
+        ToolAnswered("c", text, is_error=False),
+        TextDelta(text, refusal=True),
+        TextDelta(text),
+    )
+
+    def change(tx: Transaction) -> Sequence[Message]:
+        assert tx.log.append([LogAppend(turn.id, 1, 1, events)]) == {turn.id}
+        tool = a_line(turn, role=Role.TOOL, tool=exchange)
+        return tx.messages.append(thread.id, [a_line(turn, content=parts), tool])
+
+    await record.write(change)
+    lines = await lines_of(record, thread)
+    assert (lines[0].content, lines[1].tool) == (parts, exchange)
+    entries = await record.read(lambda tx: tx.log.read(turn.id))
+    assert [entry.event for entry in entries[1:]] == list(events)
+    assert entries[-1].position == 1 + 3 * len(text) + 2
+
+
+@given(text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1))
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+async def test_any_text_comes_back_as_it_went_in(record: Store, text: str) -> None:
+    thread, turn = await begun(record)
+    await record.write(lambda tx: tx.log.append([LogAppend(turn.id, 1, 1, (TextDelta(text),))]))
+    await record.write(lambda tx: tx.messages.append(thread.id, [a_line(turn, text)]))
+    entries = await record.read(lambda tx: tx.log.read(turn.id))
+    assert entries[1:] == [LogEntry(1 + len(text), TextDelta(text))]
+    (line,) = await lines_of(record, thread)
+    assert line.text == text
+
+
+# Turns
+
+
+async def test_a_turn_is_kept_whole(record: Store) -> None:
+    thread, turn = await begun(record)
+    assert await record.read(lambda tx: tx.turns.find(turn.id)) == turn
+    assert await record.read(lambda tx: tx.turns.get("ada", turn.id)) == turn
+    assert await record.read(lambda tx: tx.turns.get("eve", turn.id)) is None
+    assert await record.write(lambda tx: tx.turns.lock(turn.id)) == turn
+    assert await record.read(lambda tx: tx.turns.in_the_way(thread.id)) == turn
+    ended = replace(
+        turn,
+        state=TurnState.INCOMPLETE,
+        epoch=2,
+        last_position=2**40,
+        reason=TurnReason.PROVIDER_STALLED,
+        usage=Usage(input_tokens=2**40, cached_input_tokens=2, output_tokens=3, reasoning_tokens=4),
+        finished_at=NOW + timedelta(seconds=1, microseconds=1),
+    )
+    await record.write(lambda tx: tx.turns.save_ending(ended))
+    assert await record.read(lambda tx: tx.turns.find(turn.id)) == ended
+    assert await record.read(lambda tx: tx.turns.in_the_way(thread.id)) is None
+    for unknown in (IDS.new(), "", "x" * 1_000):
+        assert await record.read(lambda tx, id_=unknown: tx.turns.find(id_)) is None  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("state", TurnState)
+async def test_only_turns_that_have_not_ended_are_in_the_way(record: Store, state: TurnState) -> None:
+    thread, turn = await begun(record, state=state)
+    ended = state in {TurnState.COMPLETED, TurnState.INCOMPLETE, TurnState.CANCELLED, TurnState.FAILED}
+    assert (await record.read(lambda tx: tx.turns.in_the_way(thread.id)) is None) is ended
+    assert list(await record.read(lambda tx: tx.turns.unfinished(10))) == ([] if ended else [turn.id])
+    at_work = state in {TurnState.RUNNING, TurnState.WAITING_FOR_CLIENT}
+    second = a_turn(thread)
+    if at_work:
+        with pytest.raises(Conflict):
+            await record.write(lambda tx: add_turn(tx, second))
+    else:
+        await record.write(lambda tx: add_turn(tx, second))
+    assert (await record.read(lambda tx: tx.turns.find(second.id)) is None) is at_work
+
+
+async def test_unfinished_turns_come_oldest_first(record: Store) -> None:
+    turns = [(await begun(record, accepted_at=NOW + timedelta(hours=number)))[1] for number in range(5)]
+    assert list(await record.read(lambda tx: tx.turns.unfinished(3))) == [turn.id for turn in turns[:3]]
+
+
+async def test_a_request_id_is_unique_for_caller_and_user(record: Store) -> None:
+    async def add(user: str, request_id: str, caller: str = "local") -> Turn:
+        thread = a_thread(user)
+        turn = a_turn(thread)
+
+        def change(tx: Transaction) -> None:
+            add_thread(tx, thread)
+            add_turn(tx, turn, request(user, request_id, "print", caller))
+
+        await record.write(change)
+        return turn
+
+    first = await add("ada", "r1")
+    with pytest.raises(Conflict):
+        await add("ada", "r1")
+    others = [await add("eve", "r1"), await add("ada", "r1", caller="other"), await add("ada", "R1")]
+    for _ in range(2):  # no request id, no rule
+        await add("ada", "")
+    found = await record.read(lambda tx: tx.turns.by_request("local", "ada", "r1"))
+    assert found == (first, "print")
+    assert first not in others
+    for caller, user, request_id in [("x", "ada", "r1"), ("local", "bob", "r1"), ("local", "ada", "r2")]:
+        key = (caller, user, request_id)
+        assert await record.read(lambda tx, key=key: tx.turns.by_request(*key)) is None  # type: ignore[misc]
+
+
+# The log
+
+
+async def test_an_append_is_fenced(record: Store) -> None:
+    (_, good), (_, other) = await begun(record), await begun(record)
+    _, ended = await begun(record)
+    await record.write(lambda tx: tx.turns.save_ending(replace(ended, state=TurnState.COMPLETED)))
+    _, waiting = await begun(record, state=TurnState.WAITING_FOR_CLIENT)
+    text = (TextDelta("abc"),)
+    refused = {
+        "an old epoch": LogAppend(good.id, 0, 1, text),
+        "an epoch to come": LogAppend(good.id, 2, 1, text),
+        "an old position": LogAppend(good.id, 1, 0, text),
+        "a position to come": LogAppend(good.id, 1, 2, text),
+        "an ended turn": LogAppend(ended.id, 1, 1, text),
+        "a waiting turn": LogAppend(waiting.id, 1, 1, text),
+        "an unknown turn": LogAppend(IDS.new(), 1, 1, text),
+    }
+    for why, append in refused.items():
+        assert await record.write(lambda tx, a=append: tx.log.append([a])) == frozenset(), why  # type: ignore[misc]
+        mixed = [append, LogAppend(other.id, 1, 1 + 3 * list(refused).index(why), text)]
+        assert await record.write(lambda tx, m=mixed: tx.log.append(m)) == {other.id}, why  # type: ignore[misc]
+    for turn, position in [(good, 1), (ended, 1), (waiting, 1), (other, 1 + 3 * len(refused))]:
+        found = await record.read(lambda tx, t=turn: tx.turns.find(t.id))  # type: ignore[misc]
+        assert found is not None
+        entries = await record.read(lambda tx, t=turn: tx.log.read(t.id))  # type: ignore[misc]
+        assert found.last_position == position == entries[-1].position
+    assert await record.write(lambda tx: tx.log.append([LogAppend(good.id, 1, 1, text)])) == {good.id}
+    again = await record.write(lambda tx: tx.log.append([LogAppend(good.id, 1, 1, text)]))
+    assert again == frozenset()  # a repeat adds nothing
+    assert await record.write(lambda tx: tx.log.append([])) == frozenset()
+
+
+EVENTS: tuple[tuple[TurnEvent, ...], ...] = (
+    (TextDelta("Grüße 👩‍🚀"), TextDelta("!")),
+    (ToolCalled("c1", "note", '{"a": 1'), ToolCalled("c2", "note", '["f"]]')),
+    (ToolAnswered("c1", '["f"]]', is_error=False), ToolAnswered("c2", "no", is_error=True), TextDelta('["f"]]')),
+    (AttemptRestarted(2, "PROVIDER_STALLED"), TextDelta("e\u0301")),
+    (TextDelta("no", refusal=True), TextDelta("yes")),
+)
+
+
+async def written(store: Store) -> tuple[Thread, Turn, int]:
+    """A running turn with a log of several commits, and its position."""
+    thread, turn = await begun(store)
+    position = 1
+    for events in EVENTS:
+        append = LogAppend(turn.id, 1, position, events)
+        assert await store.write(lambda tx, a=append: tx.log.append([a])) == {turn.id}  # type: ignore[misc]
+        position += sum(map(extent, events))
+    return thread, turn, position
+
+
+async def test_a_log_is_read_behind_any_position(record: Store) -> None:
+    _, turn, last = await written(record)
+    entries = await record.read(lambda tx: tx.log.read(turn.id))
+    whole = spread(entries)
+    assert [position for position, _ in whole] == list(range(1, last + 1))
+    assert [entry.event for entry in entries[1:]] == [event for events in EVENTS for event in events]
+    for after in range(last + 3):
+        rest = await record.read(lambda tx, a=after: tx.log.read(turn.id, a))  # type: ignore[misc]
+        assert spread(rest) == [item for item in whole if item[0] > after]
+    assert list(await record.read(lambda tx: tx.log.read(IDS.new()))) == []
+
+
+async def test_folding_keeps_every_event_and_every_cursor(record: Store) -> None:
+    thread, turn, last = await written(record)
+    before = await record.read(lambda tx: tx.log.read(turn.id))
+
+    def end(tx: Transaction) -> tuple[Turn, Message]:
+        (reply,) = tx.messages.append(thread.id, [a_line(turn, "yes", Role.ASSISTANT)])
+        ended = replace(turn, state=TurnState.COMPLETED, epoch=2, last_position=last + 1, finished_at=NOW)
+        tx.turns.save_ending(ended)
+        tx.log.fold(turn.id, [*(entry.event for entry in before), TurnFinished(ended, reply)])
+        return ended, reply
+
+    ended, reply = await record.write(end)
+    whole = [*spread(before), (last + 1, TurnFinished(ended, reply))]
+    for after in range(last + 2):
+        rest = await record.read(lambda tx, a=after: tx.log.read(turn.id, a))  # type: ignore[misc]
+        assert spread(rest) == whole[after:]
+
+
+async def test_a_log_that_only_looks_ended_is_not(record: Store) -> None:
+    _, turn = await begun(record)
+    await record.write(lambda tx: tx.log.append([LogAppend(turn.id, 1, 1, (TextDelta('x["f"]]'),))]))
+    entries = await record.read(lambda tx: tx.log.read(turn.id, 2))
+    assert entries == [LogEntry(8, TextDelta('["f"]]'))]
+
+
+# Goals
+
+
+async def test_a_goal_is_stored_once_for_each_key(record: Store) -> None:
+    def goal(text: str, user: str = "ada", domain: Domain = Domain.CAREER, hours: int = 0) -> Goal:
+        return Goal(
+            id=IDS.new(),
+            user_id=user,
+            domain=domain,
+            text=text,
+            commitment='tomorrow "👋"',
+            due=date(2026, 2, 28) if hours else None,
+            created_at=NOW + timedelta(hours=hours),
+        )
+
+    await record.write(lambda tx: [tx.users.ensure(user, NOW) for user in ("ada", "eve")])
+    first = goal("run")
+    assert await record.write(lambda tx: tx.goals.add(first, "t:c1")) == first
+    assert await record.write(lambda tx: tx.goals.add(goal("run again"), "t:c1")) == first
+    second, tie, elsewhere = goal("read", hours=2), goal("rest", hours=2), goal("x", domain=Domain.HEALTH)
+    for number, added in enumerate([second, tie, elsewhere, goal("mine", "eve")]):
+        await record.write(lambda tx, g=added, n=number: tx.goals.add(g, f"k{n}"))  # type: ignore[misc]
+    listed = await record.read(lambda tx: tx.goals.list("ada", Domain.CAREER, 10))
+    assert list(listed) == [*sorted([second, tie], key=lambda goal: goal.id, reverse=True), first]
+    assert list(await record.read(lambda tx: tx.goals.list("ada", Domain.CAREER, 1))) == [listed[0]]
+    assert [goal.text for goal in await record.read(lambda tx: tx.goals.list("eve", Domain.CAREER, 9))] == ["mine"]

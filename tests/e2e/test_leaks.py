@@ -1,0 +1,234 @@
+"""Nothing personal leaks sideways: canaries in every field, none in logs or in what callers are told of errors."""
+
+import io
+import logging
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf import field_mask_pb2
+
+from core.model.events import TextDelta, ToolCalled
+from core.model.thread import ProviderState
+from core.model.turn import TurnReason
+from core.ports.agent import AgentFailed, StateChanged
+from core.ports.tools import ToolContext, ToolOutput
+from doubles import DONE, NotedTools, ScriptedAgent, Step
+from entrypoints.grpc_api.gen.vidacoach.agents.v1 import agent_service_pb2 as api
+from entrypoints.grpc_api.gen.vidacoach.agents.v1 import resources_pb2 as pb
+from entrypoints.grpc_api.gen.vidacoach.agents.v1 import thread_service_pb2 as threads_api
+from entrypoints.observability import set_up_logging
+from entrypoints.settings import load_settings
+from harness import DEADLINE, Client, message, reason, served
+
+CANARY = "kanarienvogel"
+MARK = "a line that must be seen"
+
+
+class Chatty(Exception):
+    """An exception whose every form quotes its text."""
+
+    def __repr__(self) -> str:
+        return f"Chatty({self.args!r})"
+
+
+def explode(text: str) -> Exception:
+    """An exception with causes, notes and friends, all of which talk."""
+    error = Chatty(f"{CANARY}-{text}")
+    error.add_note(f"{CANARY}-note")
+    error.__cause__ = ExceptionGroup(f"{CANARY}-group", [ValueError(f"{CANARY}-inner")])
+    error.__cause__.__cause__ = UnicodeEncodeError("utf-8", f"{CANARY}-\ud800", 0, 1, f"{CANARY}-why")
+    return error
+
+
+@pytest.fixture(params=["text", "json"])
+def log(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, database_url: str
+) -> Iterator[io.StringIO]:
+    """What the service's own logging writes at its most talkative."""
+    monkeypatch.setenv("VIDA_LOG_LEVEL", "debug")
+    monkeypatch.setenv("VIDA_LOG_FORMAT", request.param)
+    monkeypatch.setenv("VIDA_DATABASE_URL", database_url)
+    written = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", written)
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    levels = {name: logging.getLogger(name).level for name in list(root.manager.loggerDict)}
+    # pytest's own handlers would format records first, and closing them is not ours to do.
+    root.handlers.clear()
+    set_up_logging(load_settings())
+    try:
+        yield written
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
+        for name in list(root.manager.loggerDict):
+            logging.getLogger(name).setLevel(levels.get(name, logging.NOTSET))
+
+
+def told(error: grpc.aio.AioRpcError) -> str:
+    """Everything that a refused caller is given."""
+    return repr((error.details(), error.debug_error_string(), error.trailing_metadata(), error.initial_metadata()))
+
+
+async def refused(call: Any, why: str) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as error:
+        await call
+    assert reason(error.value) == why
+    assert CANARY not in told(error.value)
+
+
+async def answer(client: Client, **more: object) -> pb.Turn:
+    """Says a canary; returns the ended turn, whose error may not repeat it."""
+    request = api.SendMessageRequest(
+        user_id="ada",
+        content=[pb.ContentPart(text=f"{CANARY}-message")],
+        **more,  # type: ignore[arg-type]
+    )
+    response = await client.agents.SendMessage(request, timeout=DEADLINE)
+    assert CANARY not in str(response.turn)
+    turn: pb.Turn = response.turn
+    return turn
+
+
+def checked(log: io.StringIO, *expected: str) -> None:
+    """No canary, and not because nothing was written."""
+    logging.getLogger("entrypoints.test").debug(MARK)
+    lines = log.getvalue()
+    for words in (MARK, *expected):
+        assert words in lines
+    assert CANARY not in lines
+    assert "Traceback" not in lines
+
+
+async def test_no_path_through_a_turn_writes_what_was_said(log: io.StringIO) -> None:
+    state = ProviderState(
+        provider="scripted", conversation_id=f"{CANARY}-conversation", retired=(f"{CANARY}-old",)
+    )
+    scripts: list[list[Step]] = [
+        [f"{CANARY}-reply", StateChanged(state), DONE],
+        [ToolCalled("c1", "note", f'{{"a": "{CANARY}-arguments"}}'), DONE],
+        [f"{CANARY}-after", DONE],
+        [TextDelta(f"{CANARY}-refusal", refusal=True), DONE],
+        [f"{CANARY}-half", explode("agent")],
+        [explode("at once")],
+        [AgentFailed(TurnReason.PROVIDER_PROTOCOL).with_traceback(None)],
+        [f"{CANARY}-truncated"],
+        [ToolCalled("c1", f"{CANARY}-tool", "{}"), DONE],
+        [ToolCalled("c1", "note", "x" * 70_000 + CANARY), DONE],
+        [StateChanged(ProviderState(provider="scripted", conversation_id=CANARY * 100))],
+    ]
+
+    def output(arguments: str, _: ToolContext) -> ToolOutput:
+        return ToolOutput(f"{CANARY}-result")
+
+    async with served(ScriptedAgent(*scripts), NotedTools(output)) as client:
+        first = await answer(client, metadata={"k": f"{CANARY}-metadata"}, request_id=f"{CANARY}-request")
+        assert first.state == pb.TURN_STATE_COMPLETED
+        states = [(await answer(client)).error.reason for _ in range(8)]
+        assert states.count("INTERNAL") >= 2
+        assert "PROVIDER_PROTOCOL" in states
+        assert "PROVIDER_TRUNCATED" in states
+    checked(log, "Chatty at", " failed")
+
+
+async def test_tools_that_fail_keep_it_to_themselves(log: io.StringIO) -> None:
+    def fail(arguments: str, _: ToolContext) -> ToolOutput:
+        raise explode("tool")
+
+    script: list[Step] = [ToolCalled("c1", "note", f'"{CANARY}"'), DONE]
+    async with served(ScriptedAgent(script), NotedTools(fail)) as client:
+        turn = await answer(client)
+        assert turn.error.reason == "INTERNAL"
+    checked(log, "Chatty at")
+
+
+async def test_no_refusal_repeats_what_was_sent(log: io.StringIO) -> None:
+    async with served(ScriptedAgent()) as client:
+        thread_id = (await answer(client, request_id=CANARY)).thread_id
+        send = client.agents.SendMessage
+        text = pb.ContentPart(text=f"{CANARY} \0")
+        asked = threads_api.ListThreadsRequest
+        mask = field_mask_pb2.FieldMask(paths=[CANARY])
+        long_title = pb.Thread(id=thread_id, title=CANARY * 100)
+        title = field_mask_pb2.FieldMask(paths=["title"])
+        update = threads_api.UpdateThreadRequest
+        update_thread = client.threads.UpdateThread
+        for call, why in (
+            (send(api.SendMessageRequest(user_id=CANARY, content=[text])), "INVALID_FIELD"),
+            (send(api.SendMessageRequest(user_id=CANARY * 100, content=[text])), "INVALID_FIELD"),
+            (
+                send(api.SendMessageRequest(user_id="ada", request_id=CANARY * 100, content=[text])),
+                "INVALID_FIELD",
+            ),
+            (client.chat(CANARY, request_id=CANARY), "REQUEST_ID_REUSED"),
+            (client.chat(CANARY, thread_id=CANARY), "THREAD_NOT_FOUND"),
+            (client.chat(CANARY, thread_id=thread_id, metadata={"k": CANARY}), "INVALID_FIELD"),
+            (client.chat(CANARY, metadata={CANARY * 20: ""}), "INVALID_FIELD"),
+            (client.follow(CANARY), "TURN_NOT_FOUND"),
+            (client.threads.ListThreads(asked(user_id="ada", page_token=CANARY)), "INVALID_FIELD"),
+            (update_thread(update(user_id="ada", thread=long_title, update_mask=mask)), "INVALID_FIELD"),
+            (update_thread(update(user_id="ada", thread=long_title, update_mask=title)), "INVALID_FIELD"),
+        ):
+            await refused(call, why)
+        raw: Any = client.channel.unary_unary("/vidacoach.agents.v1.AgentService/SendMessage")
+        await refused(raw(b"\x0a\xff" + CANARY.encode(), timeout=DEADLINE), "MALFORMED_REQUEST")
+        metadata = (("x-canary", CANARY), ("authorization", f"Bearer {CANARY}"))
+        stream = client.agents.Chat(message(CANARY), timeout=DEADLINE, metadata=metadata)
+        assert [response async for response in stream]
+    checked(log)
+
+
+async def test_what_nobody_foresaw_stays_inside(log: io.StringIO) -> None:
+    async with served(ScriptedAgent()) as client:
+
+        async def fail(*_: object, **__: object) -> None:
+            raise explode("handler")
+
+        class Broken:
+            def __getattr__(self, name: str) -> Any:
+                return fail
+
+        agents: Any = client.container.agent_service()
+        threads: Any = client.container.thread_service()
+        agents._threads = threads._threads = Broken()
+        agents._cancel = agents._accept = fail
+        ids = {"user_id": "ada", "turn_id": CANARY}
+        for call in (
+            client.chat(CANARY),
+            client.agents.SendMessage(api.SendMessageRequest(user_id=CANARY)),
+            client.agents.GetTurn(api.GetTurnRequest(**ids)),
+            client.agents.CancelTurn(api.CancelTurnRequest(**ids)),
+            client.threads.GetThread(threads_api.GetThreadRequest(user_id="ada", thread_id=CANARY)),
+            client.threads.ListMessages(threads_api.ListMessagesRequest(user_id="ada", thread_id=CANARY)),
+            client.threads.ListThreads(threads_api.ListThreadsRequest(user_id=CANARY)),
+        ):
+            await refused(call, "INTERNAL")
+    checked(log, "failed, request", "Chatty at", "ExceptionGroup")
+
+
+async def test_a_store_that_refuses_words_does_not_repeat_them(log: io.StringIO) -> None:
+    """Such as no check foresaw: the driver's own error quotes the statement's values."""
+    async with served(ScriptedAgent()) as client:
+        store = client.container.store()
+        turn = await answer(client)
+
+        def bad(tx: Any) -> None:
+            tx.threads.describe(turn.thread_id, title=f"{CANARY}\ud800", metadata=None)
+
+        for call in (store.write, store.read):
+            with pytest.raises(Exception) as error:  # any, as long as it is quiet
+                await call(bad)
+            logging.getLogger("entrypoints.test").error("failed", exc_info=error.value)
+    checked(log, "failed")
+
+
+@pytest.mark.parametrize(
+    "name", ["openai", "httpx2", "httpcore2", "sqlalchemy.engine", "asyncio", "grpc", "alembic"]
+)
+def test_libraries_that_quote_are_quiet(log: io.StringIO, name: str) -> None:
+    logging.getLogger(name).debug(CANARY)
+    logging.getLogger(name).info(CANARY)
+    checked(log)
