@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
 from adapters.sql.engines import database_file, is_embedded
-from adapters.sql.schema import SchemaState, migrate, schema_state
+from adapters.sql.schema import migrate, require_current
 from entrypoints.container import Container, running
 from entrypoints.ownership import Ownership, socket_path
 from entrypoints.settings import Settings
@@ -17,13 +17,6 @@ _LAST_CALLS = 2.0
 """Seconds that followers get to read the end of their turns when the service stops."""
 
 
-class OutdatedSchemaError(Exception):
-    """A server database must be migrated first."""
-
-    def __init__(self, state: SchemaState) -> None:
-        super().__init__(f"the database's schema is {state.value}: run `vida-coach migrate`")
-
-
 @asynccontextmanager
 async def hosted(
     settings: Settings, role: str, *, listen: str | None
@@ -31,7 +24,7 @@ async def hosted(
     """Serves until left: on `listen` if given, and an embedded database's owner on its socket.
 
     Yields the parts and the address listened on. Leaving drains: no new turns, the running ones may finish
-    within VIDA_DRAIN. Raises DatabaseOwnedError, OutdatedSchemaError, SchemaTooNewError, SettingsError, OSError.
+    within VIDA_DRAIN. Raises DatabaseOwnedError, DatabaseFault, StoreUnavailable, SettingsError, OSError.
     """
     async with AsyncExitStack() as stack:
         embedded = is_embedded(settings.database)
@@ -42,9 +35,7 @@ async def hosted(
             stack.callback(ownership.release)
             await asyncio.to_thread(migrate, settings.database)
         else:
-            state = await asyncio.to_thread(schema_state, settings.database)
-            if state is not SchemaState.CURRENT:
-                raise OutdatedSchemaError(state)
+            await asyncio.to_thread(require_current, settings.database)
         container = await stack.enter_async_context(running(settings))
         address = None
         servers = []

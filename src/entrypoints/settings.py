@@ -5,16 +5,10 @@ from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
-from pydantic.fields import FieldInfo
-from pydantic_settings import (
-    BaseSettings,
-    DotEnvSettingsSource,
-    NoDecode,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-)
+from pydantic_settings import BaseSettings, DotEnvSettingsSource, NoDecode, SettingsConfigDict
 
 _NOT_BUILT = (
     "OPENAI_BACKGROUND",
@@ -74,7 +68,7 @@ def _setting(name: str, description: str, default: Any = ..., **rules: Any) -> A
 
 
 class Settings(BaseSettings):
-    """All settings, from the environment, `…_FILE` files and an `.env` file, in this order."""
+    """All settings. `load_settings` reads them from the environment, `NAME_FILE` files and an `.env` file."""
 
     model_config = SettingsConfigDict(env_file=".env", env_ignore_empty=True, extra="ignore", frozen=True)
 
@@ -118,6 +112,10 @@ class Settings(BaseSettings):
         value = url.get_secret_value() or default_database_url()
         if not value.startswith(("sqlite:///", "postgresql://", "postgresql+psycopg://")):
             raise ValueError("must begin with sqlite:/// or postgresql://")
+        try:
+            _ = urlsplit(value).port
+        except ValueError:
+            raise ValueError("must have a number for a port") from None
         if value.startswith("sqlite:///") and value in {"sqlite:///", "sqlite:///:memory:"}:
             raise ValueError("must name a file")
         return SecretStr(value)
@@ -154,44 +152,15 @@ class Settings(BaseSettings):
         """Seconds that a stop waits for running turns."""
         return self.turn_budget + 5 if self.drain_seconds is None else self.drain_seconds
 
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - the library's signature
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Adds `NAME_FILE`: a file that holds the value of `NAME`."""
-        return init_settings, env_settings, _FileSource(settings_cls), dotenv_settings
-
-
-class _FileSource(PydanticBaseSettingsSource):
-    """Reads settings from the files that `NAME_FILE` variables point to."""
-
-    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
-        """Nothing for the base class to ask: `__call__` reads all."""
-        return None, field_name, False
-
-    def __call__(self) -> dict[str, Any]:
-        values = {}
-        for field in self.settings_cls.model_fields.values():
-            name = str(field.validation_alias)
-            if path := os.environ.get(f"{name}_FILE"):
-                try:
-                    values[name] = Path(path).read_text(encoding="utf-8").rstrip("\r\n")
-                except (OSError, UnicodeError) as error:
-                    raise SettingsError([f"{name}_FILE: {type(error).__name__}: can't be read"]) from error
-        return values
-
 
 def load_settings() -> Settings:
     """Reads the settings. Raises SettingsError with every fault."""
-    faults = _unknown_names({**_dotenv_names(), **os.environ})
+    environ = {**DotEnvSettingsSource(Settings, case_sensitive=True).env_vars, **os.environ}
+    faults = _unknown_names(environ)
+    from_files = _read_files(environ, faults)
     settings = None
     try:
-        settings = Settings()
+        settings = Settings(**from_files)
     except ValidationError as error:
         # The library's own text would quote values, and they may be secret.
         faults += [f"{fault['loc'][0]}: {fault['msg']}" for fault in error.errors(include_input=False)]
@@ -206,14 +175,26 @@ def load_settings() -> Settings:
     return settings
 
 
-def _dotenv_names() -> Mapping[str, str | None]:
-    source = DotEnvSettingsSource(Settings, case_sensitive=True)
-    return source.env_vars
+def _names() -> frozenset[str]:
+    return frozenset(str(field.validation_alias) for field in Settings.model_fields.values())
+
+
+def _read_files(environ: Mapping[str, str | None], faults: list[str]) -> dict[str, Any]:
+    """Settings from the files that `NAME_FILE` names, unless the environment itself has `NAME`."""
+    values = {}
+    for name in sorted(_names()):
+        path = environ.get(f"{name}_FILE")
+        if path and not os.environ.get(name):
+            try:
+                values[name] = Path(path).read_text(encoding="utf-8").rstrip("\r\n")
+            except (OSError, UnicodeError) as error:
+                faults.append(f"{name}_FILE: can't be read ({type(error).__name__})")
+    return values
 
 
 def _unknown_names(environ: Mapping[str, str | None]) -> list[str]:
     """Names that look like ours and would be ignored: misspelt, or not built."""
-    known = {str(field.validation_alias) for field in Settings.model_fields.values()}
+    known = _names()
     faults = []
     for name in sorted(environ):
         if not environ[name] or name in known or name.removesuffix("_FILE") in known:

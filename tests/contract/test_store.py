@@ -1,9 +1,11 @@
 """What the ports to the record promise, on every store."""
 
 import asyncio
+import random
+import sqlite3
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
 from functools import partial
@@ -539,7 +541,7 @@ async def test_threads_are_listed_newest_first_with_ties_in_one_order(record: St
     ]
 
     def change(tx: Transaction) -> None:
-        for thread in threads:
+        for thread in random.Random(1).sample(threads, len(threads)):  # ids do not follow the order of insertion
             add_thread(tx, thread)
         add_thread(tx, a_thread("eve"))
 
@@ -552,6 +554,27 @@ async def test_threads_are_listed_newest_first_with_ties_in_one_order(record: St
                 got = [page async for page in pages(record, size, domain=domain, states=states)]
                 assert [thread for page in got for thread in page] == expected
                 assert all(len(page) == size for page in got[:-1])
+
+
+async def test_ties_have_one_order_whether_or_not_an_index_serves_them(
+    database_url: str, clock: ManualClock
+) -> None:
+    drop = "DROP INDEX ix_assistant_threads_user"
+    if database_url.startswith("sqlite"):
+        with closing(sqlite3.connect(database_url.removeprefix("sqlite:///"))) as file:
+            file.execute(drop)
+    else:
+        with psycopg.connect(database_url, autocommit=True) as server:
+            server.execute(drop.encode())
+    store = SqlStore(database_url, clock)
+    threads = [a_thread() for _ in range(24)]
+    try:
+        await store.write(lambda tx: [tx.agents.publish(agent) for agent in CATALOG.agents()])
+        await store.write(partial(add_threads, random.Random(1).sample(threads, len(threads))))
+        got = [thread.id async for page in pages(store, 5) for thread in page]
+    finally:
+        await store.aclose()
+    assert got == sorted((thread.id for thread in threads), reverse=True)
 
 
 async def test_no_state_is_no_thread(record: Store) -> None:

@@ -23,6 +23,7 @@ SEED = 20261122
 def database(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything here holds on both databases."""
     monkeypatch.setenv("VIDA_DATABASE_URL", database_url)
+    monkeypatch.setenv("VIDA_DRAIN", "0")  # a failure shows at once, whatever turn still waits
 
 
 @dataclass(frozen=True)

@@ -6,25 +6,28 @@ import signal
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import psycopg
 import pytest
 
-from adapters.sql.schema import SchemaState, SchemaTooNewError, drift, migrate, schema_state
+from adapters.sql.errors import SchemaTooNewError
+from adapters.sql.schema import SchemaState, drift, migrate, schema_state
 from adapters.sql.tables import metadata
 from conftest import Postgres
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
-def empty_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+def empty_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """A database without a schema."""
     if request.param == "sqlite":
-        return f"sqlite:///{tmp_path / 'new.db'}"
+        yield f"sqlite:///{tmp_path / 'new.db'}"
+        return
     postgres: Postgres = request.getfixturevalue("postgres")
     name = f"vida_empty_{os.getpid()}_{abs(hash(request.node.nodeid)):x}"
-    request.addfinalizer(lambda: postgres.drop(name))
-    return postgres.empty(name)
+    yield postgres.empty(name)
+    postgres.drop(name)
 
 
 def run(*arguments: str, url: str) -> "subprocess.CompletedProcess[str]":

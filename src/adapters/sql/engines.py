@@ -19,11 +19,11 @@ def is_embedded(url: str | URL) -> bool:
 
 
 def database_file(url: str | URL) -> Path:
-    """The file of an embedded database."""
+    """The file of an embedded database, by its one true name: whoever owns it must not be missed for a link."""
     database = make_url(url).database
     if not database or database == ":memory:":
         raise ValueError("an embedded database needs a file")
-    return Path(database)
+    return Path(database).resolve()
 
 
 def writer_engine(url: str | URL) -> Engine:

@@ -105,8 +105,8 @@ class Threads(_Repository, threads.Threads):
         query = select(t.threads).where(c.user_id == user_id)
         if domain is not None:
             query = query.where(c.domain == domain.value)
-        if len(states) == 1:
-            query = query.where(c.is_active.is_(ThreadState.ACTIVE in states))
+        if len(states) < len(ThreadState):
+            query = query.where(c.is_active.in_([state is ThreadState.ACTIVE for state in states]))
         if before is not None:
             query = query.where(_key() < _values(before))
         query = query.order_by(c.last_message_at.desc(), c.id.desc()).limit(limit)

@@ -88,15 +88,16 @@ class SqlStore(store.Store):
                 yield True  # one process owns the database: no other can hold it
                 return
             loop = asyncio.get_running_loop()
-            engine = await loop.run_in_executor(self._threads, lock_engine, self._url)
+            opening = loop.run_in_executor(self._threads, _LockSession, self._url, name)
             try:
-                connection, held = await loop.run_in_executor(self._threads, _try_lock, engine.connect, name)
-                try:
-                    yield held
-                finally:
-                    await loop.run_in_executor(self._threads, connection.close)
+                session = await asyncio.shield(opening)
+            except asyncio.CancelledError:
+                opening.add_done_callback(_close_when_open)
+                raise
+            try:
+                yield session.held
             finally:
-                await loop.run_in_executor(self._threads, engine.dispose)
+                await asyncio.shield(loop.run_in_executor(self._threads, session.close))
         finally:
             self._held.discard(name)
 
@@ -183,14 +184,30 @@ def _answer(jobs: Sequence[_Job]) -> None:
         job.answer()
 
 
-def _try_lock(connect: Callable[[], Connection], name: str) -> tuple[Connection, bool]:
-    key = int.from_bytes(hashlib.sha256(f"vida-coach:{name}".encode()).digest()[:8], "big", signed=True)
-    try:
-        connection = connect()
-        held = connection.execute(text("SELECT pg_try_advisory_lock(:key)"), {"key": key}).scalar_one()
-    except exc.SQLAlchemyError as error:
-        raise _translated(error) from error
-    return connection, bool(held)
+class _LockSession:
+    """A PostgreSQL session that holds an advisory lock, if it got it, for as long as it lives."""
+
+    def __init__(self, url: str, name: str) -> None:
+        key = int.from_bytes(hashlib.sha256(f"vida-coach:{name}".encode()).digest()[:8], "big", signed=True)
+        self._engine = lock_engine(url)
+        try:
+            self._connection = self._engine.connect()
+            lock = text("SELECT pg_try_advisory_lock(:key)")
+            self.held = bool(self._connection.execute(lock, {"key": key}).scalar_one())
+        except exc.SQLAlchemyError as error:
+            self._engine.dispose()
+            raise _translated(error) from error
+
+    def close(self) -> None:
+        """Ends the session, and with it the lock."""
+        self._connection.close()
+        self._engine.dispose()
+
+
+def _close_when_open(opening: "asyncio.Future[_LockSession]") -> None:
+    """For whoever was cancelled while a session was opening."""
+    if not opening.cancelled() and opening.exception() is None:
+        opening.result().close()
 
 
 def _is_outage(error: exc.SQLAlchemyError) -> bool:

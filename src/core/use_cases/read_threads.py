@@ -1,8 +1,9 @@
 """Reading and describing conversations."""
 
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 
 from core.model.agent import Domain
 from core.model.errors import InvalidField, ThreadNotFound, TurnNotFound
@@ -55,8 +56,9 @@ class ReadThreads:
         before = None
         if place is not None:
             try:
-                before = ThreadKey(datetime.fromisoformat(str(place[0])), str(place[1]))
-            except ValueError as error:
+                at = datetime.fromisoformat(str(place[0])).astimezone(UTC)
+                before = ThreadKey(at, str(uuid.UUID(str(place[1]))))
+            except (ValueError, OverflowError) as error:
                 raise InvalidField("page_token", "is not a token of this query") from error
         found = await self._store.read(
             lambda tx: tx.threads.list(query.user_id, query.domain, query.states, before, size + 1)

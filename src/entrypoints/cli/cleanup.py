@@ -102,14 +102,12 @@ def _as_json(report: "CleanupReport") -> dict[str, object]:
 
 def _clean_up(settings: "Settings", cleanup: "Cleanup", progress: Progress) -> "CleanupReport":
     from adapters.sql.engines import database_file, is_embedded
-    from adapters.sql.schema import SchemaState, SchemaTooNewError, migrate, schema_state
+    from adapters.sql.schema import migrate, require_current
     from core.model.errors import CleanupRunning
     from entrypoints.ownership import DatabaseOwnedError, Ownership
 
     if not is_embedded(settings.database):
-        state = schema_state(settings.database)
-        if state is not SchemaState.CURRENT:
-            raise Failure(f"the database's schema is {state.value}: run `vida-coach migrate`")
+        require_current(settings.database)
         return asyncio.run(_run_here(settings, cleanup, progress))
     database = database_file(settings.database)
     deadline = time.monotonic() + _START_WAIT
@@ -118,8 +116,6 @@ def _clean_up(settings: "Settings", cleanup: "Cleanup", progress: Progress) -> "
             with Ownership(database, "cleanup"):
                 migrate(settings.database)
                 return asyncio.run(_run_here(settings, cleanup, progress))
-        except SchemaTooNewError as error:
-            raise Failure(str(error)) from error
         except DatabaseOwnedError as owned:
             if owned.role == "cleanup":
                 raise CleanupRunning from owned

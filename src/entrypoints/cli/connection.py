@@ -9,7 +9,7 @@ from typing import Protocol, Self
 import grpc
 
 from adapters.sql.engines import database_file, is_embedded
-from adapters.sql.schema import SchemaTooNewError
+from adapters.sql.errors import DatabaseFault
 from core.model.errors import StoreUnavailable
 from entrypoints.cli.embedded import EmbeddedServer
 from entrypoints.cli.failure import USAGE, Failure
@@ -100,8 +100,6 @@ class EmbeddedService:
                         f"{owned}, and it does not answer on {self._socket}: stop it, or try again when it is done"
                     ) from owned
                 time.sleep(_POLL_SECONDS)
-            except SchemaTooNewError as error:
-                raise Failure(str(error)) from error
         return self
 
     def __exit__(
@@ -112,10 +110,8 @@ class EmbeddedService:
 
     def revive(self) -> None:
         """Takes the place of an owner that has left: the socket stays the same."""
-        ours = (DatabaseOwnedError, SchemaTooNewError, SettingsError, StoreUnavailable, OSError)
-        with contextlib.suppress(
-            *ours
-        ):  # then somebody else is about to answer, or the client says that none does
+        # If this fails, somebody else is about to answer, or the client will say that nobody does.
+        with contextlib.suppress(DatabaseOwnedError, DatabaseFault, SettingsError, StoreUnavailable, OSError):
             if self._server is None and not self._answers():
                 self._own()
 

@@ -168,6 +168,7 @@ def _database(settings: "Settings") -> Iterator[Check]:
 
 
 def _server(settings: "Settings", url: "URL") -> Iterator[Check]:
+    from adapters.sql.errors import UnreadableDatabaseError
     from adapters.sql.schema import SchemaState, schema_state
     from core.model.errors import StoreUnavailable
 
@@ -177,6 +178,10 @@ def _server(settings: "Settings", url: "URL") -> Iterator[Check]:
     except StoreUnavailable as error:
         advice = "Start it, or correct VIDA_DATABASE_URL."
         yield Check("database", Status.FAIL, f"{where} does not answer: {_cause(error, url)}", advice)
+        return
+    except UnreadableDatabaseError:
+        advice = "Name another database in VIDA_DATABASE_URL, or give its user the right to read this one."
+        yield Check("database", Status.FAIL, f"{where} answers, but can't be read", advice)
         return
     yield Check("database", Status.OK, f"{where} answers")
     match state:
@@ -215,8 +220,9 @@ def _embedded(settings: "Settings") -> Iterator[Check]:
 
 
 def _owned_file(settings: "Settings", file: Path) -> Iterator[Check]:
-    from sqlalchemy import exc, make_url
+    from sqlalchemy import make_url
 
+    from adapters.sql.errors import UnreadableDatabaseError
     from adapters.sql.schema import SchemaState, schema_state
     from core.model.errors import StoreUnavailable
 
@@ -228,7 +234,7 @@ def _owned_file(settings: "Settings", file: Path) -> Iterator[Check]:
             "database", Status.FAIL, f"{file}: {cause}", "Give this user the right to read and write the file."
         )
         return
-    except exc.DatabaseError:
+    except UnreadableDatabaseError:
         yield Check("database", Status.FAIL, f"{file} is damaged", "Put a backup in its place.")
         return
     yield Check("database", Status.OK, f"{file}, in use by nobody")

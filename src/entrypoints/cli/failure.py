@@ -19,6 +19,7 @@ class Failure(Exception):
 @contextmanager
 def explained() -> Iterator[None]:
     """Turns the faults that any command can meet into Failures."""
+    from adapters.sql.errors import DatabaseFault
     from core.model.errors import StoreUnavailable
     from entrypoints.ownership import DatabaseOwnedError
     from entrypoints.settings import SettingsError
@@ -29,6 +30,8 @@ def explained() -> Iterator[None]:
         raise Failure(str(error), USAGE) from error
     except DatabaseOwnedError as error:
         raise Failure(f"{error}: stop it, or try again when it is done") from error
+    except DatabaseFault as error:
+        raise Failure(str(error)) from error
     except StoreUnavailable as error:
         raise Failure(
             "the database does not answer: check VIDA_DATABASE_URL, or try `vida-coach doctor`"

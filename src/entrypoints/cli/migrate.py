@@ -3,7 +3,10 @@
 import argparse
 import sys
 
-from entrypoints.cli.failure import Failure, explained
+from entrypoints.cli.failure import explained
+
+_WAIT = 60.0
+"""Seconds to wait for another short command on an embedded database."""
 
 
 def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -22,19 +25,16 @@ def run(_: argparse.Namespace) -> int:
     """Runs the command."""
     with explained():
         from adapters.sql.engines import database_file, is_embedded
-        from adapters.sql.schema import SchemaState, SchemaTooNewError, migrate
+        from adapters.sql.schema import SchemaState, migrate
         from entrypoints.ownership import Ownership
         from entrypoints.settings import load_settings
 
         url = load_settings().database
-        try:
-            if is_embedded(url):
-                with Ownership(database_file(url), "migrate"):
-                    before = migrate(url)
-            else:
+        if is_embedded(url):
+            with Ownership(database_file(url), "migrate", _WAIT):
                 before = migrate(url)
-        except SchemaTooNewError as error:
-            raise Failure(str(error)) from error
+        else:
+            before = migrate(url)
     done = "already up to date" if before is SchemaState.CURRENT else f"up to date (was {before.value})"
     print(f"the database is {done}", file=sys.stderr)
     return 0

@@ -42,8 +42,7 @@ def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
 def run(options: argparse.Namespace) -> int:
     """Runs the command."""
     with explained():
-        from adapters.sql.schema import SchemaTooNewError
-        from entrypoints.hosting import OutdatedSchemaError, is_loopback
+        from entrypoints.hosting import is_loopback
         from entrypoints.observability import set_up_logging
         from entrypoints.settings import SettingsError, load_settings
 
@@ -60,10 +59,7 @@ def run(options: argparse.Namespace) -> int:
             )
         set_up_logging(settings)
         _raise_file_limit(settings)
-        try:
-            asyncio.run(_serve(settings, listen))
-        except (SchemaTooNewError, OutdatedSchemaError) as error:
-            raise Failure(str(error)) from error
+        asyncio.run(_serve(settings, listen))
     return 0
 
 

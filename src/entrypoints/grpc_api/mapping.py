@@ -8,7 +8,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from core.model import events as ev
 from core.model.agent import AgentDefinition, Domain
-from core.model.errors import InvalidField, NotSupported
+from core.model.errors import InvalidField, NotSupported, ThreadNotFound
 from core.model.message import ContentPart, Message, RefusalPart, Role, TextPart
 from core.model.thread import Thread, ThreadState
 from core.model.turn import BusyPolicy, Turn, TurnState
@@ -82,12 +82,12 @@ def id_of(value: str, field: str, unknown: Callable[[], Exception]) -> str:
 
 
 def incoming_message(request: api.ChatRequest | api.SendMessageRequest) -> IncomingMessage:
-    """Reads a message to a coach. Raises InvalidField and NotSupported."""
+    """Reads a message to a coach. Raises InvalidField, NotSupported and ThreadNotFound."""
     if request.on_busy not in BUSY_POLICIES:
         raise InvalidField("on_busy", "is not a known value")
     return IncomingMessage(
         user_id=request.user_id,
-        thread_id=request.thread_id,
+        thread_id=id_of(request.thread_id, "thread_id", ThreadNotFound) if request.thread_id else "",
         domain=domain_of(request.domain),
         content=tuple(_part_of(number, part) for number, part in enumerate(request.content)),
         request_id=request.request_id,

@@ -1,0 +1,213 @@
+"""One process owns an embedded database: by a lock that dies with it, and one connection that writes."""
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from sqlalchemy import exc, text
+
+from adapters.sql.engines import reader_engine, writer_engine
+from adapters.sql.store import SqlStore
+from doubles import ManualClock
+from entrypoints.ownership import DatabaseOwnedError, Ownership, socket_path
+
+SERVE = [sys.executable, "-m", "entrypoints.cli.main", "serve", "--listen", "127.0.0.1:0"]
+
+
+@contextmanager
+def serving(database: Path) -> Iterator["subprocess.Popen[str]"]:
+    """A real server that owns a database, SERVING."""
+    environment = {**os.environ, "VIDA_DATABASE_URL": f"sqlite:///{database}"}
+    with subprocess.Popen(
+        SERVE, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as server:
+        try:
+            assert server.stdout is not None
+            assert server.stdout.readline().startswith("listening on ")
+            yield server
+        finally:
+            server.kill()
+
+
+def second(database: Path, seconds: float = 30) -> "subprocess.CompletedProcess[str]":
+    """Another server on the same database."""
+    environment = {**os.environ, "VIDA_DATABASE_URL": f"sqlite:///{database}"}
+    return subprocess.run(SERVE, env=environment, capture_output=True, text=True, timeout=seconds, check=False)
+
+
+def healthy(database: Path) -> bool:
+    """Whether the owner answers on its socket."""
+    with grpc.insecure_channel(f"unix:{socket_path(database)}") as channel:
+        answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=5)
+        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+def test_a_second_server_is_told_who_owns_the_database(tmp_path: Path) -> None:
+    database = tmp_path / "x.db"
+    with serving(database) as server:
+        done = second(database)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert f"`vida-coach serve` (process {server.pid})" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert healthy(database)  # the first one is none the worse for it
+
+
+def test_kill_9_frees_the_database_at_once(tmp_path: Path) -> None:
+    database = tmp_path / "x.db"
+    with serving(database) as server:
+        server.send_signal(signal.SIGKILL)
+        server.wait(10)
+        assert socket_path(database).exists()  # left lying about
+        with serving(database):
+            assert healthy(database)
+
+
+@pytest.mark.parametrize("length", [0, 60, 120], ids=["short", "long", "longer than a socket's name may be"])
+def test_the_socket_is_its_users_alone(tmp_path: Path, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    database = tmp_path / ("d" * length) / "x.db"
+    with serving(database) as server:
+        path = socket_path(database)
+        found = path.lstat()
+        assert stat.S_ISSOCK(found.st_mode)
+        assert stat.S_IMODE(found.st_mode) == 0o600
+        assert len(os.fsencode(path)) <= 107
+        assert stat.S_IMODE(path.parent.stat().st_mode) & 0o077 == 0 or path.parent in {tmp_path, database.parent}
+        assert healthy(database)
+        for name in ("x.db", "x.db.lock", "x.db-wal"):
+            assert stat.S_IMODE((database.parent / name).stat().st_mode) & 0o077 == 0, name
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(30) == 0
+    with Ownership(database, "test"):
+        """Free again."""
+
+
+def test_a_socket_folder_of_somebody_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    database = tmp_path / ("d" * 120) / "x.db"
+    folder = socket_path(database).parent
+    assert folder.parent == tmp_path
+    folder.chmod(0o755)
+    with pytest.raises(PermissionError):
+        socket_path(database)
+
+
+def test_two_databases_have_two_sockets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    folder = tmp_path / ("d" * 120)
+    names = [tmp_path / "a.db", tmp_path / "b.db", folder / "a.db", folder / "b.db"]
+    assert len({socket_path(name) for name in names}) == 4
+    monkeypatch.chdir(tmp_path)
+    assert socket_path(Path("a.db")) == socket_path(tmp_path / "a.db")
+
+
+def test_the_lock_is_exclusive_and_says_who_holds_it(tmp_path: Path) -> None:
+    database = tmp_path / "new folder" / "x.db"
+    with Ownership(database, "first"):
+        with pytest.raises(DatabaseOwnedError, match="`vida-coach first`") as error:
+            Ownership(database, "second").take()
+        assert (error.value.role, error.value.pid) == ("first", os.getpid())
+        with Ownership(tmp_path / "other.db", "second"):
+            """Another database is another lock."""
+    with Ownership(database, "second"):
+        """Free again."""
+
+
+def test_a_lock_file_that_says_nothing_is_a_lock_all_the_same(tmp_path: Path) -> None:
+    database = tmp_path / "x.db"
+    with Ownership(database, "first"):
+        for words in ("", "{", "[]", '{"role": 1}', '{"role": "x", "pid": "y"}'):
+            (tmp_path / "x.db.lock").write_text(words)
+            with pytest.raises(DatabaseOwnedError, match="another process") as error:
+                Ownership(database, "second").take()
+            assert error.value.role == ""
+
+
+@pytest.mark.parametrize("how", ["relative", "dots", "link to the file", "link to the folder"])
+def test_a_database_has_one_owner_by_whatever_name(
+    tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    database = folder / "x.db"
+    database.touch()
+    (tmp_path / "link.db").symlink_to(database)
+    (tmp_path / "linked").symlink_to(folder)
+    monkeypatch.chdir(folder)
+    other = {
+        "relative": Path("x.db"),
+        "dots": folder / ".." / "folder" / "x.db",
+        "link to the file": tmp_path / "link.db",
+        "link to the folder": tmp_path / "linked" / "x.db",
+    }[how]
+    with Ownership(database, "first"), pytest.raises(DatabaseOwnedError):
+        Ownership(other, "second").take()
+
+
+# One connection writes
+
+
+def test_the_writer_is_durable_and_the_only_one_that_writes(sqlite_url: str) -> None:
+    writer, readers = writer_engine(sqlite_url), reader_engine(sqlite_url)
+    try:
+        with writer.connect() as connection:
+            found = {
+                name: connection.execute(text(f"PRAGMA {name}")).scalar_one()
+                for name in ("journal_mode", "synchronous", "foreign_keys", "secure_delete", "query_only")
+            }
+            assert found == {
+                "journal_mode": "wal",
+                "synchronous": 2,  # FULL
+                "foreign_keys": 1,
+                "secure_delete": 1,
+                "query_only": 0,
+            }
+        insert = "INSERT INTO users (id, created_at) VALUES ('x', '2026-01-01')"
+        for _ in range(8):  # whichever of the pool's connections
+            with readers.connect() as one, readers.connect() as other:
+                for connection in (one, other):
+                    assert connection.execute(text("PRAGMA query_only")).scalar_one() == 1
+                    assert connection.execute(text("PRAGMA wal_autocheckpoint")).scalar_one() == 0
+                    with pytest.raises(exc.OperationalError, match="readonly"):
+                        connection.execute(text(insert))
+                    connection.rollback()
+        pool: Any = writer.pool
+        assert (pool.size(), pool._max_overflow) == (1, 0)
+    finally:
+        writer.dispose()
+        readers.dispose()
+
+
+async def test_a_query_that_writes_is_refused(database_url: str) -> None:
+    store = SqlStore(database_url, ManualClock())
+    try:
+        for _ in range(8):
+            with pytest.raises(Exception, match=r"StoreFaultError|store is unavailable|ReadOnly"):
+                await store.read(lambda tx: tx.users.ensure("x", tx.now()))
+        await store.write(lambda tx: tx.users.ensure("x", tx.now()))
+    finally:
+        await store.aclose()
+
+
+def test_what_was_committed_is_in_the_file_when_the_last_connection_has_closed(sqlite_url: str) -> None:
+    import asyncio
+
+    async def use() -> None:
+        store = SqlStore(sqlite_url, ManualClock())
+        await store.write(lambda tx: tx.users.ensure("ada", tx.now()))
+        await store.read(lambda tx: tx.now())
+        await store.aclose()
+
+    asyncio.run(use())
+    file = Path(sqlite_url.removeprefix("sqlite:///"))
+    assert b"ada" in file.read_bytes()
+    assert not file.with_name(file.name + "-wal").exists()
