@@ -10,8 +10,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from adapters.sql.engines import require_database
+
 _MAX_SOCKET_PATH = 100
 """Bytes; the kernel's limit is 108 with the final NUL."""
+_SPECIAL = frozenset("%?#")
+"""gRPC reads the path as a part of a URI."""
 _POLL_SECONDS = 0.05
 _LASTING = frozenset({"serve", "chat"})
 """Roles whose end is not worth waiting for."""
@@ -31,13 +35,18 @@ class Ownership:
     """A lock that the kernel frees when its holder is gone, kill -9 included. Use as a context manager."""
 
     def __init__(self, database: Path, role: str, wait_seconds: float = 0.0) -> None:
+        self._database = database
         self._path = database.with_name(database.name + ".lock")
         self._role = role
         self._wait = wait_seconds
         self._descriptor = -1
 
     def take(self) -> None:
-        """Takes the lock, waiting for a short command that holds it. Raises DatabaseOwnedError."""
+        """Takes the lock, waiting for a short command that holds it.
+
+        Raises DatabaseOwnedError, and UnreadableDatabaseError where the file is no database.
+        """
+        require_database(self._database)
         self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         deadline = time.monotonic() + self._wait
@@ -81,9 +90,9 @@ class Ownership:
 
 
 def socket_path(database: Path) -> Path:
-    """Where the owner of a database listens: beside the file, or in a private folder if that name is too long."""
+    """Where the owner of a database listens: beside the file, or in a private folder if that name won't do."""
     beside = database.absolute().with_name(database.name + ".sock")
-    if len(os.fsencode(beside)) <= _MAX_SOCKET_PATH:
+    if len(os.fsencode(beside)) <= _MAX_SOCKET_PATH and not _SPECIAL & set(str(beside)):
         return beside
     folder = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()) / f"vida-coach-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, DotEnvSettingsSource, NoDecode, SettingsConfigDict
@@ -60,7 +60,7 @@ class StateMode(StrEnum):
 def default_database_url() -> str:
     """SQLite under the user's data directory."""
     data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
-    return f"sqlite:///{Path(data) / 'vida-coach' / 'vida-coach.db'}"
+    return f"sqlite:///{quote(str(Path(data) / 'vida-coach' / 'vida-coach.db'))}"
 
 
 def _setting(name: str, description: str, default: Any = ..., **rules: Any) -> Any:

@@ -8,7 +8,10 @@ from typing import Any
 from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
 from sqlalchemy.pool import QueuePool
 
+from adapters.sql.errors import UnreadableDatabaseError
+
 READERS = 4
+_HEADER = b"SQLite format 3\0"
 _POOL_TIMEOUT = 5.0
 _dumps = partial(json.dumps, ensure_ascii=False, separators=(",", ":"))
 
@@ -24,6 +27,14 @@ def database_file(url: str | URL) -> Path:
     if not database or database == ":memory:":
         raise ValueError("an embedded database needs a file")
     return Path(database).resolve()
+
+
+def require_database(file: Path) -> None:
+    """Raises UnreadableDatabaseError for a file with something else in it, before anything of it is touched."""
+    if file.exists():
+        with file.open("rb") as content:
+            if content.read(len(_HEADER)) not in (_HEADER, b""):
+                raise UnreadableDatabaseError
 
 
 def writer_engine(url: str | URL) -> Engine:
