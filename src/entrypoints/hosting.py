@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from adapters.sql.engines import database_file, is_embedded
 from adapters.sql.schema import migrate, require_current
 from entrypoints.container import Container, running
+from entrypoints.observability import log_loop_errors
 from entrypoints.ownership import Ownership, socket_path
 from entrypoints.settings import Settings
 
@@ -26,6 +27,7 @@ async def hosted(
     Yields the parts and the address listened on. Leaving drains: no new turns, the running ones may finish
     within VIDA_DRAIN. Raises DatabaseOwnedError, DatabaseFault, StoreUnavailable, SettingsError, OSError.
     """
+    log_loop_errors(asyncio.get_running_loop())
     async with AsyncExitStack() as stack:
         embedded = is_embedded(settings.database)
         if embedded:

@@ -1,12 +1,16 @@
 """Logging: ids and reasons, never content."""
 
+import asyncio
 import json
 import logging
 import sys
 import traceback
 from types import TracebackType
+from typing import Any
 
 from entrypoints.settings import LogFormat, Settings
+
+_log = logging.getLogger(__name__)
 
 _ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
 
@@ -16,6 +20,12 @@ class PlainFormatter(logging.Formatter):
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(name)s %(message)s")
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record as a line. What another handler has made of its exception is not used."""
+        record = logging.makeLogRecord(record.__dict__)
+        record.exc_text = None
+        return super().format(record)
 
     def formatException(self, ei: _ExcInfo) -> str:  # noqa: N802 - the library's name
         """Types and places of an exception and its causes."""
@@ -49,6 +59,15 @@ class JsonFormatter(PlainFormatter):
 
 _QUIET = ("openai", "httpx2", "httpcore2", "asyncio", "sqlalchemy", "alembic", "grpc", "hpack")
 """Libraries whose debug lines quote requests and values: they never get below WARNING."""
+
+
+def log_loop_errors(loop: asyncio.AbstractEventLoop) -> None:
+    """Has asyncio report an exception that nobody waits for as a record, not as text that quotes it."""
+
+    def report(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        _log.error("event loop: %s", context.get("message", ""), exc_info=context.get("exception"))
+
+    loop.set_exception_handler(report)
 
 
 def set_up_logging(settings: Settings) -> None:

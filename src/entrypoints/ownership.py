@@ -35,7 +35,7 @@ class Ownership:
     """A lock that the kernel frees when its holder is gone, kill -9 included. Use as a context manager."""
 
     def __init__(self, database: Path, role: str, wait_seconds: float = 0.0) -> None:
-        self._database = database
+        self._database = database = database.resolve()  # one lock by whatever name
         self._path = database.with_name(database.name + ".lock")
         self._role = role
         self._wait = wait_seconds
@@ -91,11 +91,12 @@ class Ownership:
 
 def socket_path(database: Path) -> Path:
     """Where the owner of a database listens: beside the file, or in a private folder if that name won't do."""
-    beside = database.absolute().with_name(database.name + ".sock")
+    database = database.resolve()
+    beside = database.with_name(database.name + ".sock")
     if len(os.fsencode(beside)) <= _MAX_SOCKET_PATH and not _SPECIAL & set(str(beside)):
         return beside
     folder = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()) / f"vida-coach-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.stat().st_uid != os.getuid() or folder.stat().st_mode & 0o077:
         raise PermissionError(f"{folder} must belong to this user alone")
-    return folder / f"{hashlib.sha256(os.fsencode(database.absolute())).hexdigest()[:24]}.sock"
+    return folder / f"{hashlib.sha256(os.fsencode(database)).hexdigest()[:24]}.sock"

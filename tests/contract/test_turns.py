@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from adapters.memory.store import MemoryStore
 from adapters.system import Ids
 from core.model.errors import (
     InvalidField,
@@ -21,7 +22,7 @@ from core.model.errors import (
 from core.model.events import TextDelta, ToolAnswered, ToolCalled, TurnFinished, TurnStarted
 from core.model.message import Role
 from core.model.thread import ProviderState
-from core.model.turn import BusyPolicy, TurnReason, TurnState
+from core.model.turn import BusyPolicy, TurnReason, TurnState, Usage
 from core.ports.agent import AgentFailed, RoundFinished, StateChanged
 from core.ports.store import Conflict, Store
 from core.ports.tools import ToolOutput
@@ -240,6 +241,18 @@ async def test_endings(
         assert last.reply is None or last.reply.partial is (state is not TurnState.COMPLETED)
         turn_id = await it.say(thread_id=last.turn.thread_id)
         assert text_of(await it.events(turn_id)) == "All right."  # no thread stays blocked
+
+
+async def test_what_the_store_can_not_take_ends_the_turn_all_the_same(store: Store) -> None:
+    if isinstance(store, MemoryStore):
+        return  # it takes anything
+    too_much = RoundFinished(Usage(output_tokens=2**63))
+    async with service(store, ScriptedAgent(["a", too_much])) as it:
+        turn_id = await it.say()
+        last = (await it.events(turn_id))[-1].event
+        assert isinstance(last, TurnFinished)
+        assert (last.turn.state, last.turn.reason) == (TurnState.INCOMPLETE, TurnReason.INTERNAL)
+        await it.events(await it.say(thread_id=last.turn.thread_id))
 
 
 async def test_a_turn_has_a_budget(store: Store) -> None:

@@ -157,7 +157,7 @@ async def test_others_ids_look_like_ids_that_never_were() -> None:
                     never(),  # random
                     never(),
                     Belongings("nonsense", "nonsense"),  # never could have been
-                    Belongings("x" * 300, "x" * 300),
+                    Belongings("x" * 64, "x" * 64),
                     Belongings(ended.turn_id, ended.thread_id),  # of the other kind
                     Belongings(eves.turn_id, eves.thread_id),
                 )

@@ -192,8 +192,8 @@ def message_cases() -> Iterator[Case]:
         ({"metadata": {"k\0": "v"}}, INVALID, "INVALID_FIELD", "metadata"),
         ({"metadata": {"k": "\0"}}, INVALID, "INVALID_FIELD", "metadata"),
         ({"thread_id": UNKNOWN}, NOT_FOUND, "THREAD_NOT_FOUND", ""),
-        ({"thread_id": "x" * 65_536}, NOT_FOUND, "THREAD_NOT_FOUND", ""),
-        ({"thread_id": "a\0b"}, NOT_FOUND, "THREAD_NOT_FOUND", ""),
+        ({"thread_id": "x" * 65_536}, INVALID, "INVALID_FIELD", "thread_id"),
+        ({"thread_id": "a\0b"}, INVALID, "INVALID_FIELD", "thread_id"),
         ({"thread_id": " "}, NOT_FOUND, "THREAD_NOT_FOUND", ""),
     ]
     for name, kind in (("Chat", api.ChatRequest), ("SendMessage", api.SendMessageRequest)):
@@ -246,7 +246,10 @@ def reading_cases() -> Iterator[Case]:
         ("ListMessages", threads_api.ListMessagesRequest, "thread_id", "THREAD_NOT_FOUND"),
     ):
         yield name, lambda _, k=kind: k(user_id="ada"), INVALID, "INVALID_FIELD", field  # type: ignore[misc]
-        for bad in ("x" * 65, "x" * 100_000, "a\0b", UNKNOWN, "👋", " "):
+        for bad in ("x" * 65, "x" * 100_000, "a\0b"):
+            made = {"user_id": "ada", field: bad}
+            yield name, lambda _, k=kind, v=made: k(**v), INVALID, "INVALID_FIELD", field  # type: ignore[misc]
+        for bad in (UNKNOWN, "👋", " "):
             made = {"user_id": "ada", field: bad}
             yield name, lambda _, k=kind, v=made: k(**v), NOT_FOUND, unknown, ""  # type: ignore[misc]
 

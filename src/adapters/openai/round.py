@@ -12,6 +12,8 @@ from core.model.turn import TurnReason, Usage
 MAX_TEXT = 1_000_000
 """Code points of text in one round."""
 MAX_CALLS = 128
+MAX_TOKENS = 2**53
+"""Tokens that a provider may count in one round: more is no count, and no database holds it."""
 
 _SHORTFALLS = {
     "max_output_tokens": TurnReason.OUTPUT_LIMIT,
@@ -196,7 +198,7 @@ def _usage(usage: object) -> Usage:
 
     def count(facts: object, name: str) -> int:
         value = facts.get(name) if isinstance(facts, Mapping) else None
-        return value if isinstance(value, int) else 0
+        return min(max(int(value), 0), MAX_TOKENS) if isinstance(value, int) else 0
 
     return Usage(
         input_tokens=count(facts, "input_tokens"),

@@ -22,11 +22,11 @@ def is_embedded(url: str | URL) -> bool:
 
 
 def database_file(url: str | URL) -> Path:
-    """The file of an embedded database, by its one true name: whoever owns it must not be missed for a link."""
+    """The file of an embedded database."""
     database = make_url(url).database
     if not database or database == ":memory:":
         raise ValueError("an embedded database needs a file")
-    return Path(database).resolve()
+    return Path(database)
 
 
 def require_database(file: Path) -> None:

@@ -169,7 +169,7 @@ class SqlStore(store.Store):
             if _is_outage(error) and not _collided(error):
                 raise  # takes the whole group down: nothing of it is committed
             job.error, job.again = _translated(error), _collided(error)
-        except Exception as error:  # noqa: BLE001 - belongs to whoever submitted the change
+        except BaseException as error:  # noqa: BLE001 - belongs to whoever submitted the change, not to this thread
             job.error = error
         if alone and job.error is not None:
             raise _RollbackError

@@ -108,7 +108,9 @@ class TurnEngine:
         turn = claimed.turn
         started = TurnStarted(turn.id, turn.thread_id, turn.agent_id)
         feed = self._feeds.open(turn.id, [LogEntry(1, started)])
-        self._running[turn.id] = asyncio.create_task(self._run(claimed, feed), name=f"turn-{turn.id}")
+        task = asyncio.create_task(self._run(claimed, feed), name=f"turn-{turn.id}")
+        task.add_done_callback(_retrieve)
+        self._running[turn.id] = task
 
     def abandon(self, turn_id: str) -> None:
         """Stops work on a turn that somebody else has ended; followers go on from the store."""
@@ -153,7 +155,7 @@ class TurnEngine:
                 _log.exception("turn %s failed", turn.id)
                 ending = Ending(reason=TurnReason.INTERNAL)
                 tail = () if log.error else await log.settle()
-            ended = await self._end(turn.id, ending, epoch=turn.epoch, tail=tail)
+            ended, tail = await self._end_somehow(turn, ending, tail)
             if not ended.already:
                 log.publish([*tail, TurnFinished(ended.turn, ended.reply)])
         except LeaseLost:
@@ -264,6 +266,20 @@ class TurnEngine:
         )
         return lines[::-1]
 
+    async def _end_somehow(
+        self, turn: Turn, ending: Ending, tail: Sequence[TurnEvent]
+    ) -> tuple[Ended, Sequence[TurnEvent]]:
+        """Ends a turn; what the store can't take of its ending must not keep it open. Returns what was kept."""
+        broken = Ending(reason=TurnReason.INTERNAL)
+        for attempt, kept in ((ending, tail), (broken, tail)):
+            try:
+                return await self._end(turn.id, attempt, epoch=turn.epoch, tail=kept), kept
+            except LeaseLost:
+                raise
+            except Exception:  # noqa: BLE001 - the next attempt asks less of the store
+                _log.exception("turn %s can't be ended as it should", turn.id)
+        return await self._end(turn.id, broken, epoch=turn.epoch), ()
+
     async def _end(
         self, turn_id: str, ending: Ending, *, epoch: int | None = None, tail: Sequence[TurnEvent] = ()
     ) -> Ended:
@@ -284,6 +300,12 @@ class _Usage:
 
     def __init__(self) -> None:
         self.total = Usage()
+
+
+def _retrieve(task: asyncio.Task[None]) -> None:
+    """Logs what ended a task; asyncio would do so with the exception's text."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        _log.error("%s broke", task.get_name(), exc_info=error)
 
 
 def _save_state(turn: Turn, state: ProviderState, tx: Transaction) -> None:

@@ -143,8 +143,9 @@ def _ask_owner(database: Path, cleanup: "Cleanup", progress: Progress) -> "Clean
 
     import grpc
 
-    from core.model.errors import CleanupRunning
+    from core.model.errors import CleanupRunning, StoreUnavailable
     from core.use_cases.clean_up_threads import CleanupReport
+    from entrypoints.client import ServiceError
     from entrypoints.grpc_api.gen.vidacoach.admin.v1 import admin_service_pb2 as api
     from entrypoints.grpc_api.gen.vidacoach.admin.v1.admin_service_pb2_grpc import AdminServiceStub
     from entrypoints.grpc_api.gen.vidacoach.agents.v1 import resources_pb2 as pb
@@ -175,6 +176,8 @@ def _ask_owner(database: Path, cleanup: "Cleanup", progress: Progress) -> "Clean
             code = error.code()
             if code is grpc.StatusCode.ABORTED:
                 raise CleanupRunning from error
+            if ServiceError.of(error).reason == StoreUnavailable.reason:
+                raise StoreUnavailable from error
             if code is not grpc.StatusCode.UNAVAILABLE:
                 raise Failure(f"the owner of the database could not clean up: {code.name}") from error
     return None

@@ -1,6 +1,6 @@
 """Domain to protobuf and back: pure functions."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from typing import assert_never
 
@@ -8,7 +8,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from core.model import events as ev
 from core.model.agent import AgentDefinition, Domain
-from core.model.errors import InvalidField, NotSupported, ThreadNotFound
+from core.model.errors import InvalidField, NotSupported
 from core.model.message import ContentPart, Message, RefusalPart, Role, TextPart
 from core.model.thread import Thread, ThreadState
 from core.model.turn import BusyPolicy, Turn, TurnState
@@ -72,22 +72,24 @@ def states_of(numbers: Sequence[int]) -> frozenset[ThreadState]:
     return found or frozenset({ThreadState.ACTIVE})
 
 
-def id_of(value: str, field: str, unknown: Callable[[], Exception]) -> str:
-    """An id as it is. Raises InvalidField if empty, and what `unknown` makes if no id can look like it."""
+def id_of(value: str, field: str) -> str:
+    """An id as it is. Raises InvalidField for one that is empty, too long or contains U+0000."""
     if not value:
         raise InvalidField(field, "is required")
-    if len(value) > _MAX_ID or "\0" in value:
-        raise unknown()
+    if len(value) > _MAX_ID:
+        raise InvalidField(field, f"must have at most {_MAX_ID} characters")
+    if "\0" in value:
+        raise InvalidField(field, "must not contain U+0000")
     return value
 
 
 def incoming_message(request: api.ChatRequest | api.SendMessageRequest) -> IncomingMessage:
-    """Reads a message to a coach. Raises InvalidField, NotSupported and ThreadNotFound."""
+    """Reads a message to a coach. Raises InvalidField and NotSupported."""
     if request.on_busy not in BUSY_POLICIES:
         raise InvalidField("on_busy", "is not a known value")
     return IncomingMessage(
         user_id=request.user_id,
-        thread_id=id_of(request.thread_id, "thread_id", ThreadNotFound) if request.thread_id else "",
+        thread_id=id_of(request.thread_id, "thread_id") if request.thread_id else "",
         domain=domain_of(request.domain),
         content=tuple(_part_of(number, part) for number, part in enumerate(request.content)),
         request_id=request.request_id,

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import grpc
 
 from core.model.agent import Catalog
-from core.model.errors import Overloaded, TurnNotFound
+from core.model.errors import Overloaded
 from core.model.events import LogEntry, TurnFinished
 from core.model.user import check_user_id
 from core.ports.agent import Agent
@@ -115,7 +115,7 @@ class AgentService(AgentServiceServicer):
     async def FollowTurn(self, request: api.FollowTurnRequest, context: _Context) -> None:  # type: ignore[override]
         """Replay, then live."""
         check_user_id(request.user_id)
-        turn_id = mapping.id_of(request.turn_id, "turn_id", TurnNotFound)
+        turn_id = mapping.id_of(request.turn_id, "turn_id")
         await self._follow.find(request.user_id, turn_id, request.after_position)
 
         async def write(entry: LogEntry) -> None:
@@ -126,12 +126,12 @@ class AgentService(AgentServiceServicer):
     async def GetTurn(self, request: api.GetTurnRequest, context: _Context) -> api.GetTurnResponse:
         """Reads a turn."""
         check_user_id(request.user_id)
-        turn_id = mapping.id_of(request.turn_id, "turn_id", TurnNotFound)
+        turn_id = mapping.id_of(request.turn_id, "turn_id")
         turn, reply = await self._threads.turn(request.user_id, turn_id)
         return api.GetTurnResponse(turn=mapping.to_turn(turn), reply=mapping.to_message(reply) if reply else None)
 
     async def CancelTurn(self, request: api.CancelTurnRequest, context: _Context) -> api.CancelTurnResponse:
         """Ends a turn."""
         check_user_id(request.user_id)
-        turn_id = mapping.id_of(request.turn_id, "turn_id", TurnNotFound)
+        turn_id = mapping.id_of(request.turn_id, "turn_id")
         return api.CancelTurnResponse(turn=mapping.to_turn(await self._cancel(request.user_id, turn_id)))

@@ -4,7 +4,7 @@ from typing import Any, TypeAlias
 
 import grpc
 
-from core.model.errors import InvalidField, ThreadNotFound
+from core.model.errors import InvalidField
 from core.model.user import check_user_id
 from core.use_cases.read_threads import MessageQuery, ReadThreads, ThreadQuery
 from entrypoints.grpc_api import mapping
@@ -24,7 +24,7 @@ class ThreadService(ThreadServiceServicer):
     async def GetThread(self, request: api.GetThreadRequest, context: _Context) -> api.GetThreadResponse:
         """Reads a thread."""
         check_user_id(request.user_id)
-        thread_id = mapping.id_of(request.thread_id, "thread_id", ThreadNotFound)
+        thread_id = mapping.id_of(request.thread_id, "thread_id")
         return api.GetThreadResponse(
             thread=mapping.to_thread(await self._threads.thread(request.user_id, thread_id))
         )
@@ -44,7 +44,7 @@ class ThreadService(ThreadServiceServicer):
         check_user_id(request.user_id)
         query = MessageQuery(
             user_id=request.user_id,
-            thread_id=mapping.id_of(request.thread_id, "thread_id", ThreadNotFound),
+            thread_id=mapping.id_of(request.thread_id, "thread_id"),
             newest_first=request.newest_first,
         )
         page, token = await self._threads.messages(query, request.page_size, request.page_token)
@@ -53,7 +53,7 @@ class ThreadService(ThreadServiceServicer):
     async def UpdateThread(self, request: api.UpdateThreadRequest, context: _Context) -> api.UpdateThreadResponse:
         """Changes what describes a thread."""
         check_user_id(request.user_id)
-        thread_id = mapping.id_of(request.thread.id, "thread.id", ThreadNotFound)
+        thread_id = mapping.id_of(request.thread.id, "thread.id")
         paths = set(request.update_mask.paths)
         if not paths:
             raise InvalidField("update_mask", "must name title or metadata")
