@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PYTHONDONTWRITEBYTECODE := 1
 
-.PHONY: help chat test check lint types proto proto-check fmt faults-small clean lock
+.PHONY: help chat test check lint types proto proto-check fmt lock clean
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
@@ -50,6 +50,12 @@ proto-check: $(VENV)/dev.stamp ## fail where the generated code is stale
 fmt: $(VENV)/dev.stamp ## format the code
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
+
+lock: $(VENV)/dev.stamp ## pin the dependencies anew, with hashes and without index addresses
+	@$(BIN)/python -m uv --version >/dev/null 2>&1 || $(PYTHON) -m pip --python $(BIN)/python install -q uv
+	@for set in "requirements.lock --extra build" "requirements-dev.lock --extra build --extra dev"; do \
+		$(BIN)/python -m uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header \
+			--no-annotate --no-emit-index-url pyproject.toml -o $$set; done
 
 clean: ## remove everything that can be made again
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -155,9 +155,9 @@ class TurnEngine:
                 _log.exception("turn %s failed", turn.id)
                 ending = Ending(reason=TurnReason.INTERNAL)
                 tail = () if log.error else await log.settle()
-            ended, tail = await self._end_somehow(turn, ending, tail)
+            ended, kept = await self._end_somehow(turn, ending, tail)
             if not ended.already:
-                log.publish([*tail, TurnFinished(ended.turn, ended.reply)])
+                log.publish([*kept, TurnFinished(ended.turn, ended.reply)])
         except LeaseLost:
             _log.warning("turn %s is no longer ours", turn.id)
         finally:
