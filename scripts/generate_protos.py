@@ -61,9 +61,7 @@ def differences(left: Path, right: Path) -> list[str]:
         {path.relative_to(tree) for path in tree.rglob("*.py*") if "__pycache__" not in path.parts}
         for tree in (left, right)
     ]
-    changed = [
-        path for path in trees[0] & trees[1] if not filecmp.cmp(left / path, right / path, shallow=False)
-    ]
+    changed = [path for path in trees[0] & trees[1] if not filecmp.cmp(left / path, right / path, shallow=False)]
     return sorted(map(str, (trees[0] ^ trees[1]) | set(changed)))
 
 
