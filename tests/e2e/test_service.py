@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -17,6 +18,9 @@ from doubles import DONE, Gate, ScriptedAgent
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import agent_service_pb2 as api
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import resources_pb2 as pb
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import thread_service_pb2 as threads_api
+from entrypoints.grpc_api.services.agents import Streams
+from entrypoints.hosting import hosted
+from entrypoints.settings import load_settings
 from harness import DEADLINE, detail, message, reason, rest_of, served, text_of, until
 
 
@@ -174,6 +178,36 @@ async def test_many_followers_see_one_history_and_a_stalled_one_delays_nobody() 
             events = [response.event for response in await rest_of(call)]
             assert "".join(words).endswith(text_of(events))
             assert events[-1].finished.turn.state == pb.TURN_STATE_COMPLETED
+
+
+async def test_a_stream_is_bounded_in_time_and_number_and_may_be_resumed() -> None:
+    gate = Gate()
+    async with served(ScriptedAgent(["a", gate, "b", DONE])) as client:
+        service: Any = client.container.agent_service()
+        generous = service._streams
+        call = client.agents.Chat(message(), timeout=DEADLINE)
+        turn_id = (await call.read()).event.started.turn_id
+        await gate.reached.wait()
+        for bound in (Streams(most=10, seconds=0.01), Streams(most=0, seconds=20)):
+            service._streams = bound
+            with pytest.raises(grpc.aio.AioRpcError) as error:
+                await client.follow(turn_id)
+            assert (error.value.code(), reason(error.value)) == (grpc.StatusCode.UNAVAILABLE, "OVERLOADED")
+            assert detail(error.value, error_details_pb2.RetryInfo) is not None
+            assert bound.open == 0
+        service._streams = generous
+        gate.open()
+        assert text_of(await client.follow(turn_id)) == "ab"
+        assert (await rest_of(call))[-1].event.HasField("finished")
+
+
+async def test_two_servers_never_share_a_port(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    async with served(ScriptedAgent()) as client:
+        monkeypatch.setenv("VIDA_LISTEN", client.address)
+        monkeypatch.setenv("VIDA_DATABASE_URL", f"sqlite:///{tmp_path / 'other.db'}")
+        with pytest.raises(OSError, match="can't listen"):
+            async with hosted(load_settings(), "serve", listen=client.address):
+                raise AssertionError("it listens")
 
 
 async def test_no_connection_is_held_while_anybody_waits() -> None:

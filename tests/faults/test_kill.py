@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import agent_service_pb2 as api
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import resources_pb2 as pb
@@ -16,7 +18,9 @@ from entrypoints.grpc_api.gen.vidacoach.agents.v1 import thread_service_pb2 as t
 from entrypoints.grpc_api.gen.vidacoach.agents.v1.agent_service_pb2_grpc import AgentServiceStub
 from entrypoints.grpc_api.gen.vidacoach.agents.v1.thread_service_pb2_grpc import ThreadServiceStub
 from faults.process import ServerProcess, start
+from harness import reason
 
+_SERVING = health_pb2.HealthCheckResponse.SERVING
 CLIENTS = 8
 CYCLES = int(os.environ.get("VIDA_TEST_KILL_CYCLES", "2"))
 DEADLINE = 30.0
@@ -145,7 +149,7 @@ async def test_kill_9(database_url: str, tmp_path: Path) -> None:
 
 async def test_a_stop_lets_running_turns_finish(database_url: str, tmp_path: Path) -> None:
     log = tmp_path / "server.log"
-    settings = {"VIDA_DATABASE_URL": database_url, "VIDA_PRACTICE_WORDS_PER_SECOND": "200"}
+    settings = {"VIDA_DATABASE_URL": database_url, "VIDA_PRACTICE_WORDS_PER_SECOND": "50"}
     server = await start(log, **settings)
     try:
         async with grpc.aio.insecure_channel(server.address) as channel:
@@ -155,6 +159,16 @@ async def test_a_stop_lets_running_turns_finish(database_url: str, tmp_path: Pat
             )
             assert (await call.read()).event.HasField("started")
             stopping = asyncio.create_task(server.terminate())
+            health = health_pb2_grpc.HealthStub(channel)
+            watch: Any = health.Watch(health_pb2.HealthCheckRequest(), timeout=DEADLINE)
+            while (await watch.read()).status == _SERVING:
+                continue
+            watch.cancel()
+            with pytest.raises(grpc.aio.AioRpcError) as refusal:
+                await AgentServiceStub(channel).SendMessage(
+                    api.SendMessageRequest(user_id="eve", content=[pb.ContentPart(text="Hello")])
+                )
+            assert (refusal.value.code(), reason(refusal.value)) == (grpc.StatusCode.UNAVAILABLE, "DRAINING")
             last = None
             while (response := await call.read()) is not grpc.aio.EOF:
                 last = response
