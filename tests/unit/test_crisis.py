@@ -270,3 +270,61 @@ def test_plain_words() -> None:
 )
 def test_the_language_of_a_text_is_guessed(text: str, language: Language | None) -> None:
     assert guess_language(text) is language
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "I don't want to live",
+        "I don´t want to live",
+        "I do not want to live",
+        "I wish I wouldn't wake up tomorrow",
+        "I hurt myself yesterday",
+        "I have a gun and I want to use it on myself",
+        "I want to be dead",
+        "no one would miss me if I were gone",
+        "i want 2 die",
+        "thinking of sucide",
+        "no quiero vivir",
+        "no hay motivo para vivir",
+        "quiero desaparecer",
+        "ich will nicht leben",
+        "ich wünschte ich wäre tot",
+        "mein Leben hat keinen Sinn mehr",
+        "ich halte das Leben nicht mehr aus",
+        "ich habe keinen Lebenswillen mehr",
+        "ich will mich verletzen",
+        "ich will Schluss machen mit dem Leben",
+        "ich will, dass alles vorbei ist",
+        "je ne veux pas vivre",
+        "je voudrais être mort",
+        "je veux disparaître",
+        "não quero viver",
+        "quero sumir",
+        "quero desaparecer",
+        "não vejo sentido em viver",
+        "I took a whole bottle of pills",
+        "I'm afraid he will hurt me",
+        "I feel like dying",
+        "I might hurt myself tonight",
+    ],
+)
+def test_plain_words_are_heard(text: str) -> None:
+    assert detect(text) is not None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "I don't want to live with my parents",
+        "I don't want to live in this city",
+        "no quiero vivir en Madrid",
+        "ich will nicht leben wie meine Eltern",
+        "je ne veux pas vivre ici",
+        "não quero viver com a minha sogra",
+        "I work in suicide prevention",
+        "this job is suicide for my career",
+    ],
+)
+def test_where_and_with_whom_to_live_is_no_crisis(text: str) -> None:
+    assert detect(text) is None

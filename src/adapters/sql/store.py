@@ -23,6 +23,8 @@ T = TypeVar("T")
 
 _MAX_GROUP = 256
 _MAX_TRIES = 3
+_READ_ONLY = "25006"
+"""What a PostgreSQL says that is a standby, or has just become one."""
 
 
 class StoreFaultError(Exception):
@@ -42,7 +44,9 @@ class _Job:
         """Tells the waiting coroutine, in its loop."""
         if self.future.cancelled():
             return
-        if self.error is not None:
+        if isinstance(self.error, StopIteration):  # a future takes any exception but this
+            self.future.set_exception(RuntimeError("a change raised StopIteration"))
+        elif self.error is not None:
             self.future.set_exception(self.error)
         else:
             self.future.set_result(self.result)
@@ -157,6 +161,9 @@ class SqlStore(store.Store):
         except exc.SQLAlchemyError as error:
             for job in group:
                 job.error, job.again = _translated(error), _collided(error)
+        except BaseException as error:  # noqa: BLE001 - the thread must outlive it, and every job be answered
+            for job in group:
+                job.error, job.again = StoreFaultError(type(error).__name__), False
 
     def _run_one(self, connection: Connection, transaction: SqlTransaction, job: _Job, *, alone: bool) -> None:
         try:
@@ -213,6 +220,8 @@ def _close_when_open(opening: "asyncio.Future[_LockSession]") -> None:
 def _is_outage(error: exc.SQLAlchemyError) -> bool:
     if isinstance(error, exc.TimeoutError):
         return True
+    if _sqlstate(error) == _READ_ONLY:
+        return True
     return isinstance(error, exc.OperationalError | exc.InterfaceError) or (
         isinstance(error, exc.DBAPIError) and error.connection_invalidated
     )
@@ -222,8 +231,12 @@ def _collided(error: exc.SQLAlchemyError) -> bool:
     """Whether another process was faster: unique violation, deadlock, serialization failure."""
     if isinstance(error, exc.IntegrityError):
         return True
-    state = getattr(getattr(error, "orig", None), "sqlstate", None)
-    return state in {"40001", "40P01"}
+    return _sqlstate(error) in {"40001", "40P01"}
+
+
+def _sqlstate(error: exc.SQLAlchemyError) -> str | None:
+    state: str | None = getattr(getattr(error, "orig", None), "sqlstate", None)
+    return state
 
 
 def _translated(error: exc.SQLAlchemyError) -> Exception:

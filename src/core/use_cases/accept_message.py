@@ -14,6 +14,7 @@ from core.model.errors import (
     InvalidField,
     NotSupported,
     RequestIdReused,
+    StoreUnavailable,
     ThreadNotFound,
     TurnInProgress,
 )
@@ -103,9 +104,14 @@ class AcceptMessage:
 
     async def _accept(self, message: IncomingMessage) -> Accepted:
         refusal = self._engine.reserve(message.user_id)
+        turn_id = self._ids.new()
         outcome: Turn | ClaimedTurn | None = None
         try:
-            outcome = await self._store.write(lambda tx: self._record(tx, message, refusal))
+            outcome = await self._store.write(lambda tx: self._record(tx, message, refusal, turn_id))
+        except StoreUnavailable:
+            if refusal is None:
+                self._engine.disown(turn_id)
+            raise
         finally:
             if refusal is None and not isinstance(outcome, ClaimedTurn):
                 self._engine.release(message.user_id)
@@ -114,7 +120,9 @@ class AcceptMessage:
         self._engine.run(outcome)
         return Accepted(outcome.turn, attached=False)
 
-    def _record(self, tx: Transaction, message: IncomingMessage, refusal: CoreError | None) -> Turn | ClaimedTurn:
+    def _record(
+        self, tx: Transaction, message: IncomingMessage, refusal: CoreError | None, turn_id: str
+    ) -> Turn | ClaimedTurn:
         """Finds the turn of a repeat, or records a new one."""
         request = RequestKey(
             caller=message.caller,
@@ -139,7 +147,7 @@ class AcceptMessage:
                 raise refusal
             thread, definition = self._begin(tx, message, now)
         turn = Turn(
-            id=self._ids.new(),
+            id=turn_id,
             thread_id=thread.id,
             user_id=message.user_id,
             agent_id=definition.id,

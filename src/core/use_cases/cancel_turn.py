@@ -1,5 +1,6 @@
 """Cancelling a turn: whoever asks ends it in the store; its owner learns that it has nothing left to write."""
 
+import asyncio
 from functools import partial
 
 from core.model.errors import TurnNotFound
@@ -17,9 +18,17 @@ class CancelTurn:
         self._store = store
         self._engine = engine
         self._ids = ids
+        self._tasks: set[asyncio.Task[Turn]] = set()
 
     async def __call__(self, user_id: str, turn_id: str) -> Turn:
         """The turn in its terminal state, whoever brought it there. Raises TurnNotFound. Idempotent."""
+        # A caller who leaves between the commit and the owner's learning of it must not leave the owner at work.
+        task = asyncio.create_task(self._end(user_id, turn_id))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return await asyncio.shield(task)
+
+    async def _end(self, user_id: str, turn_id: str) -> Turn:
         turn = await self._store.write(partial(self._cancel, user_id, turn_id))
         self._engine.abandon(turn_id)
         return turn

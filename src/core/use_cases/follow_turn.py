@@ -48,6 +48,7 @@ class FollowTurn:
             ended = False
             if feed is not None:
                 entries: Sequence[LogEntry] = feed.after(position)
+                ended = feed.ended
             else:
                 entries, ended = await self._stored(turn_id, position)
             for entry in entries:

@@ -4,13 +4,23 @@ import asyncio
 import logging
 import re
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import aclosing
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain, repeat
+from typing import TypeVar
 
 from core.model.agent import AgentDefinition
-from core.model.errors import CoreError, Draining, LeaseLost, Overloaded, QuotaExceeded, StoreUnavailable
+from core.model.errors import (
+    CoreError,
+    Draining,
+    LeaseLost,
+    Overloaded,
+    QuotaExceeded,
+    StoreUnavailable,
+    TurnNotFound,
+)
 from core.model.events import LogEntry, TextDelta, ToolAnswered, ToolCalled, TurnEvent, TurnFinished, TurnStarted
 from core.model.message import Message, ToolExchange
 from core.model.thread import ProviderState, Thread
@@ -35,6 +45,11 @@ MAX_OUTPUT = 131_072
 
 _LAST_WRITES = 10.0
 """Seconds that a stop gives to ending what is left."""
+
+_RETRY_FIRST = 0.05
+_RETRY_MAX = 1.0
+
+T = TypeVar("T")
 
 _UNSTORABLE = re.compile("[\0\ud800-\udfff]")
 
@@ -75,6 +90,7 @@ class TurnEngine:
         self._writing: asyncio.Task[None] | None = None
         self._running: dict[str, asyncio.Task[None]] = {}
         self._reserved: Counter[str] = Counter()
+        self._disowned: set[asyncio.Task[None]] = set()
         self._draining = False
 
     @property
@@ -112,6 +128,17 @@ class TurnEngine:
         task.add_done_callback(_retrieve)
         self._running[turn.id] = task
 
+    def disown(self, turn_id: str) -> None:
+        """Ends a turn, if there is one, of which nobody knows whether it was accepted: the store did not answer."""
+        task = asyncio.create_task(self._disown(turn_id), name=f"disown-{turn_id}")
+        task.add_done_callback(_retrieve)
+        task.add_done_callback(self._disowned.discard)
+        self._disowned.add(task)
+
+    async def _disown(self, turn_id: str) -> None:
+        with suppress(TurnNotFound):
+            await self._end(turn_id, Ending(reason=TurnReason.INTERRUPTED))
+
     def abandon(self, turn_id: str) -> None:
         """Stops work on a turn that somebody else has ended; followers go on from the store."""
         self._feeds.drop(turn_id)
@@ -133,9 +160,10 @@ class TurnEngine:
         await asyncio.gather(*left.values(), return_exceptions=True)
         try:
             async with asyncio.timeout(_LAST_WRITES):
-                for turn_id in left:
-                    await self._end(turn_id, Ending(reason=TurnReason.INTERRUPTED))
-                    self._feeds.drop(turn_id)
+                endings = (self._end(turn_id, Ending(reason=TurnReason.INTERRUPTED)) for turn_id in left)
+                for outcome in await asyncio.gather(*endings, *self._disowned, return_exceptions=True):
+                    if isinstance(outcome, Exception):
+                        _log.error("a turn is left to be ended at the next start", exc_info=outcome)
         except TimeoutError:
             _log.error("the store does not answer: turns are left to be ended at the next start")
         if self._writing is not None:
@@ -154,7 +182,7 @@ class TurnEngine:
             except Exception:  # noqa: BLE001 - whatever goes wrong, the turn ends and says so
                 _log.exception("turn %s failed", turn.id)
                 ending = Ending(reason=TurnReason.INTERNAL)
-                tail = () if log.error else await log.settle()
+                tail = await _settled(log)
             ended, kept = await self._end_somehow(turn, ending, tail)
             if not ended.already:
                 log.publish([*kept, TurnFinished(ended.turn, ended.reply)])
@@ -217,7 +245,8 @@ class TurnEngine:
                             calls.append(_checked(event, seen))
                         case StateChanged(state):
                             request = replace(request, state=state)
-                            await self._store.write(partial(_save_state, turn, state))
+                            save = partial(_save_state, turn, state)
+                            await _patiently(partial(self._store.write, save))
                         case RoundFinished():
                             finished = event
             if finished is None:
@@ -261,9 +290,10 @@ class TurnEngine:
         return tuple(exchanges)
 
     async def _history(self, message: Message) -> Sequence[Message]:
-        lines = await self._store.read(
-            lambda tx: tx.messages.list(message.thread_id, after=message.index, newest_first=True, limit=None)
-        )
+        def query(tx: Transaction) -> Sequence[Message]:
+            return tx.messages.list(message.thread_id, after=message.index, newest_first=True, limit=None)
+
+        lines = await _patiently(partial(self._store.read, query))
         return lines[::-1]
 
     async def _end_somehow(
@@ -271,28 +301,45 @@ class TurnEngine:
     ) -> tuple[Ended, Sequence[TurnEvent]]:
         """Ends a turn; what the store can't take of its ending must not keep it open. Returns what was kept."""
         broken = Ending(reason=TurnReason.INTERNAL)
-        for attempt, kept in ((ending, tail), (broken, tail)):
+        for attempt, kept in chain([(ending, tail), (broken, tail)], repeat((broken, ()))):
             try:
                 return await self._end(turn.id, attempt, epoch=turn.epoch, tail=kept), kept
             except LeaseLost:
                 raise
             except Exception:  # noqa: BLE001 - the next attempt asks less of the store
                 _log.exception("turn %s can't be ended as it should", turn.id)
-        return await self._end(turn.id, broken, epoch=turn.epoch), ()
+                if not kept:
+                    await asyncio.sleep(_RETRY_MAX)
+        raise AssertionError("the attempts never end")
 
     async def _end(
         self, turn_id: str, ending: Ending, *, epoch: int | None = None, tail: Sequence[TurnEvent] = ()
     ) -> Ended:
-        wait = 0.05
-        while True:
-            try:
-                return await self._store.write(
-                    lambda tx: end_turn(tx, self._ids, turn_id, ending, epoch=epoch, tail=tail)
-                )
-            except StoreUnavailable:
-                # The turn must end; the next start of the service ends it if this process does not.
-                await asyncio.sleep(wait)
-                wait = min(1.0, wait * 2)
+        # The turn must end; the next start of the service ends it if this process does not.
+        return await _patiently(
+            lambda: self._store.write(lambda tx: end_turn(tx, self._ids, turn_id, ending, epoch=epoch, tail=tail))
+        )
+
+
+async def _patiently(attempt: Callable[[], Awaitable[T]]) -> T:
+    """Tries until the store answers. The turn's budget, or the end of the process, bounds it."""
+    wait = _RETRY_FIRST
+    while True:
+        try:
+            return await attempt()
+        except StoreUnavailable:
+            await asyncio.sleep(wait)
+            wait = min(_RETRY_MAX, wait * 2)
+
+
+async def _settled(log: OpenLog) -> tuple[TurnEvent, ...]:
+    """What a turn that has failed can still keep."""
+    try:
+        return await log.settle()
+    except LeaseLost:
+        raise
+    except Exception:  # noqa: BLE001 - the append that failed is lost; the ending is not
+        return ()
 
 
 class _Usage:

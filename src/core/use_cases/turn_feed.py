@@ -28,9 +28,14 @@ class TurnFeed:
 
     def close(self) -> None:
         """Sends the followers to the store, unless the end has been published."""
-        if not isinstance(self._entries[-1].event, TurnFinished):
+        if not self.ended:
             self.closed = True
         self._wake()
+
+    @property
+    def ended(self) -> bool:
+        """Whether the turn's last event has been published."""
+        return isinstance(self._entries[-1].event, TurnFinished)
 
     def after(self, position: int) -> list[LogEntry]:
         """What follows `position`, in the fewest entries."""
@@ -38,8 +43,8 @@ class TurnFeed:
         return place(merged(entry.event for entry in rest), position)
 
     async def changed(self, position: int) -> None:
-        """Waits until there is something after `position`, or the feed is closed."""
-        while self._positions[-1] <= position and not self.closed:
+        """Waits until there is something after `position`, or there will be nothing more here."""
+        while self._positions[-1] <= position and not (self.closed or self.ended):
             await self._changed.wait()
 
     def _wake(self) -> None:
