@@ -186,11 +186,10 @@ async def running(settings: Settings) -> AsyncIterator[Container]:
     first. On leaving, turns that still run are ended INTERRUPTED. Raises SettingsError and DatabaseOwnedError.
     """
     container = Container(settings=settings)
-    catalog = container.catalog()
     async with AsyncExitStack() as stack:
         stack.push_async_callback(container.store().aclose)
+        catalog = _checked(container)
         stack.push_async_callback(container.agent().aclose)
-        _check_tools(catalog, container.tools())
         await stack.enter_async_context(_owned(container.store()))
         await _publish(container.store(), catalog)
         await recover_turns(container.store(), container.ids())
@@ -214,15 +213,26 @@ async def _owned(store: Store) -> AsyncIterator[None]:
         await asyncio.sleep(_OWNER_POLL)
 
 
-def _check_tools(catalog: Catalog, tools: Tools) -> None:
-    faults = [
-        f"agent {definition.id}: there is no tool {name!r}"
-        for definition in catalog.agents()
-        for name in definition.tools
-        if name not in tools.names
-    ]
+def _checked(container: Container) -> Catalog:
+    """The catalog, if it and the tools that it names are whole. Raises SettingsError with the faults of both."""
+    faults: list[str] = []
+    for part in (container.catalog, container.tools):
+        try:
+            part()
+        except SettingsError as error:
+            faults += error.faults
+    if not faults:
+        tools: Tools = container.tools()
+        faults = [
+            f"agent {definition.id}: there is no tool {name!r}"
+            for definition in container.catalog().agents()
+            for name in definition.tools
+            if name not in tools.names
+        ]
     if faults:
         raise SettingsError(faults)
+    catalog: Catalog = container.catalog()
+    return catalog
 
 
 async def _publish(store: Store, catalog: Catalog) -> None:

@@ -70,7 +70,9 @@ def _setting(name: str, description: str, default: Any = ..., **rules: Any) -> A
 class Settings(BaseSettings):
     """All settings. `load_settings` reads them from the environment, `NAME_FILE` files and an `.env` file."""
 
-    model_config = SettingsConfigDict(env_file=".env", env_ignore_empty=True, extra="ignore", frozen=True)
+    model_config = SettingsConfigDict(
+        env_file=".env", env_ignore_empty=True, extra="ignore", frozen=True, allow_inf_nan=False
+    )
 
     openai_api_key: SecretStr | None = _setting("OPENAI_API_KEY", "the provider's key", None)
     openai_base_url: str | None = _setting("OPENAI_BASE_URL", "a server that speaks the Responses API", None)
@@ -97,7 +99,11 @@ class Settings(BaseSettings):
         "VIDA_DRAIN", "seconds that a stop waits for turns", None, ge=0, le=7_200
     )
     practice_words_per_second: float = _setting(
-        "VIDA_PRACTICE_WORDS_PER_SECOND", "pace of the practice coach; 0: no delay", 25.0, ge=0
+        "VIDA_PRACTICE_WORDS_PER_SECOND",
+        "pace of the practice coach; 0: no delay",
+        25.0,
+        ge=0,
+        allow_inf_nan=False,
     )
     max_request_bytes: int = _setting("VIDA_MAX_REQUEST_BYTES", "size of a request", 4 * 2**20, ge=2**18, le=2**28)
     max_turns: int = _setting("VIDA_MAX_TURNS", "turns in flight in a process", 5_000, ge=1, le=100_000)
@@ -119,6 +125,21 @@ class Settings(BaseSettings):
         if value.startswith("sqlite:///") and value in {"sqlite:///", "sqlite:///:memory:"}:
             raise ValueError("must name a file")
         return SecretStr(value)
+
+    @field_validator("openai_base_url")
+    @classmethod
+    def _check_base_url(cls, url: str | None) -> str | None:
+        parts = urlsplit(url) if url is not None else None
+        if parts is not None and (parts.scheme not in ("http", "https") or not parts.hostname):
+            raise ValueError("must begin with http:// or https:// and name a host")
+        return url
+
+    @field_validator("openai_api_key")
+    @classmethod
+    def _check_key(cls, key: SecretStr | None) -> SecretStr | None:
+        if key is not None and not all("!" <= character <= "~" for character in key.get_secret_value()):
+            raise ValueError("must be printable ASCII without spaces")
+        return key
 
     @field_validator("listen")
     @classmethod
@@ -163,7 +184,10 @@ def load_settings() -> Settings:
         settings = Settings(**from_files)
     except ValidationError as error:
         # The library's own text would quote values, and they may be secret.
-        faults += [f"{fault['loc'][0]}: {fault['msg']}" for fault in error.errors(include_input=False)]
+        faults += [
+            f"{fault['loc'][0]}: {fault['msg'].removeprefix('Value error, ')}"
+            for fault in error.errors(include_input=False)
+        ]
     if (
         settings is not None
         and settings.provider is Provider.OPENAI

@@ -8,6 +8,7 @@ import pytest
 
 from adapters.memory.store import MemoryStore
 from adapters.system import Ids
+from core.model.agent import Domain
 from core.model.errors import (
     InvalidField,
     NotSupported,
@@ -19,7 +20,7 @@ from core.model.errors import (
     TurnInProgress,
     TurnNotFound,
 )
-from core.model.events import TextDelta, ToolAnswered, ToolCalled, TurnFinished, TurnStarted
+from core.model.events import LogEntry, TextDelta, ToolAnswered, ToolCalled, TurnFinished, TurnStarted
 from core.model.message import Role
 from core.model.thread import ProviderState
 from core.model.turn import BusyPolicy, TurnReason, TurnState, Usage
@@ -27,9 +28,11 @@ from core.ports.agent import AgentFailed, RoundFinished, StateChanged
 from core.ports.store import Conflict, Store
 from core.ports.tools import ToolOutput
 from core.ports.turns import RequestKey
+from core.use_cases.follow_turn import FollowTurn
 from core.use_cases.read_threads import MessageQuery
 from core.use_cases.recover_turns import recover_turns
 from core.use_cases.turn_engine import MAX_OUTPUT, MAX_TOOL_ROUNDS, TurnLimits
+from core.use_cases.turn_feed import TurnFeeds
 from doubles import DONE, Gate, NotedTools, ScriptedAgent, kinds, service, text_of
 
 
@@ -138,6 +141,63 @@ async def test_a_repeated_request_id_attaches(store: Store) -> None:
         with pytest.raises(RequestIdReused):
             await it.say("Something else", request_id="r1")
         assert await it.say("Hello", user="eve", request_id="r1") != ids[0]
+
+
+async def test_the_fingerprint_covers_thread_domain_and_content(store: Store) -> None:
+    async with service(store) as it:
+        first = await it.say(request_id="r1", domain=Domain.CAREER)
+        await it.events(first)
+        turn, _ = await it.threads.turn("ada", first)
+        assert await it.say(request_id="r1", domain=Domain.CAREER) == first
+        for other in ({"domain": Domain.HEALTH}, {}, {"domain": Domain.CAREER, "thread_id": turn.thread_id}):
+            with pytest.raises(RequestIdReused):
+                await it.say(request_id="r1", **other)
+        # Unset is GENERAL for a new thread.
+        assert await it.say(request_id="r2") == await it.say(request_id="r2", domain=Domain.GENERAL)
+
+
+async def test_a_cancelled_call_of_cancel_still_stops_the_owner(store: Store) -> None:
+    gate = Gate()
+    async with service(store, ScriptedAgent(["a", gate, DONE])) as it:
+        turn_id = await it.say()
+        follower = asyncio.create_task(it.events(turn_id))
+        await gate.reached.wait()
+        call = asyncio.create_task(it.cancel("ada", turn_id))
+        await asyncio.sleep(0)
+        call.cancel()
+        await asyncio.gather(call, return_exceptions=True)
+        last = (await follower)[-1].event
+        assert isinstance(last, TurnFinished)
+        assert last.turn.state is TurnState.CANCELLED
+
+
+async def test_a_turn_stopped_before_its_first_step_gives_its_place_back(store: Store) -> None:
+    async with service(store) as it:
+        turn_id = await it.say()
+        it.engine.abandon(turn_id)
+        await recover_turns(store, Ids())
+        await it.events(turn_id)
+        await asyncio.gather(*it.engine._running.values(), return_exceptions=True)
+        await asyncio.sleep(0)
+        assert not it.engine._reserved
+
+
+async def test_following_from_the_end_while_it_is_being_told_ends_at_once(store: Store) -> None:
+    entries = [LogEntry(1, TurnStarted("t", "h", "a"))]
+    feeds = TurnFeeds()
+    feed = feeds.open("t", entries)
+    follower = FollowTurn(store, feeds)
+
+    async def rest() -> list[LogEntry]:
+        async with aclosing(follower.events("t", 2)) as events:
+            return [entry async for entry in events]
+
+    waiting = asyncio.create_task(rest())
+    await asyncio.sleep(0)
+    async with service(store) as it:
+        last = (await it.events(await it.say()))[-1].event
+    feed.publish([LogEntry(2, last)])
+    assert await waiting == []
 
 
 async def test_a_busy_thread_refuses_and_names_the_turn(store: Store) -> None:

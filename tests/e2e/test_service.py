@@ -268,6 +268,26 @@ async def test_threads_are_listed_by_page_newest_first_and_described() -> None:
         assert (updated.thread.title, dict(updated.thread.metadata)) == ("My job", {})
 
 
+async def test_a_page_of_messages_fits_a_default_client() -> None:
+    long = "👋" * 65_000
+    async with served(ScriptedAgent()) as client:
+        thread_id = (await client.chat(long))[0].event.started.thread_id
+        for _ in range(19):
+            await client.chat(long, thread_id=thread_id)
+        seen: list[int] = []
+        token = ""
+        while True:
+            page = await client.threads.ListMessages(
+                threads_api.ListMessagesRequest(user_id="ada", thread_id=thread_id, page_token=token)
+            )
+            assert page.ByteSize() < 3 * 2**20
+            seen += [len(line.content[0].text) for line in page.messages]
+            token = page.next_page_token
+            if not token:
+                break
+        assert seen == [65_000, len("All right.")] * 20
+
+
 async def test_health_and_agents() -> None:
     async with served(ScriptedAgent()) as client:
         health = health_pb2_grpc.HealthStub(client.channel)

@@ -421,7 +421,7 @@ async def test_commands_work_in_a_pipe_and_their_output_is_no_reply() -> None:
     assert "> first" in shown
 
 
-@pytest.mark.parametrize("line", ["/thread 7", "/thread nobody", "/thread", "/new astrology", "/history"])
+@pytest.mark.parametrize("line", ["/thread 7", "/thread nobody", "/thread", "/new astrology"])
 async def test_a_command_that_fails_in_a_pipe_ends_it(line: str) -> None:
     coach = ScriptedCoach()
     async with coach.serving() as address:

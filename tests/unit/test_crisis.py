@@ -276,7 +276,7 @@ def test_the_language_of_a_text_is_guessed(text: str, language: Language | None)
     "text",
     [
         "I don't want to live",
-        "I don´t want to live",
+        "I don\N{ACUTE ACCENT}t want to live",
         "I do not want to live",
         "I wish I wouldn't wake up tomorrow",
         "I hurt myself yesterday",

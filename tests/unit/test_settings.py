@@ -168,10 +168,10 @@ def test_secrets_come_from_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert settings.openai_api_key.get_secret_value() == SECRET
     assert settings.database.startswith("postgresql://u:")
     assert SECRET not in repr(settings) + str(settings)
-    monkeypatch.setenv("OPENAI_API_KEY", "from the environment")
+    monkeypatch.setenv("OPENAI_API_KEY", "from-the-environment")
     settings = load_settings()
     assert settings.openai_api_key is not None
-    assert settings.openai_api_key.get_secret_value() == "from the environment"
+    assert settings.openai_api_key.get_secret_value() == "from-the-environment"
 
 
 def test_an_env_file_counts_least(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,7 +78,12 @@ def lock_engine(url: str | URL) -> Engine:
         isolation_level="AUTOCOMMIT",
         hide_parameters=True,
         pool_size=1,
-        connect_args={"connect_timeout": 5},
+        connect_args={
+            "connect_timeout": 5,
+            "keepalives_idle": 10,
+            "keepalives_interval": 5,
+            "keepalives_count": 3,
+        },
     )
 
 

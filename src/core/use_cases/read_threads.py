@@ -16,6 +16,8 @@ from core.ports.threads import ThreadKey
 from core.use_cases.paging import make_token, page_size, read_token
 
 _MAX_INDEX = 2**53
+MAX_PAGE_BYTES = 2 * 2**20
+"""Text in a page of messages. gRPC clients refuse responses over 4 MiB unless told otherwise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,8 +85,8 @@ class ReadThreads:
             return tx.messages.list(query.thread_id, after=after, newest_first=query.newest_first, limit=size + 1)
 
         found = await self._store.read(find)
-        page = found[:size]
-        return page, make_token(scope, [page[-1].index]) if len(found) > size else ""
+        page = _within_bytes(found[:size])
+        return page, make_token(scope, [page[-1].index]) if len(found) > len(page) else ""
 
     async def turn(self, user_id: str, turn_id: str) -> tuple[Turn, Message | None]:
         """A turn, and its reply once it has ended. Raises TurnNotFound."""
@@ -115,6 +117,16 @@ class ReadThreads:
             return _thread(tx, user_id, thread_id)
 
         return await self._store.write(change)
+
+
+def _within_bytes(messages: Sequence[Message]) -> Sequence[Message]:
+    """As many messages as a response can hold that clients take without being asked to, and at least one."""
+    size = 0
+    for number, message in enumerate(messages):
+        size += len(message.text.encode())
+        if number and size > MAX_PAGE_BYTES:
+            return messages[:number]
+    return messages
 
 
 def _thread(tx: Transaction, user_id: str, thread_id: str) -> Thread:

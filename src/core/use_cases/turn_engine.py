@@ -30,7 +30,7 @@ from core.ports.store import Store, Transaction
 from core.ports.system import Ids
 from core.ports.tools import ToolContext, Tools
 from core.use_cases.end_turn import Ended, Ending, end_turn
-from core.use_cases.turn_feed import TurnFeed, TurnFeeds
+from core.use_cases.turn_feed import TurnFeeds
 from core.use_cases.turn_log_writer import OpenLog, TurnLogWriter
 
 _log = logging.getLogger(__name__)
@@ -124,12 +124,22 @@ class TurnEngine:
         turn = claimed.turn
         started = TurnStarted(turn.id, turn.thread_id, turn.agent_id)
         feed = self._feeds.open(turn.id, [LogEntry(1, started)])
-        task = asyncio.create_task(self._run(claimed, feed), name=f"turn-{turn.id}")
-        task.add_done_callback(_retrieve)
+        log = self._writer.open(turn, feed)
+        task = asyncio.create_task(self._run(claimed, log), name=f"turn-{turn.id}")
         self._running[turn.id] = task
 
+        # Not in the task itself: one that is cancelled before its first step runs none of its code.
+        def forget(task: asyncio.Task[None]) -> None:
+            _retrieve(task)
+            self._writer.close(log)
+            self._feeds.drop(turn.id)
+            del self._running[turn.id]
+            self.release(turn.user_id)
+
+        task.add_done_callback(forget)
+
     def disown(self, turn_id: str) -> None:
-        """Ends a turn, if there is one, of which nobody knows whether it was accepted: the store did not answer."""
+        """Ends a turn, if there is one, whose acceptance the store did not answer: it may be there or not."""
         task = asyncio.create_task(self._disown(turn_id), name=f"disown-{turn_id}")
         task.add_done_callback(_retrieve)
         task.add_done_callback(self._disowned.discard)
@@ -170,9 +180,8 @@ class TurnEngine:
             self._writing.cancel()
             await asyncio.gather(self._writing, return_exceptions=True)
 
-    async def _run(self, claimed: ClaimedTurn, feed: TurnFeed) -> None:
+    async def _run(self, claimed: ClaimedTurn, log: OpenLog) -> None:
         turn = claimed.turn
-        log = self._writer.open(turn, feed)
         try:
             try:
                 ending = await self._within_budget(claimed, log)
@@ -188,11 +197,6 @@ class TurnEngine:
                 log.publish([*kept, TurnFinished(ended.turn, ended.reply)])
         except LeaseLost:
             _log.warning("turn %s is no longer ours", turn.id)
-        finally:
-            self._writer.close(log)
-            self._feeds.drop(turn.id)
-            del self._running[turn.id]
-            self.release(turn.user_id)
 
     async def _within_budget(self, claimed: ClaimedTurn, log: OpenLog) -> Ending:
         usage = _Usage()

@@ -214,7 +214,8 @@ class Session:
 
     def _show_history(self, _: str) -> None:
         if not self._thread_id:
-            raise _CommandError("Nothing has been said yet.")
+            self._screen.note("Nothing has been said yet.")
+            return
         newest = list(islice(self._client.messages(self._thread_id, _SHOWN, newest_first=True), _SHOWN + 1))
         if len(newest) > _SHOWN:
             self._screen.note(f"(the newest {_SHOWN} lines)")

@@ -17,6 +17,10 @@ _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any] | None"
 _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
+_PEER_GONE = "ExecuteBatchError"
+"""What the library raises, without a public name, where a write finds nobody."""
+
+
 class _Undecodable:
     """Stands for a request that is not the message it should be."""
 
@@ -78,6 +82,9 @@ class Guard(grpc.aio.ServerInterceptor):
     async def _refuse(self, method: str, context: _Context, error: Exception) -> None:
         if isinstance(error, grpc.aio.AbortError):
             raise error
+        if context.done() or type(error).__name__ == _PEER_GONE:
+            _log.debug("%s: the client is gone", method)
+            return
         if isinstance(error, CoreError):
             await refuse(context, error)
         request_id = self._ids.new()

@@ -72,6 +72,7 @@ class Server:
         try:
             port = self._server.add_insecure_port(address)
         except RuntimeError as error:
+            await self._server.stop(None)
             raise OSError(f"can't listen on {address}") from error
         await self._serve()
         return port
@@ -82,6 +83,7 @@ class Server:
         try:
             self._server.add_insecure_port(f"unix:{path}")
         except RuntimeError as error:
+            await self._server.stop(None)
             raise OSError(f"can't listen on {path}") from error
         finally:
             os.umask(before)

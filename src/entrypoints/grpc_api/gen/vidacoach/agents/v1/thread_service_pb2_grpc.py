@@ -78,7 +78,8 @@ class ThreadServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListMessages(self, request, context):
-        """Lists the messages of a thread in order, or newest first.
+        """Lists the messages of a thread in order, or newest first. A page may hold
+        fewer than asked for: it ends early where its text passes 2 MiB.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -40,7 +40,9 @@ class ThreadServiceStub:
     ListThreads: _grpc.UnaryUnaryMultiCallable[_thread_service_pb2.ListThreadsRequest, _thread_service_pb2.ListThreadsResponse]
     """Lists a user's threads, the one with the newest message first."""
     ListMessages: _grpc.UnaryUnaryMultiCallable[_thread_service_pb2.ListMessagesRequest, _thread_service_pb2.ListMessagesResponse]
-    """Lists the messages of a thread in order, or newest first."""
+    """Lists the messages of a thread in order, or newest first. A page may hold
+    fewer than asked for: it ends early where its text passes 2 MiB.
+    """
     UpdateThread: _grpc.UnaryUnaryMultiCallable[_thread_service_pb2.UpdateThreadRequest, _thread_service_pb2.UpdateThreadResponse]
     """Changes a thread's title or metadata."""
 
@@ -56,7 +58,9 @@ class ThreadServiceAsyncStub(ThreadServiceStub):
     ListThreads: _aio.UnaryUnaryMultiCallable[_thread_service_pb2.ListThreadsRequest, _thread_service_pb2.ListThreadsResponse]  # type: ignore[assignment]
     """Lists a user's threads, the one with the newest message first."""
     ListMessages: _aio.UnaryUnaryMultiCallable[_thread_service_pb2.ListMessagesRequest, _thread_service_pb2.ListMessagesResponse]  # type: ignore[assignment]
-    """Lists the messages of a thread in order, or newest first."""
+    """Lists the messages of a thread in order, or newest first. A page may hold
+    fewer than asked for: it ends early where its text passes 2 MiB.
+    """
     UpdateThread: _aio.UnaryUnaryMultiCallable[_thread_service_pb2.UpdateThreadRequest, _thread_service_pb2.UpdateThreadResponse]  # type: ignore[assignment]
     """Changes a thread's title or metadata."""
 
@@ -87,7 +91,9 @@ class ThreadServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _thread_service_pb2.ListMessagesRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_thread_service_pb2.ListMessagesResponse, _abc.Awaitable[_thread_service_pb2.ListMessagesResponse]]:
-        """Lists the messages of a thread in order, or newest first."""
+        """Lists the messages of a thread in order, or newest first. A page may hold
+        fewer than asked for: it ends early where its text passes 2 MiB.
+        """
 
     @_abc_1.abstractmethod
     def UpdateThread(
