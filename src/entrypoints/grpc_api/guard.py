@@ -1,6 +1,5 @@
 """The guard around every handler: whatever goes wrong leaves as a status of ours, never as an exception's text."""
 
-import inspect
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeAlias
@@ -50,9 +49,9 @@ class Guard(grpc.aio.ServerInterceptor):
                 self._streams(method, handler.stream_stream), decode, handler.response_serializer
             )
         if handler.unary_stream is not None:
-            wrap = self._streams if inspect.isasyncgenfunction(handler.unary_stream) else self._coroutine
+            # All of these write to their context, ours and the health service's.
             return grpc.unary_stream_rpc_method_handler(
-                wrap(method, handler.unary_stream), decode, handler.response_serializer
+                self._coroutine(method, handler.unary_stream), decode, handler.response_serializer
             )
         return grpc.unary_unary_rpc_method_handler(
             self._coroutine(method, handler.unary_unary), decode, handler.response_serializer
