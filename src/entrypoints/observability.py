@@ -72,6 +72,7 @@ def log_loop_errors(loop: asyncio.AbstractEventLoop) -> None:
 
 def set_up_logging(settings: Settings) -> None:
     """Sends log lines to stderr."""
+    logging.raiseExceptions = False  # a record that can't be formatted would be printed with its arguments
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if settings.log_format is LogFormat.JSON else PlainFormatter())
     logging.basicConfig(level=settings.log_level.value.upper(), handlers=[handler], force=True)

@@ -195,6 +195,11 @@ async def test_a_stream_is_bounded_in_time_and_number_and_may_be_resumed() -> No
             assert (error.value.code(), reason(error.value)) == (grpc.StatusCode.UNAVAILABLE, "OVERLOADED")
             assert detail(error.value, error_details_pb2.RetryInfo) is not None
             assert bound.open == 0
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await client.chat("not accepted", user="eve")
+        assert reason(error.value) == "OVERLOADED"
+        nothing = await client.threads.ListThreads(threads_api.ListThreadsRequest(user_id="eve"))
+        assert not nothing.threads
         service._streams = generous
         gate.open()
         assert text_of(await client.follow(turn_id)) == "ab"

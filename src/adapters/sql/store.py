@@ -23,6 +23,8 @@ T = TypeVar("T")
 
 _MAX_GROUP = 256
 _MAX_TRIES = 3
+_OUT_OF_TIME = frozenset({"55P03", "57014"})
+"""A lock or a statement that took too long: one change's trouble, not its group's."""
 _READ_ONLY = "25006"
 """What a PostgreSQL says that is a standby, or has just become one."""
 
@@ -140,15 +142,14 @@ class SqlStore(store.Store):
     def _run(self, group: list[_Job]) -> None:
         """Runs a group to its answers. A change that collided is run again, alone."""
         self._attempt(group)
-        for job in group:
+        _tell([job for job in group if not job.again])
+        for job in [job for job in group if job.again]:
             tries = 1
             while job.again and tries < _MAX_TRIES:
                 job.again, job.error = False, None
                 tries += 1
                 self._attempt([job])
-        for loop in {job.loop for job in group}:
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(_answer, [job for job in group if job.loop is loop])
+            _tell([job])
 
     def _attempt(self, group: Sequence[_Job]) -> None:
         try:
@@ -173,7 +174,7 @@ class SqlStore(store.Store):
                 with connection.begin_nested():
                     job.result = job.change(transaction)
         except exc.SQLAlchemyError as error:
-            if _is_outage(error) and not _collided(error):
+            if _is_outage(error) and not _collided(error) and _sqlstate(error) not in _OUT_OF_TIME:
                 raise  # takes the whole group down: nothing of it is committed
             job.error, job.again = _translated(error), _collided(error)
         except BaseException as error:  # noqa: BLE001 - belongs to whoever submitted the change, not to this thread
@@ -184,6 +185,13 @@ class SqlStore(store.Store):
 
 class _RollbackError(Exception):
     """Leaves a transaction without committing."""
+
+
+def _tell(jobs: Sequence[_Job]) -> None:
+    """Answers jobs in their loops."""
+    for loop in {job.loop for job in jobs}:
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(_answer, [job for job in jobs if job.loop is loop])
 
 
 def _answer(jobs: Sequence[_Job]) -> None:

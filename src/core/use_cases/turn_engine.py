@@ -46,6 +46,8 @@ MAX_OUTPUT = 131_072
 _LAST_WRITES = 10.0
 """Seconds that a stop gives to ending what is left."""
 
+_LATE_COMMITS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
+"""Seconds between looks for a turn whose acceptance was not answered."""
 _RETRY_FIRST = 0.05
 _RETRY_MAX = 1.0
 
@@ -146,8 +148,11 @@ class TurnEngine:
         self._disowned.add(task)
 
     async def _disown(self, turn_id: str) -> None:
-        with suppress(TurnNotFound):
-            await self._end(turn_id, Ending(reason=TurnReason.INTERRUPTED))
+        for wait in _LATE_COMMITS:  # a commit whose answer was lost may still be under way
+            await asyncio.sleep(wait)
+            with suppress(TurnNotFound):
+                await self._end(turn_id, Ending(reason=TurnReason.INTERRUPTED))
+                return
 
     def abandon(self, turn_id: str) -> None:
         """Stops work on a turn that somebody else has ended; followers go on from the store."""
@@ -164,6 +169,8 @@ class TurnEngine:
         self.refuse()
         if self._running:
             await asyncio.wait(list(self._running.values()), timeout=grace)
+        for disowning in list(self._disowned):
+            disowning.cancel()  # what it may have missed is ended at the next start
         left = dict(self._running)
         for task in left.values():
             task.cancel()
@@ -171,7 +178,7 @@ class TurnEngine:
         try:
             async with asyncio.timeout(_LAST_WRITES):
                 endings = (self._end(turn_id, Ending(reason=TurnReason.INTERRUPTED)) for turn_id in left)
-                for outcome in await asyncio.gather(*endings, *self._disowned, return_exceptions=True):
+                for outcome in await asyncio.gather(*endings, return_exceptions=True):
                     if isinstance(outcome, Exception):
                         _log.error("a turn is left to be ended at the next start", exc_info=outcome)
         except TimeoutError:
@@ -195,7 +202,7 @@ class TurnEngine:
             ended, kept = await self._end_somehow(turn, ending, tail)
             if not ended.already:
                 log.publish([*kept, TurnFinished(ended.turn, ended.reply)])
-        except LeaseLost:
+        except (LeaseLost, TurnNotFound):
             _log.warning("turn %s is no longer ours", turn.id)
 
     async def _within_budget(self, claimed: ClaimedTurn, log: OpenLog) -> Ending:
@@ -308,7 +315,7 @@ class TurnEngine:
         for attempt, kept in chain([(ending, tail), (broken, tail)], repeat((broken, ()))):
             try:
                 return await self._end(turn.id, attempt, epoch=turn.epoch, tail=kept), kept
-            except LeaseLost:
+            except (LeaseLost, TurnNotFound):
                 raise
             except Exception:  # noqa: BLE001 - the next attempt asks less of the store
                 _log.exception("turn %s can't be ended as it should", turn.id)

@@ -1,8 +1,8 @@
 """AgentService."""
 
 import asyncio
-from collections.abc import Callable
-from contextlib import aclosing
+from collections.abc import Callable, Iterator
+from contextlib import aclosing, contextmanager
 from typing import Any, TypeAlias
 
 import grpc
@@ -24,12 +24,26 @@ _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
 class Streams:
-    """Bounds on what followers may hold: how many there are, and for how many seconds each may stay."""
+    """Bounds on what followers may hold: how many there are, and for how many seconds each may stay.
+
+    A place is taken before anything is accepted. Both bounds raise Overloaded; past the second one may resume.
+    """
 
     def __init__(self, most: int, seconds: float) -> None:
         self._most = most
         self._seconds = seconds
         self.open = 0
+
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """Takes a place for one stream."""
+        if self.open >= self._most:
+            raise Overloaded
+        self.open += 1
+        try:
+            yield
+        finally:
+            self.open -= 1
 
     async def send(
         self,
@@ -38,10 +52,7 @@ class Streams:
         after_position: int,
         write: Callable[[LogEntry], Any],
     ) -> None:
-        """Writes a turn's events to the end. Raises Overloaded where a bound is met: the caller may resume."""
-        if self.open >= self._most:
-            raise Overloaded
-        self.open += 1
+        """Writes a turn's events to the end, in a place taken before."""
         try:
             async with (
                 asyncio.timeout(self._seconds) as bound,
@@ -53,8 +64,6 @@ class Streams:
             if not bound.expired():
                 raise
             raise Overloaded from None
-        finally:
-            self.open -= 1
 
 
 class AgentService(AgentServiceServicer):
@@ -91,26 +100,28 @@ class AgentService(AgentServiceServicer):
     # for a slow client is closed from another task, and no time limit can be set on it.
     async def Chat(self, request: api.ChatRequest, context: _Context) -> None:  # type: ignore[override]
         """Accept, then follow from 0."""
-        accepted = await self._accept(mapping.incoming_message(request))
+        with self._streams.place():
+            accepted = await self._accept(mapping.incoming_message(request))
 
-        async def write(entry: LogEntry) -> None:
-            await context.write(api.ChatResponse(event=mapping.to_event(entry), attached=accepted.attached))
+            async def write(entry: LogEntry) -> None:
+                await context.write(api.ChatResponse(event=mapping.to_event(entry), attached=accepted.attached))
 
-        await self._streams.send(self._follow, accepted.turn.id, 0, write)
+            await self._streams.send(self._follow, accepted.turn.id, 0, write)
 
     async def SendMessage(self, request: api.SendMessageRequest, context: _Context) -> api.SendMessageResponse:
         """Accept, then follow to the end without a word."""
-        accepted = await self._accept(mapping.incoming_message(request))
-        response = api.SendMessageResponse(attached=accepted.attached)
+        with self._streams.place():
+            accepted = await self._accept(mapping.incoming_message(request))
+            response = api.SendMessageResponse(attached=accepted.attached)
 
-        async def keep(entry: LogEntry) -> None:
-            if isinstance(entry.event, TurnFinished):
-                response.turn.CopyFrom(mapping.to_turn(entry.event.turn))
-                if entry.event.reply is not None:
-                    response.reply.CopyFrom(mapping.to_message(entry.event.reply))
+            async def keep(entry: LogEntry) -> None:
+                if isinstance(entry.event, TurnFinished):
+                    response.turn.CopyFrom(mapping.to_turn(entry.event.turn))
+                    if entry.event.reply is not None:
+                        response.reply.CopyFrom(mapping.to_message(entry.event.reply))
 
-        await self._streams.send(self._follow, accepted.turn.id, 0, keep)
-        return response
+            await self._streams.send(self._follow, accepted.turn.id, 0, keep)
+            return response
 
     async def FollowTurn(self, request: api.FollowTurnRequest, context: _Context) -> None:  # type: ignore[override]
         """Replay, then live."""
@@ -121,7 +132,8 @@ class AgentService(AgentServiceServicer):
         async def write(entry: LogEntry) -> None:
             await context.write(api.FollowTurnResponse(event=mapping.to_event(entry)))
 
-        await self._streams.send(self._follow, turn_id, request.after_position, write)
+        with self._streams.place():
+            await self._streams.send(self._follow, turn_id, request.after_position, write)
 
     async def GetTurn(self, request: api.GetTurnRequest, context: _Context) -> api.GetTurnResponse:
         """Reads a turn."""
