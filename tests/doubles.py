@@ -17,8 +17,11 @@ from core.ports.system import Clock
 from core.ports.tools import ToolContext, ToolOutput, Tools, ToolSpec
 from core.use_cases.accept_message import AcceptMessage, IncomingMessage
 from core.use_cases.cancel_turn import CancelTurn
+from core.use_cases.definitions import Definitions
+from core.use_cases.delete_thread import DeleteThread
 from core.use_cases.follow_turn import FollowTurn
 from core.use_cases.read_threads import ReadThreads
+from core.use_cases.recover_turns import RecoverTurns
 from core.use_cases.turn_engine import TurnEngine, TurnLimits
 from core.use_cases.turn_feed import TurnFeeds
 
@@ -82,6 +85,7 @@ class ScriptedAgent(Agent):
         self._scripts = list(scripts)
         self._default = default
         self.requests: list[ReplyRequest] = []
+        self.stopped: list[str] = []
         self.closed = 0
 
     @property
@@ -108,15 +112,26 @@ class ScriptedAgent(Agent):
         finally:
             self.closed += 1
 
+    async def stop(self, handle: str) -> None:
+        self.stopped.append(handle)
+
     async def aclose(self) -> None:
         """Nothing is held."""
 
 
 class NotedTools(Tools):
-    """One tool, `note`, that notes its calls; a test may say what it answers."""
+    """One tool, `note`, that notes its calls; a test may say what it answers, and what it waits for before."""
 
-    def __init__(self, answer: Callable[[str, ToolContext], ToolOutput] | None = None) -> None:
+    def __init__(
+        self,
+        answer: Callable[[str, ToolContext], ToolOutput] | None = None,
+        *,
+        idempotent: bool = False,
+        gate: Gate | None = None,
+    ) -> None:
         self._answer = answer or (lambda arguments, _: ToolOutput(f"noted {arguments}"))
+        self._idempotent = idempotent
+        self._gate = gate
         self.calls: list[tuple[str, str, ToolContext]] = []
 
     @property
@@ -124,10 +139,16 @@ class NotedTools(Tools):
         return frozenset({"note"})
 
     def specs(self, names: Iterable[str]) -> Sequence[ToolSpec]:
-        return [ToolSpec(name=name, description="Notes.", parameters={}) for name in names if name in self.names]
+        return [
+            ToolSpec(name=name, description="Notes.", parameters={}, idempotent=self._idempotent)
+            for name in names
+            if name in self.names
+        ]
 
     async def call(self, name: str, arguments_json: str, context: ToolContext) -> ToolOutput:
         self.calls.append((name, arguments_json, context))
+        if self._gate is not None:
+            await self._gate.wait()
         return self._answer(arguments_json, context)
 
 
@@ -142,8 +163,32 @@ class Service:
     accept: AcceptMessage
     follow: FollowTurn
     cancel: CancelTurn
+    delete: DeleteThread
     threads: ReadThreads
     feeds: TurnFeeds
+    recover: RecoverTurns
+    killed: bool = False
+
+    async def kill(self) -> None:
+        """Stops everything as kill -9 would: no goodbye to the store, and nobody is told."""
+        self.killed = True
+        tasks = [self.recover._task, self.engine._writing, *(run.task for run in self.engine._running.values())]
+        for task in tasks:
+            if task is not None:
+                task.cancel()
+        await asyncio.gather(*(task for task in tasks if task is not None), return_exceptions=True)
+
+    async def stream(self, turn_id: str, text: str) -> None:
+        """Waits until so much of a reply is committed."""
+        position = 0
+        async with aclosing(self.follow.events(turn_id, 0)) as entries:
+            said = ""
+            async for entry in entries:
+                position = entry.position
+                said += entry.event.text if isinstance(entry.event, TextDelta) else ""
+                if said == text:
+                    return
+        raise AssertionError(f"the turn ended at {position} with {said!r}")
 
     async def say(self, text: str = "Hello", user: str = "ada", **more: object) -> str:
         """Accepts a message; returns the turn's id."""
@@ -162,8 +207,13 @@ async def service(
     agent: ScriptedAgent | None = None,
     tools: NotedTools | None = None,
     limits: TurnLimits | None = None,
+    *,
+    lease: float | None = None,
 ) -> AsyncIterator[Service]:
-    """A running core on a store; whatever still runs at the end is cut off."""
+    """A running core on a store; whatever still runs at the end is given up.
+
+    With a `lease` it is one of several processes; else it is alone, as the owner of an embedded database is.
+    """
     agent, tools, ids, feeds = agent or ScriptedAgent(), tools or NotedTools(), Ids(), TurnFeeds()
 
     def publish(tx: Transaction) -> None:
@@ -171,24 +221,43 @@ async def service(
             tx.agents.publish(offered)
 
     await store.write(publish)
-    engine = TurnEngine(store=store, agent=agent, tools=tools, feeds=feeds, ids=ids, limits=limits or TurnLimits())
+    definitions = Definitions(CATALOG)
+    engine = TurnEngine(
+        store=store,
+        agent=agent,
+        tools=tools,
+        feeds=feeds,
+        ids=ids,
+        definitions=definitions,
+        owner=ids.new(),
+        limits=limits or TurnLimits(),
+    )
+    recover = RecoverTurns(
+        store=store, engine=engine, feeds=feeds, ids=ids, lease=lease or 15.0, alone=lease is None
+    )
     engine.start()
-    accept = AcceptMessage(store=store, engine=engine, catalog=CATALOG, ids=ids, owner="test")
+    await recover.start()
+    accept = AcceptMessage(store=store, engine=engine, catalog=CATALOG, definitions=definitions, ids=ids)
+    it = Service(
+        store=store,
+        agent=agent,
+        tools=tools,
+        engine=engine,
+        accept=accept,
+        follow=FollowTurn(store, feeds),
+        cancel=CancelTurn(store=store, engine=engine, ids=ids),
+        delete=DeleteThread(store=store, engine=engine),
+        threads=ReadThreads(store),
+        feeds=feeds,
+        recover=recover,
+    )
     try:
-        yield Service(
-            store=store,
-            agent=agent,
-            tools=tools,
-            engine=engine,
-            accept=accept,
-            follow=FollowTurn(store, feeds),
-            cancel=CancelTurn(store=store, engine=engine, ids=ids),
-            threads=ReadThreads(store),
-            feeds=feeds,
-        )
+        yield it
     finally:
-        await accept.settle()
-        await engine.drain(0)
+        if not it.killed:
+            await accept.settle()
+            await engine.drain(0)
+            await recover.stop()
 
 
 def text_of(entries: Iterable[LogEntry]) -> str:

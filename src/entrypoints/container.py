@@ -1,13 +1,12 @@
 """The composition root: what is made of what. Nothing is made at import, nothing is wired behind the scenes."""
 
-import asyncio
-import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING
 
 from dependency_injector import containers, providers
 
+from adapters.sql.engines import is_embedded
 from adapters.sql.store import SqlStore
 from adapters.system import Clock, Ids
 from core.model.agent import Catalog
@@ -18,16 +17,14 @@ from core.ports.tools import Tools
 from core.use_cases.accept_message import AcceptMessage
 from core.use_cases.cancel_turn import CancelTurn
 from core.use_cases.clean_up_threads import CleanUpThreads
+from core.use_cases.definitions import Definitions
+from core.use_cases.delete_thread import DeleteThread
 from core.use_cases.follow_turn import FollowTurn
 from core.use_cases.read_threads import ReadThreads
-from core.use_cases.recover_turns import recover_turns
+from core.use_cases.recover_turns import RecoverTurns
 from core.use_cases.turn_engine import TurnEngine, TurnLimits
 from core.use_cases.turn_feed import TurnFeeds
-from entrypoints.ownership import DatabaseOwnedError
 from entrypoints.settings import Provider, Settings, SettingsError
-
-_OWNER_WAIT = 5.0
-_OWNER_POLL = 0.1
 
 if TYPE_CHECKING:
     from entrypoints.grpc_api.server import Server
@@ -60,6 +57,7 @@ def _agent(settings: Settings) -> Agent:
         model=settings.openai_model,
         user_key=user_key or "vida-coach",  # a server without a key is one's own: there is nobody to hide from
         state_mode=settings.openai_state.value,
+        background=settings.openai_background,
     )
 
 
@@ -80,6 +78,18 @@ def _limits(settings: Settings) -> TurnLimits:
         max_turns=settings.max_turns,
         max_turns_per_user=settings.max_turns_per_user,
         budget=settings.turn_budget,
+        restart=settings.restart_interrupted,
+    )
+
+
+def _recover(settings: Settings, store: Store, engine: TurnEngine, feeds: TurnFeeds, ids: IdsPort) -> RecoverTurns:
+    return RecoverTurns(
+        store=store,
+        engine=engine,
+        feeds=feeds,
+        ids=ids,
+        lease=settings.lease,
+        alone=is_embedded(settings.database),  # the lock beside the file says so
     )
 
 
@@ -105,10 +115,10 @@ def _agent_service(
     )
 
 
-def _thread_service(threads: ReadThreads) -> "ThreadService":
+def _thread_service(threads: ReadThreads, delete: DeleteThread) -> "ThreadService":
     from entrypoints.grpc_api.services.threads import ThreadService
 
-    return ThreadService(threads)
+    return ThreadService(threads, delete)
 
 
 def _admin_service(cleanup: CleanUpThreads, settings: Settings) -> "AdminService":
@@ -149,6 +159,7 @@ class Container(containers.DeclarativeContainer):
     agent = providers.Singleton(_agent, settings)
     tools = providers.Singleton(_tools, settings, store, ids)
     feeds = providers.Singleton(TurnFeeds)
+    definitions = providers.Singleton(Definitions, catalog)
     engine = providers.Singleton(
         TurnEngine,
         store=store,
@@ -156,15 +167,21 @@ class Container(containers.DeclarativeContainer):
         tools=tools,
         feeds=feeds,
         ids=ids,
+        definitions=definitions,
+        owner=owner,
         limits=providers.Factory(_limits, settings),
     )
-    accept = providers.Singleton(AcceptMessage, store=store, engine=engine, catalog=catalog, ids=ids, owner=owner)
+    recover = providers.Singleton(_recover, settings, store, engine, feeds, ids)
+    accept = providers.Singleton(
+        AcceptMessage, store=store, engine=engine, catalog=catalog, definitions=definitions, ids=ids
+    )
     follow = providers.Singleton(FollowTurn, store, feeds)
     cancel = providers.Singleton(CancelTurn, store=store, engine=engine, ids=ids)
+    delete = providers.Singleton(DeleteThread, store=store, engine=engine)
     threads = providers.Singleton(ReadThreads, store)
     cleanup = providers.Singleton(CleanUpThreads, store)
     agent_service = providers.Singleton(_agent_service, settings, accept, follow, cancel, threads, catalog, agent)
-    thread_service = providers.Singleton(_thread_service, threads)
+    thread_service = providers.Singleton(_thread_service, threads, delete)
     admin_service = providers.Singleton(_admin_service, cleanup, settings)
     server = providers.Factory(_server, settings, agent_service, thread_service, ids)
 
@@ -180,37 +197,23 @@ async def opened(settings: Settings) -> AsyncIterator[Container]:
 
 @asynccontextmanager
 async def running(settings: Settings) -> AsyncIterator[Container]:
-    """The whole service, ready for messages: agents published, what a stopped process left brought to an end.
+    """The whole service, ready for messages: agents published, turns claimed that wait for a process.
 
-    For the one process that owns the database: until turns have leases, a second one would end the turns of the
-    first. On leaving, turns that still run are ended INTERRUPTED. Raises SettingsError and DatabaseOwnedError.
+    On leaving, turns that still run are given up: they wait for another process, or end INTERRUPTED. Raises
+    SettingsError and StoreUnavailable.
     """
     container = Container(settings=settings)
     async with AsyncExitStack() as stack:
         stack.push_async_callback(container.store().aclose)
         catalog = _checked(container)
         stack.push_async_callback(container.agent().aclose)
-        await stack.enter_async_context(_owned(container.store()))
         await _publish(container.store(), catalog)
-        await recover_turns(container.store(), container.ids())
+        stack.push_async_callback(container.recover().stop)
         container.engine().start()
         stack.push_async_callback(container.engine().drain, 0)
         stack.push_async_callback(container.accept().settle)
+        await container.recover().start()
         yield container
-
-
-@asynccontextmanager
-async def _owned(store: Store) -> AsyncIterator[None]:
-    """Holds the database for this process; a predecessor that was killed may take a moment to be gone."""
-    deadline = time.monotonic() + _OWNER_WAIT
-    while True:
-        async with store.exclusive("owner") as held:
-            if held:
-                yield
-                return
-        if time.monotonic() >= deadline:
-            raise DatabaseOwnedError("serve", 0)
-        await asyncio.sleep(_OWNER_POLL)
 
 
 def _checked(container: Container) -> Catalog:

@@ -11,10 +11,7 @@ from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, DotEnvSettingsSource, NoDecode, SettingsConfigDict
 
 _NOT_BUILT = (
-    "OPENAI_BACKGROUND",
     "VIDA_AUTH_",
-    "VIDA_LEASE",
-    "VIDA_RESTART_INTERRUPTED",
     "VIDA_TLS_",
 )
 
@@ -84,6 +81,9 @@ class Settings(BaseSettings):
     openai_state: StateMode = _setting(
         "OPENAI_STATE", "where the provider finds the conversation", StateMode.CONVERSATION
     )
+    openai_background: bool = _setting(
+        "OPENAI_BACKGROUND", "the provider writes a reply to its end, read or not", False
+    )
     user_hash_key: SecretStr | None = _setting(
         "VIDA_USER_HASH_KEY", "key of the hash that stands for a user at the provider; unset: OPENAI_API_KEY", None
     )
@@ -95,6 +95,12 @@ class Settings(BaseSettings):
     agents_dir: Path | None = _setting("VIDA_AGENTS_DIR", "a folder of agent definitions", None)
     tools: Annotated[str | None, NoDecode] = _setting("VIDA_TOOLS", "custom tools: package.module:name, …", None)
     turn_budget: float = _setting("VIDA_TURN_BUDGET", "seconds that a turn may take", 180.0, gt=0, le=3_600)
+    lease: float = _setting(
+        "VIDA_LEASE", "seconds after which a silent process has lost its turns", 15.0, ge=0.5, le=600
+    )
+    restart_interrupted: bool = _setting(
+        "VIDA_RESTART_INTERRUPTED", "begin a reply again whose text was cut off", False
+    )
     drain_seconds: float | None = _setting(
         "VIDA_DRAIN", "seconds that a stop waits for turns", None, ge=0, le=7_200
     )
@@ -194,6 +200,8 @@ def load_settings() -> Settings:
         and not (settings.openai_api_key or settings.openai_base_url)
     ):
         faults.append("VIDA_PROVIDER: openai needs OPENAI_API_KEY or OPENAI_BASE_URL")
+    if settings is not None and settings.openai_background and settings.openai_state is StateMode.STATELESS:
+        faults.append("OPENAI_BACKGROUND: needs what OPENAI_STATE=stateless does not keep at the provider")
     if faults or settings is None:
         raise SettingsError(faults)
     return settings

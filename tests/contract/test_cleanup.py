@@ -72,7 +72,7 @@ async def keep(store: Store, threads: Sequence[tuple[Thread, Sequence[TurnState]
         for thread, states in threads:
             tx.threads.add(thread)
             for state in states:
-                tx.turns.add(a_turn(thread, state), "test", request)
+                tx.turns.add(a_turn(thread, state), request, owner="test")
 
     await store.write(change)
 

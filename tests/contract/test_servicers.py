@@ -76,7 +76,7 @@ class Api:
             agent=core.agent,
             streams=Streams(most=10, seconds=20),
         )
-        faces = {AGENTS: Face(loop, agents), THREADS: Face(loop, ThreadService(core.threads))}
+        faces = {AGENTS: Face(loop, agents), THREADS: Face(loop, ThreadService(core.threads, core.delete))}
         self._server = grpc_testing.server_from_dictionary(faces, grpc_testing.strict_real_time())
 
     def ask(self, service_descriptor: Any, name: str, request: Any) -> Any:
@@ -120,6 +120,7 @@ def test_every_unary_rpc_answers_with_its_message(api: Api) -> None:
             thread=pb.Thread(id=sent.turn.thread_id, title="Mine"),
             update_mask=field_mask_pb2.FieldMask(paths=["title"]),
         ),
+        (THREADS, "DeleteThread"): threads_api.DeleteThreadRequest(**thread),
     }
     unary = {
         (descriptor, method.name)

@@ -34,12 +34,12 @@ from core.model.events import (
 )
 from core.model.goal import Goal
 from core.model.message import ContentPart, Message, RefusalPart, Role, TextPart, ToolExchange
-from core.model.thread import ProviderState, Thread, ThreadState
-from core.model.turn import Turn, TurnReason, TurnState, Usage
+from core.model.thread import ProviderState, Thread, ThreadState, Tombstone
+from core.model.turn import Continuation, Turn, TurnReason, TurnState, Usage
 from core.ports.agents import AgentVersionChanged
 from core.ports.store import Conflict, Store, Transaction
 from core.ports.threads import NewMessage, ThreadKey
-from core.ports.turns import LogAppend, RequestKey
+from core.ports.turns import Appended, Holder, LogAppend, RequestKey
 from doubles import CATALOG, ManualClock, definition
 from harness import until
 
@@ -127,7 +127,7 @@ def add_threads(threads: Sequence[Thread], tx: Transaction) -> None:
 
 
 def add_turn(tx: Transaction, turn: Turn, key: RequestKey | None = None) -> None:
-    tx.turns.add(turn, "test", key or request(turn.user_id))
+    tx.turns.add(turn, key or request(turn.user_id), owner="test")
     tx.log.begin(turn.id, [TurnStarted(turn.id, turn.thread_id, turn.agent_id)])
 
 
@@ -221,7 +221,7 @@ async def test_a_change_that_fails_leaves_no_trace_and_those_beside_it_are_commi
                 case 3:
                     raise ThreadNotFound
                 case 5:
-                    tx.turns.add(a_turn(taken), "test", request())  # a second turn at work
+                    tx.turns.add(a_turn(taken), request(), owner="test")  # a second turn at work
             return thread.id
 
         return change
@@ -242,8 +242,8 @@ async def test_a_change_that_fails_leaves_no_trace_and_those_beside_it_are_commi
             assert earlier is not None
         else:
             assert (found, earlier, list(lines)) == (None, None, [])
-    unfinished = await record.read(lambda tx: tx.turns.unfinished(100))
-    assert len(unfinished) == 1 + expected.count(None)
+    held = await record.read(lambda tx: tx.turns.held_by("test"))
+    assert len(held) == 1 + expected.count(None)
 
 
 async def test_a_lone_change_that_fails_leaves_no_trace(record: Store) -> None:
@@ -611,6 +611,18 @@ async def test_a_page_may_begin_behind_a_thread_that_is_gone(record: Store) -> N
     assert [thread.id for thread in rest] == [thread.id for thread in threads[1:3]]
 
 
+async def test_a_message_that_is_not_in_the_transcript_yet_wakes_its_thread(record: Store) -> None:
+    thread = a_thread(state=ThreadState.INACTIVE)
+    await record.write(lambda tx: add_thread(tx, thread))
+    assert await record.read(lambda tx: tx.threads.find(thread.id)) == thread
+    later = NOW + timedelta(hours=1, microseconds=7)
+    await record.write(lambda tx: tx.threads.touch(thread.id, later))
+    assert await record.read(lambda tx: tx.threads.find(thread.id)) == replace(
+        thread, state=ThreadState.ACTIVE, last_message_at=later
+    )
+    assert await record.read(lambda tx: tx.threads.find(IDS.new())) is None
+
+
 async def test_describing_replaces_what_is_given(record: Store) -> None:
     thread = a_thread(title="old", metadata={"a": "1"})
     await record.write(lambda tx: add_thread(tx, thread))
@@ -690,7 +702,9 @@ async def test_a_line_wakes_its_thread_and_moves_it_on(record: Store) -> None:
 async def test_a_turn_has_one_reply(record: Store) -> None:
     thread, turn = await begun(record)
     exchange = ToolExchange("c1", "note", '{"a": "\\u00e9', 'answer "👋"', is_error=True)
-    await record.write(lambda tx: tx.messages.append(thread.id, [a_line(turn)]))
+    assert await record.read(lambda tx: tx.messages.question_of(turn.id)) is None
+    (question,) = await record.write(lambda tx: tx.messages.append(thread.id, [a_line(turn)]))
+    assert await record.read(lambda tx: tx.messages.question_of(turn.id)) == question
     assert await record.read(lambda tx: tx.messages.reply_of(turn.id)) is None
     *_, reply = await record.write(
         lambda tx: tx.messages.append(
@@ -724,7 +738,7 @@ async def test_text_comes_back_as_it_went_in(record: Store, name: str) -> None:
     )
 
     def change(tx: Transaction) -> Sequence[Message]:
-        assert tx.log.append([LogAppend(turn.id, 1, 1, events)]) == {turn.id}
+        assert tx.log.append([LogAppend(turn.id, 1, 1, events)]).accepted == {turn.id}
         tool = a_line(turn, role=Role.TOOL, tool=exchange)
         return tx.messages.append(thread.id, [a_line(turn, content=parts), tool])
 
@@ -757,7 +771,7 @@ async def test_a_turn_is_kept_whole(record: Store) -> None:
     assert await record.read(lambda tx: tx.turns.get("ada", turn.id)) == turn
     assert await record.read(lambda tx: tx.turns.get("eve", turn.id)) is None
     assert await record.write(lambda tx: tx.turns.lock(turn.id)) == turn
-    assert await record.read(lambda tx: tx.turns.in_the_way(thread.id)) == turn
+    assert list(await record.read(lambda tx: tx.turns.unfinished(thread.id))) == [turn]
     ended = replace(
         turn,
         state=TurnState.INCOMPLETE,
@@ -769,17 +783,19 @@ async def test_a_turn_is_kept_whole(record: Store) -> None:
     )
     await record.write(lambda tx: tx.turns.save_ending(ended))
     assert await record.read(lambda tx: tx.turns.find(turn.id)) == ended
-    assert await record.read(lambda tx: tx.turns.in_the_way(thread.id)) is None
+    assert list(await record.read(lambda tx: tx.turns.unfinished(thread.id))) == []
+    assert await record.write(lambda tx: tx.turns.lock(turn.id)) == ended
     for unknown in (IDS.new(), "", "x" * 1_000):
         assert await record.read(lambda tx, id_=unknown: tx.turns.find(id_)) is None  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("state", TurnState)
-async def test_only_turns_that_have_not_ended_are_in_the_way(record: Store, state: TurnState) -> None:
-    thread, turn = await begun(record, state=state)
+async def test_only_turns_that_have_not_ended_are_unfinished(record: Store, state: TurnState) -> None:
     ended = state in {TurnState.COMPLETED, TurnState.INCOMPLETE, TurnState.CANCELLED, TurnState.FAILED}
-    assert (await record.read(lambda tx: tx.turns.in_the_way(thread.id)) is None) is ended
-    assert list(await record.read(lambda tx: tx.turns.unfinished(10))) == ([] if ended else [turn.id])
+    thread, turn = await begun(record, state=TurnState.RUNNING if ended else state)
+    if ended:
+        await record.write(lambda tx: tx.turns.save_ending(replace(turn, state=state)))
+    assert list(await record.read(lambda tx: tx.turns.unfinished(thread.id))) == ([] if ended else [turn])
     at_work = state in {TurnState.RUNNING, TurnState.WAITING_FOR_CLIENT}
     second = a_turn(thread)
     if at_work:
@@ -788,11 +804,6 @@ async def test_only_turns_that_have_not_ended_are_in_the_way(record: Store, stat
     else:
         await record.write(lambda tx: add_turn(tx, second))
     assert (await record.read(lambda tx: tx.turns.find(second.id)) is None) is at_work
-
-
-async def test_unfinished_turns_come_oldest_first(record: Store) -> None:
-    turns = [(await begun(record, accepted_at=NOW + timedelta(hours=number)))[1] for number in range(5)]
-    assert list(await record.read(lambda tx: tx.turns.unfinished(3))) == [turn.id for turn in turns[:3]]
 
 
 async def test_a_request_id_is_unique_for_caller_and_user(record: Store) -> None:
@@ -821,7 +832,320 @@ async def test_a_request_id_is_unique_for_caller_and_user(record: Store) -> None
         assert await record.read(lambda tx, key=key: tx.turns.by_request(*key)) is None  # type: ignore[misc]
 
 
+# Queues, claims and leases
+
+
+def waiting(of: Thread, text: str = "Hello", /, **changes: object) -> tuple[Turn, NewMessage]:
+    """A turn that waits in its thread, and its message."""
+    values: dict[str, object] = {"state": TurnState.ACCEPTED, "epoch": 0, **changes}
+    turn = a_turn(of, **values)
+    return turn, a_line(turn, text, created_at=turn.accepted_at)
+
+
+def enqueue(tx: Transaction, turn: Turn, line: NewMessage) -> None:
+    tx.turns.add(turn, request(turn.user_id), waiting=line)
+    tx.log.begin(turn.id, [TurnStarted(turn.id, turn.thread_id, turn.agent_id)])
+
+
+async def queue(store: Store, of: Thread, count: int, **changes: object) -> list[Turn]:
+    """Turns that wait in a thread."""
+    turns = [waiting(of, **changes) for _ in range(count)]
+    for turn, line in turns:
+        await store.write(lambda tx, turn=turn, line=line: enqueue(tx, turn, line))  # type: ignore[misc]
+    return [turn for turn, _ in turns]
+
+
+def end(tx: Transaction, turn: Turn) -> str | None:
+    return tx.turns.save_ending(replace(turn, state=TurnState.FAILED, epoch=turn.epoch + 1, finished_at=NOW))
+
+
+async def order(store: Store, of: Thread) -> list[str]:
+    """Ids of a thread's turns that have not ended."""
+    return [turn.id for turn in await store.read(lambda tx: tx.turns.unfinished(of.id))]
+
+
+async def test_turns_wait_in_the_order_in_which_they_came(record: Store) -> None:
+    thread, first = await begun(record)
+    other, _ = await begun(record)
+    (elsewhere,) = await queue(record, other, 1)
+    rest = await queue(record, thread, 3)
+    ids = [turn.id for turn in rest]
+    assert await record.read(lambda tx: tx.turns.unfinished(thread.id)) == [first, *rest]
+    assert await record.write(lambda tx: end(tx, rest[1])) == ids[0]  # one that was never claimed, out of turn
+    assert await record.write(lambda tx: end(tx, first)) == ids[0]
+    assert await order(record, thread) == [ids[0], ids[2]]
+    (late,) = await queue(record, thread, 1, accepted_at=NOW - timedelta(hours=1))
+    assert await order(record, thread) == [ids[0], ids[2], late.id]  # in order of coming, whatever the clock said
+    claimed = replace(rest[2], state=TurnState.RUNNING, epoch=1)
+    await record.write(lambda tx: tx.turns.save_claim(claimed, "test"))
+    assert await order(record, thread) == [ids[2], ids[0], late.id]  # the one at work first
+    released = replace(claimed, state=TurnState.ACCEPTED, epoch=2)
+    await record.write(lambda tx: tx.turns.save_claim(released, ""))
+    assert await order(record, thread) == [ids[0], ids[2], late.id]  # and back in its place
+    for turn, following in ((rest[0], ids[2]), (released, late.id), (late, None)):
+        assert await record.write(lambda tx, turn=turn: end(tx, turn)) == following  # type: ignore[misc]
+    assert await order(record, thread) == []
+    assert await order(record, other) != [elsewhere.id]
+    (again,) = await queue(record, thread, 1)
+    assert await order(record, thread) == [again.id]
+
+
+async def test_a_released_turn_goes_before_all_that_came_later(record: Store) -> None:
+    thread, first = await begun(record)
+    rest = await queue(record, thread, 2)
+    released = replace(first, state=TurnState.ACCEPTED, epoch=2)
+    await record.write(lambda tx: tx.turns.save_claim(released, ""))
+    assert await order(record, thread) == [first.id, *(turn.id for turn in rest)]
+    assert await record.write(lambda tx: end(tx, released)) == rest[0].id
+
+
+async def test_a_claim_is_kept_whole_and_takes_the_message_out_of_the_queue(record: Store) -> None:
+    thread, first = await begun(record)
+    turn, line = waiting(thread, '"quoted" 👋')
+    line = replace(line, content=(*line.content, TextPart("second part")))
+    await record.write(lambda tx: enqueue(tx, turn, line))
+    assert await record.read(lambda tx: tx.turns.waiting_message(turn.id)) == line
+    assert await record.read(lambda tx: tx.turns.holder(turn.id)) == Holder("", alive=False)
+    claimed = replace(
+        turn,
+        state=TurnState.RUNNING,
+        epoch=1,
+        attempt=2,
+        model="m",
+        provider="p",
+        claimed_at=NOW + timedelta(seconds=1, microseconds=1),
+    )
+    with pytest.raises(Conflict):  # another one is at work
+        await record.write(lambda tx: tx.turns.save_claim(claimed, "other"))
+    assert await record.read(lambda tx: tx.turns.waiting_message(turn.id)) == line
+    await record.write(lambda tx: end(tx, first))
+    await record.write(lambda tx: tx.turns.save_claim(claimed, "other"))
+    assert await record.read(lambda tx: tx.turns.find(turn.id)) == claimed
+    assert (await record.read(lambda tx: tx.turns.holder(turn.id))).owner == "other"
+    assert await record.read(lambda tx: tx.turns.waiting_message(turn.id)) is None
+    released = replace(claimed, state=TurnState.ACCEPTED, epoch=2)
+    await record.write(lambda tx: tx.turns.save_claim(released, ""))
+    assert await record.read(lambda tx: tx.turns.find(turn.id)) == released
+    assert await record.read(lambda tx: tx.turns.holder(turn.id)) == Holder("", alive=False)
+    assert await record.read(lambda tx: tx.turns.waiting_message(turn.id)) is None
+
+
+async def test_what_another_process_could_go_on_with_is_kept(record: Store) -> None:
+    thread, turn = await begun(record)
+    await record.write(lambda tx: end(tx, turn))
+    running = a_turn(thread, continuation=Continuation("resp_0", 1, 0))
+    await record.write(lambda tx: add_turn(tx, running))
+    assert await record.read(lambda tx: tx.turns.find(running.id)) == running
+    later = Continuation('resp_1 "👋"', 2, 3)
+    await record.write(lambda tx: tx.turns.save_continuation(running.id, later))
+    assert await record.read(lambda tx: tx.turns.find(running.id)) == replace(running, continuation=later)
+    assert await record.read(lambda tx: tx.turns.unfinished(thread.id)) == [replace(running, continuation=later)]
+
+
+async def test_a_release_of_a_turn_without_a_claim_keeps_its_message(record: Store) -> None:
+    thread, _ = await begun(record)
+    turn, line = waiting(thread)
+    await record.write(lambda tx: enqueue(tx, turn, line))
+    await record.write(lambda tx: tx.turns.save_claim(replace(turn, epoch=1), ""))
+    assert await record.read(lambda tx: tx.turns.waiting_message(turn.id)) == line
+
+
+async def test_the_message_of_a_turn_that_ended_in_the_queue_is_gone(record: Store) -> None:
+    thread, _ = await begun(record)
+    turn, line = waiting(thread)
+    await record.write(lambda tx: enqueue(tx, turn, line))
+    await record.write(lambda tx: end(tx, turn))
+    assert await record.read(lambda tx: tx.turns.waiting_message(turn.id)) is None
+    assert await record.read(lambda tx: tx.turns.waiting_message(IDS.new())) is None
+
+
+async def test_turns_that_wait_for_a_process_come_oldest_first(record: Store) -> None:
+    free: list[Turn] = []
+    for number in range(4):
+        thread, first = await begun(record, accepted_at=NOW - timedelta(hours=number))
+        await queue(record, thread, 2)
+        if number % 2:
+            await record.write(lambda tx, t=first: end(tx, t))  # type: ignore[misc]
+            (free_turn, _) = await record.read(lambda tx, t=thread: tx.turns.unfinished(t.id))  # type: ignore[misc]
+            free.append(free_turn)
+    thread = a_thread()
+    await record.write(lambda tx: add_thread(tx, thread))
+    (oldest, _) = await queue(record, thread, 2, accepted_at=NOW - timedelta(days=1))
+    found = await record.read(lambda tx: tx.turns.unclaimed(10))
+    assert list(found) == [oldest.id, *(turn.id for turn in free)]
+    assert list(await record.read(lambda tx: tx.turns.unclaimed(2))) == list(found)[:2]
+
+
+@pytest.mark.parametrize("state", [TurnState.RUNNING, TurnState.WAITING_FOR_CLIENT])
+async def test_turns_are_held_by_whoever_claimed_them_and_abandoned_without_a_lease(
+    record: Store, state: TurnState
+) -> None:
+    turns = [
+        (await begun(record, state=state, epoch=number + 1, accepted_at=NOW - timedelta(hours=number)))[1]
+        for number in range(3)
+    ]
+    ended = (await begun(record))[1]
+    await record.write(lambda tx: end(tx, ended))
+    queued, _ = await begun(record)
+    await queue(record, queued, 1)
+    assert await record.read(lambda tx: tx.turns.held_by("nobody")) == {}
+    held = await record.read(lambda tx: tx.turns.held_by("test"))
+    assert {turn.id: held.get(turn.id) for turn in turns} == {turn.id: turn.epoch for turn in turns}
+    assert len(held) == 4
+    abandoned = await record.read(lambda tx: tx.turns.abandoned(10))
+    assert list(abandoned)[:3] == [turn.id for turn in reversed(turns)]
+    assert len(abandoned) == 4
+    assert list(await record.read(lambda tx: tx.turns.abandoned(2))) == list(abandoned)[:2]
+    await record.write(lambda tx: tx.leases.renew("other", 60))
+    assert len(await record.read(lambda tx: tx.turns.abandoned(10))) == 4
+    await record.write(lambda tx: tx.leases.renew("test", 60))
+    assert list(await record.read(lambda tx: tx.turns.abandoned(10))) == []
+    assert await record.read(lambda tx: tx.turns.holder(turns[0].id)) == Holder("test", alive=True)
+    await record.write(lambda tx: tx.leases.end("test"))
+    assert list(await record.read(lambda tx: tx.turns.abandoned(10))) == list(abandoned)
+    assert await record.read(lambda tx: tx.turns.holder(turns[0].id)) == Holder("test", alive=False)
+    assert await record.read(lambda tx: tx.turns.holder(IDS.new())) == Holder("", alive=False)
+
+
+async def test_a_lease_lasts_until_it_runs_out_or_ends(record: Store) -> None:
+    async def renew(owner: str, seconds: float = 60) -> bool:
+        return await record.write(lambda tx: tx.leases.renew(owner, seconds))
+
+    async def others(owner: str) -> bool:
+        return await record.read(lambda tx: tx.leases.others(owner))
+
+    assert not await renew("a")
+    assert await renew("a")
+    assert (await others("a"), await others("b")) == (False, True)
+    assert await renew("a", -1)
+    assert not await others("b")  # it has run out
+    assert not await renew("a")
+    assert await others("b")
+    await record.write(lambda tx: tx.leases.end("a"))
+    assert not await others("b")
+    assert not await renew("a")
+    for owner in "bcd":
+        assert not await renew(owner)
+    await record.write(lambda tx: tx.leases.end_others("c"))
+    assert (await others("c"), await others("a")) == (False, True)
+    assert await renew("c")
+    for owner in "abd":
+        assert not await renew(owner)
+    await record.write(lambda tx: tx.leases.end("unknown"))
+
+
+# Deletion
+
+
+async def test_a_deleted_thread_leaves_its_tombstone(record: Store) -> None:
+    threads = [(await written(record))[0] for _ in range(2)]
+    kept, gone = threads
+    for thread in threads:
+        (turn,) = await record.read(lambda tx, t=thread: tx.turns.unfinished(t.id))  # type: ignore[misc]
+        state = ProviderState(provider="openai", conversation_id="conv_2", retired=("conv_0", "conv_1"))
+
+        def fill(
+            tx: Transaction, thread: Thread = thread, turn: Turn = turn, state: ProviderState = state
+        ) -> None:
+            tx.messages.append(thread.id, [a_line(turn), a_line(turn, "a", Role.ASSISTANT)])
+            tx.threads.save_provider_state(thread.id, state)
+
+        await record.write(fill)
+        await queue(record, thread, 2)
+    before = [await record.read(lambda tx, look=look: look(tx, kept)) for look in LOOKS]  # type: ignore[misc]
+    lost = await record.read(lambda tx: tx.turns.unfinished(gone.id))
+    assert await record.read(lambda tx: tx.threads.tombstone(gone.id)) is None
+
+    def delete(tx: Transaction) -> None:
+        assert tx.threads.lock("ada", gone.id)
+        tx.threads.delete(gone.id, NOW)
+
+    other = a_thread()
+    await together(record, [lambda tx: add_thread(tx, other), delete, lambda tx: tx.leases.renew("x", 1)])
+    assert await record.read(lambda tx: tx.threads.tombstone(gone.id)) == Tombstone(
+        thread_id=gone.id,
+        user_id="ada",
+        provider="openai",
+        copies=("conv_2", "conv_0", "conv_1"),
+        deleted_at=NOW,
+    )
+    assert await record.read(lambda tx: tx.threads.find(gone.id)) is None
+    assert await record.read(lambda tx: tx.threads.find(other.id)) == other
+    assert await lines_of(record, gone) == []
+    assert await order(record, gone) == []
+    for turn in lost:
+        assert await record.write(lambda tx, t=turn: tx.turns.lock(t.id)) is None  # type: ignore[misc]
+        assert list(await record.read(lambda tx, t=turn: tx.log.read(t.id))) == []  # type: ignore[misc]
+        assert await record.read(lambda tx, t=turn: tx.messages.reply_of(t.id)) is None  # type: ignore[misc]
+        append = LogAppend(turn.id, turn.epoch, turn.last_position, (TextDelta("late"),))
+        assert await record.write(lambda tx, a=append: tx.log.append([a])) == NOTHING  # type: ignore[misc]
+    after = [await record.read(lambda tx, look=look: look(tx, kept)) for look in LOOKS]  # type: ignore[misc]
+    assert after == before
+    assert all(after)
+    assert await record.read(lambda tx: tx.threads.tombstone(kept.id)) is None
+
+
+LOOKS: tuple[Callable[[Transaction, Thread], object], ...] = (
+    lambda tx, thread: tx.threads.find(thread.id),
+    lambda tx, thread: list(tx.messages.list(thread.id, after=None, newest_first=False, limit=None)),
+    lambda tx, thread: list(tx.turns.unfinished(thread.id)),
+    lambda tx, thread: [list(tx.log.read(turn.id)) for turn in tx.turns.unfinished(thread.id)],
+    lambda tx, thread: tx.threads.provider_state(thread.id),
+)
+
+
+async def test_a_thread_without_a_copy_leaves_a_tombstone_without_one(record: Store) -> None:
+    plain, emptied = a_thread(), a_thread()
+
+    def change(tx: Transaction) -> None:
+        add_threads([plain, emptied], tx)
+        tx.threads.save_provider_state(emptied.id, ProviderState(provider="openai"))
+        for thread in (plain, emptied):
+            tx.threads.delete(thread.id, NOW)
+
+    await record.write(change)
+    for thread, provider in ((plain, ""), (emptied, "openai")):
+        found = await record.read(lambda tx, t=thread: tx.threads.tombstone(t.id))  # type: ignore[misc]
+        assert found is not None
+        assert (found.provider, found.copies) == (provider, ())
+
+
+async def test_a_deletion_that_is_taken_back_leaves_everything(record: Store) -> None:
+    thread, turn = await begun(record)
+
+    def change(tx: Transaction) -> None:
+        tx.threads.delete(thread.id, NOW)
+        raise ValueError
+
+    with pytest.raises(ValueError):
+        await record.write(change)
+    assert await record.read(lambda tx: tx.threads.find(thread.id)) == thread
+    assert await record.read(lambda tx: tx.turns.find(turn.id)) == turn
+    assert len(await record.read(lambda tx: tx.log.read(turn.id))) == 1
+    assert await record.read(lambda tx: tx.threads.tombstone(thread.id)) is None
+
+
+async def test_a_deleted_threads_request_ids_are_free_again(record: Store) -> None:
+    for _ in range(2):
+        thread = a_thread()
+
+        def change(tx: Transaction, thread: Thread = thread) -> None:
+            add_thread(tx, thread)
+            add_turn(tx, a_turn(thread), request(request_id="r1"))
+
+        await record.write(change)
+        await record.write(lambda tx, t=thread: tx.threads.delete(t.id, NOW))  # type: ignore[misc]
+        assert await record.read(lambda tx: tx.turns.by_request("local", "ada", "r1")) is None
+
+
 # The log
+
+NOTHING = Appended(frozenset())
+
+
+def only(turn: Turn) -> Appended:
+    """What became of a batch of which this turn's events are in, and nobody is busy."""
+    return Appended(frozenset({turn.id}))
 
 
 async def test_an_append_is_fenced(record: Store) -> None:
@@ -840,18 +1164,18 @@ async def test_an_append_is_fenced(record: Store) -> None:
         "an unknown turn": LogAppend(IDS.new(), 1, 1, text),
     }
     for why, append in refused.items():
-        assert await record.write(lambda tx, a=append: tx.log.append([a])) == frozenset(), why  # type: ignore[misc]
+        assert await record.write(lambda tx, a=append: tx.log.append([a])) == NOTHING, why  # type: ignore[misc]
         mixed = [append, LogAppend(other.id, 1, 1 + 3 * list(refused).index(why), text)]
-        assert await record.write(lambda tx, m=mixed: tx.log.append(m)) == {other.id}, why  # type: ignore[misc]
+        assert await record.write(lambda tx, m=mixed: tx.log.append(m)) == only(other), why  # type: ignore[misc]
     for turn, position in [(good, 1), (ended, 1), (waiting, 1), (other, 1 + 3 * len(refused))]:
         found = await record.read(lambda tx, t=turn: tx.turns.find(t.id))  # type: ignore[misc]
         assert found is not None
         entries = await record.read(lambda tx, t=turn: tx.log.read(t.id))  # type: ignore[misc]
         assert found.last_position == position == entries[-1].position
-    assert await record.write(lambda tx: tx.log.append([LogAppend(good.id, 1, 1, text)])) == {good.id}
+    assert await record.write(lambda tx: tx.log.append([LogAppend(good.id, 1, 1, text)])) == only(good)
     again = await record.write(lambda tx: tx.log.append([LogAppend(good.id, 1, 1, text)]))
-    assert again == frozenset()  # a repeat adds nothing
-    assert await record.write(lambda tx: tx.log.append([])) == frozenset()
+    assert again == NOTHING  # a repeat adds nothing
+    assert await record.write(lambda tx: tx.log.append([])) == NOTHING
 
 
 EVENTS: tuple[tuple[TurnEvent, ...], ...] = (
@@ -869,7 +1193,7 @@ async def written(store: Store) -> tuple[Thread, Turn, int]:
     position = 1
     for events in EVENTS:
         append = LogAppend(turn.id, 1, position, events)
-        assert await store.write(lambda tx, a=append: tx.log.append([a])) == {turn.id}  # type: ignore[misc]
+        assert await store.write(lambda tx, a=append: tx.log.append([a])) == only(turn)  # type: ignore[misc]
         position += sum(map(extent, events))
     return thread, turn, position
 
@@ -892,7 +1216,9 @@ async def test_folding_keeps_every_event_and_every_cursor(record: Store) -> None
 
     def end(tx: Transaction) -> tuple[Turn, Message]:
         (reply,) = tx.messages.append(thread.id, [a_line(turn, "yes", Role.ASSISTANT)])
-        ended = replace(turn, state=TurnState.COMPLETED, epoch=2, last_position=last + 1, finished_at=NOW)
+        ended = replace(
+            turn, state=TurnState.COMPLETED, attempt=2, epoch=2, last_position=last + 1, finished_at=NOW
+        )
         tx.turns.save_ending(ended)
         tx.log.fold(turn.id, [*(entry.event for entry in before), TurnFinished(ended, reply)])
         return ended, reply

@@ -12,9 +12,8 @@ from core.model.thread import ProviderState
 from core.model.turn import TurnReason, TurnState, Usage
 from core.ports.agent import RoundFinished, StateChanged
 from core.ports.store import Store
-from core.ports.turns import LogAppend
+from core.ports.turns import Appended, LogAppend
 from core.use_cases.end_turn import Ending, end_turn
-from core.use_cases.recover_turns import recover_turns
 from core.use_cases.turn_engine import TurnLimits, _save_state
 from core.use_cases.turn_log_writer import _append
 from doubles import DONE, Gate, ScriptedAgent, Service, service
@@ -115,17 +114,23 @@ async def test_an_append_of_an_older_epoch_is_never_taken_for_done(store: Store)
         await gate.reached.wait()
         append = LogAppend(turn_id, 1, 1, (TextDelta("Hi"),))
         await store.write(lambda tx: tx.log.append([append]))
-        assert await store.write(lambda tx: _append([append], tx)) == {turn_id}  # its commit was not answered
-        assert not await store.write(lambda tx: _append([replace(append, epoch=0)], tx))
+        assert await store.write(lambda tx: _append([append], tx)) == Appended(
+            frozenset({turn_id})
+        )  # its commit was not answered
+        assert await store.write(lambda tx: _append([replace(append, epoch=0)], tx)) == Appended(frozenset())
 
 
 async def test_recovery_ends_more_than_one_batch(store: Store) -> None:
-    gate = Gate()
     limits = TurnLimits(max_turns_per_user=500)
-    async with service(store, ScriptedAgent(default=[gate, DONE]), limits=limits) as it:
-        await asyncio.gather(*(it.say() for _ in range(230)))
-        assert await recover_turns(store, IDS) == 230
-        assert await store.read(lambda tx: tx.turns.unfinished(10)) == []
+    async with service(store, ScriptedAgent(default=["a", Gate(), DONE]), limits=limits) as it:
+        turns = await asyncio.gather(*(it.say() for _ in range(230)))
+        for turn_id in turns:
+            await it.stream(turn_id, "a")
+        await it.kill()
+        async with service(store, limits=TurnLimits(max_turns=1)):
+            assert await store.read(lambda tx: tx.turns.abandoned(10)) == []
+            left = await store.read(lambda tx: {tx.turns.find(turn_id).state for turn_id in turns})  # type: ignore[union-attr]
+            assert left == {TurnState.INCOMPLETE}
 
 
 async def test_an_ending_waits_for_a_store_that_is_away(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

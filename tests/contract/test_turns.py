@@ -11,7 +11,6 @@ from adapters.system import Ids
 from core.model.agent import Domain
 from core.model.errors import (
     InvalidField,
-    NotSupported,
     Overloaded,
     PositionAhead,
     QuotaExceeded,
@@ -23,17 +22,18 @@ from core.model.errors import (
 from core.model.events import LogEntry, TextDelta, ToolAnswered, ToolCalled, TurnFinished, TurnStarted
 from core.model.message import Role
 from core.model.thread import ProviderState
-from core.model.turn import BusyPolicy, TurnReason, TurnState, Usage
+from core.model.turn import TurnReason, TurnState, Usage
 from core.ports.agent import AgentFailed, RoundFinished, StateChanged
 from core.ports.store import Conflict, Store
 from core.ports.tools import ToolOutput
 from core.ports.turns import RequestKey
+from core.use_cases.end_turn import Ending, end_turn
 from core.use_cases.follow_turn import FollowTurn
 from core.use_cases.read_threads import MessageQuery
-from core.use_cases.recover_turns import recover_turns
 from core.use_cases.turn_engine import MAX_OUTPUT, MAX_TOOL_ROUNDS, TurnLimits
 from core.use_cases.turn_feed import TurnFeeds
 from doubles import DONE, Gate, NotedTools, ScriptedAgent, kinds, service, text_of
+from harness import until
 
 
 async def test_a_turn_is_started_text_finished(store: Store) -> None:
@@ -175,10 +175,7 @@ async def test_a_turn_stopped_before_its_first_step_gives_its_place_back(store: 
     async with service(store) as it:
         turn_id = await it.say()
         it.engine.abandon(turn_id)
-        await recover_turns(store, Ids())
-        await it.events(turn_id)
-        await asyncio.gather(*it.engine._running.values(), return_exceptions=True)
-        await asyncio.sleep(0)
+        await until(lambda: not it.engine._running)
         assert not it.engine._reserved
 
 
@@ -208,9 +205,6 @@ async def test_a_busy_thread_refuses_and_names_the_turn(store: Store) -> None:
         with pytest.raises(TurnInProgress) as refusal:
             await it.say(thread_id=turn.thread_id)
         assert refusal.value.details == {"turn_id": turn_id}
-        for policy in (BusyPolicy.QUEUE, BusyPolicy.INTERRUPT):
-            with pytest.raises(NotSupported):
-                await it.say(thread_id=turn.thread_id, on_busy=policy)
         gate.open()
         await it.events(turn_id)
         await it.events(await it.say(thread_id=turn.thread_id))
@@ -223,7 +217,7 @@ async def test_the_store_itself_refuses_a_second_turn_at_work(store: Store) -> N
         second = replace(turn, id=Ids().new())
         request = RequestKey(caller="local", user_id="ada", request_id="", fingerprint="")
         with pytest.raises(Conflict):
-            await store.write(lambda tx: tx.turns.add(second, "test", request))
+            await store.write(lambda tx: tx.turns.add(second, request, owner="somebody"))
         assert await store.read(lambda tx: tx.turns.find(second.id)) is None
 
 
@@ -414,30 +408,6 @@ async def test_the_providers_copy_follows_the_transcript(store: Store) -> None:
         assert agent.requests[2].message.index == 5
 
 
-async def test_what_a_stopped_process_left_is_ended_at_the_next_start(store: Store) -> None:
-    gates = [Gate(), Gate()]
-    it_agent = ScriptedAgent(["some", gates[0]], [gates[1]])
-    async with service(store, it_agent) as it:
-        with_text = await it.say()
-        await gates[0].reached.wait()
-        async with aclosing(it.follow.events(with_text, 1)) as entries:
-            await anext(entries)
-        without = await it.say(user="eve")
-        await gates[1].reached.wait()
-        for task in list(it.engine._running.values()):  # as kill -9 would: no goodbye
-            task.cancel()
-        assert await recover_turns(store, Ids()) == 2
-        assert await recover_turns(store, Ids()) == 0
-        turn, reply = await it.threads.turn("ada", with_text)
-        assert (turn.state, turn.reason) == (TurnState.INCOMPLETE, TurnReason.INTERRUPTED)
-        assert reply is not None
-        assert (reply.text, reply.partial) == ("some", True)
-        turn, reply = await it.threads.turn("eve", without)
-        assert (turn.state, turn.reason, reply) == (TurnState.FAILED, TurnReason.INTERRUPTED, None)
-        assert text_of(await it.events(with_text)) == "some"
-        await it.events(await it.say(user="eve", thread_id=turn.thread_id))
-
-
 async def test_a_lost_lease_writes_nothing(store: Store) -> None:
     gate = Gate()
     async with service(store, ScriptedAgent(["kept", gate, " lost", DONE])) as it:
@@ -445,7 +415,8 @@ async def test_a_lost_lease_writes_nothing(store: Store) -> None:
         await gate.reached.wait()
         async with aclosing(it.follow.events(turn_id, 1)) as entries:
             await anext(entries)
-        await recover_turns(store, Ids())  # somebody else ends it
+        ending = Ending(reason=TurnReason.INTERRUPTED)
+        await store.write(lambda tx: end_turn(tx, Ids(), turn_id, ending))  # somebody else ends it
         before = await store.read(lambda tx: tx.log.read(turn_id))
         gate.open()
         events = await it.events(turn_id)

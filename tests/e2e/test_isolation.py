@@ -89,6 +89,11 @@ async def update(client: Client, user: str, of: Belongings) -> Any:
     return await client.threads.UpdateThread(request)
 
 
+async def delete(client: Client, user: str, of: Belongings) -> Any:
+    request = threads_api.DeleteThreadRequest(user_id=user, thread_id=of.thread_id)
+    return await client.threads.DeleteThread(request)
+
+
 READING: list[Call] = [get_turn, get_thread, list_messages, update]
 CALLS: list[Call] = [
     *READING,
@@ -99,6 +104,7 @@ CALLS: list[Call] = [
     follow,
     follow_from_far_ahead,
     cancel,
+    delete,  # last: on one's own there is nothing to ask about afterwards
 ]
 WITHOUT_IDS = {"ListAgents", "ListThreads"}
 
@@ -111,7 +117,7 @@ def test_every_method_is_here() -> None:
         for method in service.methods
     }
     tried = {"Chat", "SendMessage", "FollowTurn", "GetTurn", "CancelTurn"}
-    tried |= {"GetThread", "ListMessages", "UpdateThread"}
+    tried |= {"GetThread", "ListMessages", "UpdateThread", "DeleteThread"}
     assert names == tried | WITHOUT_IDS
 
 

@@ -155,7 +155,7 @@ async def test_no_refusal_repeats_what_was_sent(log: io.StringIO) -> None:
         long_title = pb.Thread(id=thread_id, title=CANARY * 100)
         title = field_mask_pb2.FieldMask(paths=["title"])
         update = threads_api.UpdateThreadRequest
-        update_thread = client.threads.UpdateThread
+        update_thread, delete = client.threads.UpdateThread, client.threads.DeleteThread
         for call, why in (
             (send(api.SendMessageRequest(user_id=CANARY, content=[text])), "INVALID_FIELD"),
             (send(api.SendMessageRequest(user_id=CANARY * 100, content=[text])), "INVALID_FIELD"),
@@ -168,6 +168,7 @@ async def test_no_refusal_repeats_what_was_sent(log: io.StringIO) -> None:
             (client.chat(CANARY, thread_id=thread_id, metadata={"k": CANARY}), "INVALID_FIELD"),
             (client.chat(CANARY, metadata={CANARY * 20: ""}), "INVALID_FIELD"),
             (client.follow(CANARY), "TURN_NOT_FOUND"),
+            (delete(threads_api.DeleteThreadRequest(user_id="ada", thread_id=CANARY)), "THREAD_NOT_FOUND"),
             (client.threads.ListThreads(asked(user_id="ada", page_token=CANARY)), "INVALID_FIELD"),
             (update_thread(update(user_id="ada", thread=long_title, update_mask=mask)), "INVALID_FIELD"),
             (update_thread(update(user_id="ada", thread=long_title, update_mask=title)), "INVALID_FIELD"),
@@ -194,7 +195,7 @@ async def test_what_nobody_foresaw_stays_inside(log: io.StringIO) -> None:
         agents: Any = client.container.agent_service()
         threads: Any = client.container.thread_service()
         agents._threads = threads._threads = Broken()
-        agents._cancel = agents._accept = fail
+        agents._cancel = agents._accept = threads._delete = fail
         ids = {"user_id": "ada", "turn_id": CANARY}
         for call in (
             client.chat(CANARY),
@@ -204,6 +205,7 @@ async def test_what_nobody_foresaw_stays_inside(log: io.StringIO) -> None:
             client.threads.GetThread(threads_api.GetThreadRequest(user_id="ada", thread_id=CANARY)),
             client.threads.ListMessages(threads_api.ListMessagesRequest(user_id="ada", thread_id=CANARY)),
             client.threads.ListThreads(threads_api.ListThreadsRequest(user_id=CANARY)),
+            client.threads.DeleteThread(threads_api.DeleteThreadRequest(user_id="ada", thread_id=CANARY)),
         ):
             await refused(call, "INTERNAL")
     checked(log, "failed, request", "Chatty at", "ExceptionGroup")

@@ -5,6 +5,7 @@ import random
 import sqlite3
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,7 +116,7 @@ def blamed(error: grpc.aio.AioRpcError) -> list[str]:
 
 async def test_every_method_refuses_bytes_that_are_no_message(client: Client, url: str) -> None:
     before = rows(url)
-    assert len(METHODS) >= 13
+    assert len(METHODS) >= 14
     for name, method in METHODS.items():
         payloads = [b"\xff\xff\xff", b"\x0a\x05ab", b"\x0c", b"\x00", b"\x0a" + b"\xff" * 11]
         if name != "ListAgents":  # the first field of all others is text
@@ -177,10 +178,9 @@ def message_cases() -> Iterator[Case]:
         ({"content": [part(image=pb.ImagePart(data=b"x"))]}, UNIMPLEMENTED, "NOT_SUPPORTED", "content[0].image"),
         ({"content": [*text, part(image=pb.ImagePart())]}, UNIMPLEMENTED, "NOT_SUPPORTED", "content[1].image"),
         ({"content": [part(file=pb.FilePart(url="x"))]}, UNIMPLEMENTED, "NOT_SUPPORTED", "content[0].file"),
-        ({"on_busy": pb.BUSY_POLICY_QUEUE}, UNIMPLEMENTED, "NOT_SUPPORTED", "on_busy"),
-        ({"on_busy": pb.BUSY_POLICY_INTERRUPT}, UNIMPLEMENTED, "NOT_SUPPORTED", "on_busy"),
         ({"on_busy": 4}, INVALID, "INVALID_FIELD", "on_busy"),
         ({"on_busy": -1}, INVALID, "INVALID_FIELD", "on_busy"),
+        ({"on_busy": 2**31 - 1}, INVALID, "INVALID_FIELD", "on_busy"),
         ({"domain": 5}, INVALID, "INVALID_FIELD", "domain"),
         ({"domain": -(2**31)}, INVALID, "INVALID_FIELD", "domain"),
         ({"request_id": "x" * 129}, INVALID, "INVALID_FIELD", "request_id"),
@@ -233,6 +233,7 @@ def reading_cases() -> Iterator[Case]:
         "UpdateThread": lambda user, thread: update(
             user_id=user, thread=pb.Thread(id=thread.id, title="x"), update_mask=mask(paths=["title"])
         ),
+        "DeleteThread": lambda user, thread: threads_api.DeleteThreadRequest(user_id=user, thread_id=thread.id),
     }
     assert {*good, "ListAgents", "Check", "Watch", "ServerReflectionInfo"} == set(METHODS)
     for name, make in good.items():
@@ -244,6 +245,7 @@ def reading_cases() -> Iterator[Case]:
         ("CancelTurn", api.CancelTurnRequest, "turn_id", "TURN_NOT_FOUND"),
         ("GetThread", threads_api.GetThreadRequest, "thread_id", "THREAD_NOT_FOUND"),
         ("ListMessages", threads_api.ListMessagesRequest, "thread_id", "THREAD_NOT_FOUND"),
+        ("DeleteThread", threads_api.DeleteThreadRequest, "thread_id", "THREAD_NOT_FOUND"),
     ):
         yield name, lambda _, k=kind: k(user_id="ada"), INVALID, "INVALID_FIELD", field  # type: ignore[misc]
         for bad in ("x" * 65, "x" * 100_000, "a\0b"):
@@ -478,7 +480,7 @@ FINE = {
 }
 
 
-def seeds(thread_id: str, turn_id: str) -> list[tuple[str, bytes]]:
+def seeds(thread_id: str, turn_id: str, doomed_id: str) -> list[tuple[str, bytes]]:
     """Requests that are good, and use every field."""
     content = [part(text="Grüße 👋"), part(text="b"), part(image=pb.ImagePart(data=b"x", mime_type="image/png"))]
     every: list[tuple[str, Message]] = [
@@ -509,6 +511,9 @@ def seeds(thread_id: str, turn_id: str) -> list[tuple[str, bytes]]:
                 update_mask=field_mask_pb2.FieldMask(paths=["title", "metadata"]),
             ),
         ),
+        ("DeleteThread", threads_api.DeleteThreadRequest(user_id="ada", thread_id=doomed_id)),
+        ("Chat", message(thread_id=thread_id, on_busy=pb.BUSY_POLICY_QUEUE)),
+        ("Chat", message(thread_id=thread_id, on_busy=pb.BUSY_POLICY_INTERRUPT)),
         ("Check", health_pb2.HealthCheckRequest(service="vidacoach.agents.v1.AgentService")),
         ("ServerReflectionInfo", reflection_pb2.ServerReflectionRequest(list_services="x")),
     ]
@@ -540,9 +545,10 @@ def mutated(chance: random.Random, payload: bytes, others: list[bytes]) -> bytes
     return bytes(data)
 
 
-async def test_mutated_requests_get_documented_statuses(client: Client) -> None:
+async def test_mutated_requests_get_documented_statuses(client: Client, url: str) -> None:
     begun = (await client.chat())[0].event.started
-    good = seeds(begun.thread_id, begun.turn_id)
+    doomed = (await client.chat())[0].event.started
+    good = seeds(begun.thread_id, begun.turn_id, doomed.thread_id)
     chance = random.Random(SEED)
     work = []
     for number in range(FUZZED):
@@ -572,5 +578,5 @@ async def test_mutated_requests_get_documented_statuses(client: Client) -> None:
     assert statuses[NOT_FOUND] > 100
     answer = await client.chat("Still there?")
     assert answer[-1].event.finished.turn.state == pb.TURN_STATE_COMPLETED
-    store = client.container.store()
-    assert list(await store.read(lambda tx: tx.turns.unfinished(10))) == []
+    with closing(sqlite3.connect(f"file:{url.removeprefix('sqlite:///')}?mode=ro", uri=True)) as record:
+        assert record.execute("SELECT count(*) FROM turns WHERE finished_at IS NULL").fetchone() == (0,)

@@ -1,16 +1,19 @@
 """The whole service with OPENAI_BASE_URL at the fake provider: settings, adapter, tools, record."""
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 
 import pytest
 
+from adapters.openai import retry
+from entrypoints.container import Container
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import agent_service_pb2 as api
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import resources_pb2 as pb
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import thread_service_pb2 as threads_api
-from fake_provider import Answer, Break, Call, FakeProvider, Text
+from fake_provider import Answer, Break, Call, FakeProvider, Pause, Text
 from fake_provider import Gate as ProviderGate
-from harness import DEADLINE, message, rest_of, served, text_of
+from harness import DEADLINE, Client, message, rest_of, served, text_of
 
 
 @pytest.fixture
@@ -100,3 +103,181 @@ async def test_cancel_reaches_the_provider(provider: FakeProvider) -> None:
         assert cancelled.turn.state == pb.TURN_STATE_CANCELLED
         assert (await rest_of(call))[-1].event.finished.turn == cancelled.turn
         await provider.quiet()  # no request is left open there
+
+
+# --- in the background
+
+
+REPLY = ("Begin ", "with ", "one ", "call ", "to ", "Sam.")
+
+
+@pytest.fixture
+def background(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replies are written in the background, and a process that is gone has lost its turns soon."""
+    monkeypatch.setenv("OPENAI_BACKGROUND", "true")
+    monkeypatch.setenv("VIDA_LEASE", "0.5")
+
+
+async def kill(container: Container) -> None:
+    """Stops everything that works on turns as kill -9 would: no goodbye to the store, and nobody is told."""
+    recover, engine = container.recover(), container.engine()
+    tasks = [recover._task, engine._writing, *(run.task for run in engine._running.values())]
+    for task in filter(None, tasks):
+        task.cancel()
+    await asyncio.gather(*filter(None, tasks), return_exceptions=True)
+
+
+async def begun(client: Client, text: str) -> tuple[str, str]:
+    """Chats until so much of the reply is committed; returns the ids of turn and thread."""
+    call = client.agents.Chat(message(), timeout=DEADLINE)
+    started = (await call.read()).event.started
+    said = ""
+    while not said.endswith(text):
+        said += (await call.read()).event.text_delta.text
+    call.cancel()
+    return started.turn_id, started.thread_id
+
+
+def kinds(events: list[pb.TurnEvent]) -> list[str | None]:
+    """What happened, besides text."""
+    return [event.WhichOneof("event") for event in events if not event.HasField("text_delta")]
+
+
+def streams_asked_for(provider: FakeProvider) -> int:
+    """How often somebody came back to a response."""
+    return sum(request.method == "GET" and "stream" in request.query for request in provider.requests)
+
+
+@pytest.mark.usefixtures("background")
+@pytest.mark.parametrize("while_away", ["at work", "written"])
+async def test_the_next_process_goes_on_with_the_same_reply(provider: FakeProvider, while_away: str) -> None:
+    pause = Pause(after=3)
+    provider.then(Answer(output=(Text(pieces=REPLY),), pauses=(pause,)))
+    async with served() as client:
+        turn_id, thread_id = await begun(client, "Begin with one ")
+        await kill(client.container)
+        if while_away == "written":
+            pause.gate.released.set()
+            await provider.quiet()
+    async with served() as client:
+        call = client.agents.FollowTurn(api.FollowTurnRequest(user_id="ada", turn_id=turn_id), timeout=DEADLINE)
+        pause.gate.released.set()
+        events = [response.event async for response in call]
+        assert kinds(events) == ["started", "finished"]
+        assert text_of(events) == "".join(REPLY)
+        turn = events[-1].finished.turn
+        assert (turn.state, turn.attempt) == (pb.TURN_STATE_COMPLETED, 1)
+        assert turn.usage.output_tokens > 0
+        assert len(provider.posts) == streams_asked_for(provider) == 1
+        after = await client.chat("And then?", thread_id=thread_id)
+        assert after[-1].event.finished.turn.state == pb.TURN_STATE_COMPLETED
+    (conversation,) = provider.conversations.values()
+    assert len(conversation.items) == 4
+    assert provider.cancelled == []
+
+
+@pytest.mark.usefixtures("background")
+async def test_a_process_that_is_told_to_stop_leaves_its_replies_to_the_next(
+    provider: FakeProvider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VIDA_DRAIN", "0")
+    pause = Pause(after=3)
+    provider.then(Answer(output=(Text(pieces=REPLY),), pauses=(pause,)))
+    async with served() as client:
+        turn_id, _ = await begun(client, "Begin with one ")
+    async with served() as client:
+        pause.gate.released.set()
+        events = await client.follow(turn_id)
+        assert kinds(events) == ["started", "finished"]
+        assert text_of(events) == "".join(REPLY)
+        assert events[-1].finished.turn.state == pb.TURN_STATE_COMPLETED
+    assert len(provider.posts) == 1
+    assert provider.cancelled == []
+
+
+@pytest.mark.usefixtures("background")
+async def test_a_reply_goes_on_behind_its_tools(provider: FakeProvider) -> None:
+    pause = Pause(after=3)
+    provider.then(
+        Answer(output=(Text(text="Let me look."), Call("list_goals"))),
+        Answer(output=(Text(pieces=REPLY),), pauses=(pause,)),
+    )
+    async with served() as client:
+        turn_id, _ = await begun(client, "\n\nBegin with one ")
+        await kill(client.container)
+    async with served() as client:
+        pause.gate.released.set()
+        events = await client.follow(turn_id)
+        assert kinds(events) == ["started", "tool_call", "tool_result", "finished"]
+        assert text_of(events) == "Let me look.\n\n" + "".join(REPLY)
+        turn = events[-1].finished.turn
+        assert (turn.state, turn.attempt) == (pb.TURN_STATE_COMPLETED, 1)
+    assert len(provider.posts) == 2
+    assert len(provider.conversations) == 1
+
+
+@pytest.mark.usefixtures("background")
+async def test_a_cancel_stops_what_is_written_in_the_background(provider: FakeProvider) -> None:
+    provider.then(Answer(output=(Text(pieces=REPLY),), pauses=(Pause(after=3),)))
+    async with served() as client:
+        turn_id, thread_id = await begun(client, "Begin with one ")
+        request = api.CancelTurnRequest(user_id="ada", turn_id=turn_id)
+        assert (await client.agents.CancelTurn(request)).turn.state == pb.TURN_STATE_CANCELLED
+        await provider.quiet()
+        assert provider.cancelled == list(provider.responses)
+        after = await client.chat("And then?", thread_id=thread_id)
+        assert after[-1].event.finished.turn.state == pb.TURN_STATE_COMPLETED
+    newest = list(provider.conversations.values())[-1]
+    assert "Begin with one " in json.dumps(newest.items)
+
+
+@pytest.mark.usefixtures("background")
+async def test_a_cancel_stops_what_another_process_began(provider: FakeProvider) -> None:
+    pause = Pause(after=3)
+    provider.then(Answer(output=(Text(pieces=REPLY),), pauses=(pause,)))
+    async with served() as client:
+        turn_id, _ = await begun(client, "Begin with one ")
+        await kill(client.container)
+    async with served() as client:
+        request = api.CancelTurnRequest(user_id="ada", turn_id=turn_id)
+        assert (await client.agents.CancelTurn(request)).turn.state == pb.TURN_STATE_CANCELLED
+        await provider.quiet()
+    assert provider.cancelled == list(provider.responses)
+    assert len(provider.posts) == 1
+
+
+@pytest.mark.usefixtures("background")
+async def test_a_deleted_thread_stops_what_is_written_for_it(provider: FakeProvider) -> None:
+    provider.then(Answer(output=(Text(pieces=REPLY),), pauses=(Pause(after=3),)))
+    async with served() as client:
+        _, thread_id = await begun(client, "Begin with one ")
+        await client.threads.DeleteThread(threads_api.DeleteThreadRequest(user_id="ada", thread_id=thread_id))
+        await provider.quiet()
+    assert provider.cancelled == list(provider.responses)
+
+
+@pytest.mark.usefixtures("background")
+async def test_a_reply_that_is_gone_ends_with_what_was_said(provider: FakeProvider) -> None:
+    provider.then(Answer(output=(Text(pieces=REPLY),), pauses=(Pause(after=3),)))
+    async with served() as client:
+        turn_id, _ = await begun(client, "Begin with one ")
+        await kill(client.container)
+    provider.responses.clear()
+    async with served() as client:
+        events = await client.follow(turn_id)
+        turn = events[-1].finished.turn
+        assert (turn.state, turn.error.reason) == (pb.TURN_STATE_INCOMPLETE, "INTERRUPTED")
+        assert text_of(events) == "Begin with one "
+    assert len(provider.posts) == 1
+
+
+@pytest.mark.usefixtures("background")
+async def test_a_cut_connection_is_not_noticed(provider: FakeProvider, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retry, "_BACKOFF", (0.0, 0.0))
+    provider.then(Answer(output=(Text(pieces=REPLY),), fault=Break(how="cut", after=2)))
+    provider.attachments = [Break(how="half", after=1), Break(how="eof", after=1)]
+    async with served() as client:
+        events = [response.event for response in await client.chat("one")]
+        assert text_of(events) == "".join(REPLY)
+        assert events[-1].finished.turn.state == pb.TURN_STATE_COMPLETED
+    assert len(provider.posts) == 1

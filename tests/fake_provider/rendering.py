@@ -19,7 +19,7 @@ class Rendering:
         self._words = words
         self._numbers = numbers
         self._context_size = context_size
-        self.response = _response(request, numbers.next("resp"))
+        self.response = _response(request, answer.response_id or numbers.next("resp"))
         self.output: list[Json] = []
 
     def events(self) -> list[Json]:
@@ -31,7 +31,12 @@ class Rendering:
         return events
 
     def _all(self) -> Iterator[Json]:
-        yield {"type": "response.created", "response": dict(self.response)}
+        if self.response["background"]:
+            queued = {**self.response, "status": "queued"}
+            yield {"type": "response.created", "response": queued}
+            yield {"type": "response.queued", "response": queued}
+        else:
+            yield {"type": "response.created", "response": dict(self.response)}
         yield {"type": "response.in_progress", "response": dict(self.response)}
         for index, output in enumerate(self._answer.output):
             if self._answer.unknown_events:
@@ -112,6 +117,7 @@ class Rendering:
         ending = self._answer.ending
         if isinstance(ending, ErrorEvent):
             facts = {"code": ending.code, "message": ending.message, "param": None}
+            self.response.update(status="failed", error={"code": ending.code, "message": ending.message})
             return (
                 {"type": "error", "error": {"type": ending.type, **facts}}
                 if ending.nested
@@ -159,7 +165,7 @@ def _response(request: Json, response_id: str) -> Json:
         "object": "response",
         "created_at": 1_790_000_000.0,
         "status": "in_progress",
-        "background": False,
+        "background": request.get("background") or False,
         "error": None,
         "incomplete_details": None,
         "instructions": request.get("instructions"),

@@ -88,12 +88,22 @@ class Break:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Pause:
+    """In the background the model itself halts behind the `after`-th delta of text (0: before the first), whoever
+    reads, until the gate is released."""
+
+    after: int = 1
+    gate: Gate = field(default_factory=Gate)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """A response, and how its bytes travel."""
+    """A response, and how its bytes travel. `fault` befalls the connection on which it was asked for."""
 
     output: tuple[Text | Call | Reasoning, ...] = (Text(),)
     ending: Ending = "completed"
     fault: Break | None = None
+    pauses: tuple[Pause, ...] = ()
     headers_gate: Gate | None = None
     sequence_numbers: bool = True
     event_names: bool = True
@@ -103,11 +113,13 @@ class Answer:
     comments: bool = False
     newline: Literal["\n", "\r\n", "\r"] = "\n"
     byte_by_byte: bool = False
+    response_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HttpError:
-    """An error instead of an answer. `body` replaces the envelope; `reset` closes without any."""
+    """An error instead of an answer. `body` replaces the envelope; `reset` closes without any; `gate` keeps it
+    back."""
 
     status: int = 500
     code: str | None = None
@@ -117,6 +129,7 @@ class HttpError:
     headers: Mapping[str, str] = field(default_factory=dict)
     body: bytes | None = None
     reset: bool = False
+    gate: Gate | None = None
 
 
 Step = Answer | HttpError

@@ -2,15 +2,21 @@
 
 import asyncio
 import json
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Iterable
+from contextlib import aclosing, suppress
 from types import TracebackType
 from typing import Self
 
+from fake_provider.background import Writing, is_delta
 from fake_provider.rendering import Rendering, as_bytes
 from fake_provider.script import Answer, Break, Gate, HttpError, Step
 from fake_provider.store import Conversation, Numbers, complaint_about_calls, last_words, page, stored
-from fake_provider.validation import complaint_about_conversation, complaint_about_items, complaint_about_response
+from fake_provider.validation import (
+    complaint_about_conversation,
+    complaint_about_items,
+    complaint_about_response,
+    complaint_about_retrieval,
+)
 from fake_provider.wire import Connection, Disconnected, Json, Request
 
 MODELS: dict[str, str | None] = {"gpt-6-luna": None, "gpt-4o": "2027-01-14"}
@@ -20,8 +26,10 @@ class FakeProvider:
     """Listens on loopback while entered. Requests for responses follow the script, then answer by themselves.
 
     `models` maps the names of the models to their last days. With `api_key` set, only that key is taken.
-    `connections` are open now, `accepted` were opened ever, `running` responses are being sent.
-    `refusals` holds errors for the next requests to `conversations`, `items` or `models`.
+    `connections` are open now, `accepted` were opened ever, `running` responses are being sent, or written in the
+    background. `refusals` holds errors for the next requests to `conversations`, `items`, `models` or `cancel`;
+    `attachments` says what befalls the next connections that ask for the stream of a background response.
+    `cancelled` are the ids of the responses that were cancelled while they were written.
     """
 
     def __init__(self, script: Iterable[Step] = (), *, api_key: str | None = None, port: int = 0) -> None:
@@ -32,13 +40,16 @@ class FakeProvider:
         self.conversations: dict[str, Conversation] = {}
         self.items: dict[str, Json] = {}
         self.responses: dict[str, Json] = {}
-        self.refusals: dict[str, list[HttpError]] = {"conversations": [], "items": [], "models": []}
+        self.refusals: dict[str, list[HttpError]] = {"conversations": [], "items": [], "models": [], "cancel": []}
+        self.attachments: list[Break | HttpError | None] = []
+        self.cancelled: list[str] = []
         self.connections = 0
         self.accepted = 0
         self.running = 0
         self._port = port
         self._quiet = asyncio.Event()
         self._contexts: dict[str, list[Json]] = {}
+        self._writings: dict[str, Writing] = {}
         self._numbers = Numbers()
         self._gates: list[Gate] = []
         self._tasks: set[asyncio.Task[None]] = set()
@@ -112,12 +123,8 @@ class FakeProvider:
         match (request.method, request.path.removeprefix("/v1").strip("/").split("/")):
             case ("POST", ["responses"]):
                 return await self._create_response(request.body or {}, connection)
-            case (method, ["responses", response_id]) if response_id in self.responses:
-                found = self.responses[response_id]
-                if method == "DELETE":
-                    del self.responses[response_id]
-                    found = {"id": response_id, "object": "response", "deleted": True}
-                return await self._answer(connection, found)
+            case (_, ["responses", response_id, *rest]) if response_id in self.responses:
+                return await self._serve_response(request, response_id, rest, connection)
             case ("GET", ["models", name]):
                 if self.refusals["models"]:
                     return await self._refuse(connection, self.refusals["models"].pop(0))
@@ -127,6 +134,48 @@ class FakeProvider:
             case (_, ["conversations", *_]):
                 return await self._serve_conversation(request, connection)
         return await self._refuse(connection, _not_found())
+
+    async def _serve_response(
+        self, request: Request, response_id: str, rest: list[str], connection: Connection
+    ) -> None:
+        writing = self._writings.get(response_id)
+        found = writing.response if writing else self.responses[response_id]
+        match (request.method, rest):
+            case ("GET", []):
+                if complaint := complaint_about_retrieval(request.query):
+                    return await self._refuse(connection, _bad(complaint))
+                if request.query.get("stream") == "true":
+                    return await self._attach(writing, int(request.query.get("starting_after", -1)), connection)
+                return await self._answer(connection, found)
+            case ("DELETE", []):
+                del self.responses[response_id]
+                deleted = {"id": response_id, "object": "response", "deleted": True}
+                return await self._answer(connection, deleted)
+            case ("POST", ["cancel"]):
+                if self.refusals["cancel"]:
+                    return await self._refuse(connection, self.refusals["cancel"].pop(0))
+                if request.body:
+                    return await self._refuse(connection, _bad("Unknown parameter."))
+                if writing is None:
+                    return await self._refuse(connection, _bad("Cannot cancel a synchronous response."))
+                if not writing.is_over:
+                    self.cancelled.append(response_id)
+                writing.cancel()
+                return await self._answer(connection, writing.response)
+        return await self._refuse(connection, _not_found())
+
+    async def _attach(self, writing: Writing | None, after: int, connection: Connection) -> None:
+        """Sends the events of a background response, from anywhere."""
+        fault = self.attachments.pop(0) if self.attachments else None
+        if isinstance(fault, HttpError):
+            return await self._refuse(connection, fault)
+        if writing is None:
+            return await self._refuse(connection, _not_found())
+        if not writing.streamed:
+            return await self._refuse(connection, _bad("This response was not created with stream=true."))
+        with suppress(_BrokenOff):
+            await self._send(writing.events(after, connection), writing.answer, fault, connection)
+        return None
 
     async def _serve_conversation(self, request: Request, connection: Connection) -> None:
         method, path = request.method, request.path.removeprefix("/v1/conversations").strip("/")
@@ -205,25 +254,50 @@ class FakeProvider:
         if conversation:
             conversation.busy = True
         self.running += 1
-        try:
-            events = rendering.events()
-            if body.get("stream"):
-                whole = await self._stream(events, step, connection)
-            else:
-                await self._answer(connection, rendering.response)
-                whole = True
-            if whole and rendering.response["status"] == "completed":
-                if conversation:
-                    self._add(conversation, [*added, *rendering.output])
-                if body.get("store", True):
-                    self.responses[rendering.response["id"]] = rendering.response
-                    self._contexts[rendering.response["id"]] = [*context, *rendering.output]
-        finally:
+
+        def ended(response: Json) -> None:
+            whole = response["status"] == "completed"
+            if whole and conversation:
+                self._add(conversation, [*added, *rendering.output])
+            if whole and body.get("store", True):
+                if not response["background"]:
+                    self.responses[response["id"]] = response
+                self._contexts[response["id"]] = [*context, *rendering.output]
             if conversation:
                 conversation.busy = False
             self.running -= 1
             if not self.running:
                 self._quiet.set()
+
+        events = rendering.events()
+        if body.get("background"):
+            writing = Writing(events, rendering.response, step, ended, streamed=bool(body.get("stream")))
+            return await self._write(writing, connection)
+        final = {**rendering.response, "status": "cancelled"}
+        try:
+            if body.get("stream"):
+                await self._send(_one_by_one(events), step, step.fault, connection)
+            else:
+                await self._answer(connection, rendering.response)
+            final = rendering.response
+        except _BrokenOff:
+            pass
+        finally:
+            ended(final)
+        return None
+
+    async def _write(self, writing: Writing, connection: Connection) -> None:
+        """Lets a background response be written, and sends what is asked for of it."""
+        self._writings[writing.response["id"]] = writing
+        self.responses[writing.response["id"]] = writing.response
+        task = asyncio.create_task(writing.write())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        if not writing.streamed:
+            return await self._answer(connection, writing.response)
+        with suppress(_BrokenOff):
+            await self._send(writing.events(-1, connection), writing.answer, writing.answer.fault, connection)
+        return None
 
     def _refusal(self, body: Json, name: str | None, conversation: Conversation | None) -> HttpError | None:
         if complaint := complaint_about_response(body):
@@ -237,36 +311,37 @@ class FakeProvider:
             return _bad("Previous response not found.", code="previous_response_not_found")
         return _locked() if conversation and conversation.busy else None
 
-    async def _stream(self, events: list[Json], answer: Answer, connection: Connection) -> bool:
-        """Sends the events. False if the answer was broken off."""
+    async def _send(
+        self, events: AsyncGenerator[Json, None], answer: Answer, fault: Break | None, connection: Connection
+    ) -> None:
+        """Sends the events. Raises _BrokenOff where the script ends them, Disconnected if the client left."""
         if answer.headers_gate is not None:
             answer.headers_gate.reached.set()
             await connection.wait_for(answer.headers_gate.released)
         await connection.begin(self._headers())
-        fault = answer.fault
         deltas = 0
-        if fault is not None and fault.after == 0 and not await self._break(fault, b"", connection):
-            return False
-        for event in events:
-            frame = as_bytes(event, answer)
-            if fault is not None and 0 < fault.after == deltas and not await self._break(fault, frame, connection):
-                return False
-            if fault is not None and fault.after == deltas:
-                fault = None
-            for data in (frame[at : at + 1] for at in range(len(frame))) if answer.byte_by_byte else (frame,):
-                await connection.send(data)
-            deltas += event["type"] in ("response.output_text.delta", "response.refusal.delta")
+        if fault is not None and fault.after == 0:
+            await self._break(fault, b"", connection)
+        async with aclosing(events):
+            async for event in events:
+                frame = as_bytes(event, answer)
+                if fault is not None and 0 < fault.after == deltas:
+                    await self._break(fault, frame, connection)
+                if fault is not None and fault.after == deltas:
+                    fault = None
+                for data in (frame[at : at + 1] for at in range(len(frame))) if answer.byte_by_byte else (frame,):
+                    await connection.send(data)
+                deltas += is_delta(event)
         await connection.end()
-        return True
 
-    async def _break(self, fault: Break, frame: bytes, connection: Connection) -> bool:
-        """Lets something go wrong before `frame` is sent. False if nothing can follow."""
+    async def _break(self, fault: Break, frame: bytes, connection: Connection) -> None:
+        """Lets something go wrong before `frame` is sent. Raises _BrokenOff or Disconnected if that is the end."""
         match fault.how:
             case "eof" | "half":
                 if fault.how == "half":
                     await connection.send(frame[: len(frame) // 2] or b"data: {")
                 await connection.end()
-                return False
+                raise _BrokenOff
             case "cut":
                 await connection.send(frame[: len(frame) // 2] or b"data: {")
                 connection.reset()
@@ -281,12 +356,14 @@ class FakeProvider:
                 while not fault.gate.released.is_set():
                     await connection.send(b": keep-alive\n\n")
                     await asyncio.sleep(0.005)
-        return True
 
     async def _answer(self, connection: Connection, body: Json) -> None:
         await connection.answer(200, json.dumps(body).encode(), self._headers())
 
     async def _refuse(self, connection: Connection, error: HttpError) -> None:
+        if error.gate is not None:
+            error.gate.reached.set()
+            await connection.wait_for(error.gate.released)
         if error.reset:
             connection.reset()
             raise Disconnected
@@ -296,6 +373,15 @@ class FakeProvider:
 
     def _headers(self) -> dict[str, str]:
         return {"x-request-id": self._numbers.next("req"), "openai-processing-ms": "1"}
+
+
+class _BrokenOff(Exception):
+    """The answer has ended where the script says, before its end."""
+
+
+async def _one_by_one(events: Iterable[Json]) -> AsyncGenerator[Json, None]:
+    for event in events:
+        yield event
 
 
 def _bad(message: str, *, code: str | None = None, param: str | None = None) -> HttpError:

@@ -1,5 +1,6 @@
 """What the provider accepts: exactly what the SDK's request types allow."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from openai.types.conversations.conversation_create_params import ConversationCreateParams
@@ -7,6 +8,10 @@ from openai.types.conversations.item_create_params import ItemCreateParams
 from openai.types.responses.response_create_params import (
     ResponseCreateParamsNonStreaming,
     ResponseCreateParamsStreaming,
+)
+from openai.types.responses.response_retrieve_params import (
+    ResponseRetrieveParamsNonStreaming,
+    ResponseRetrieveParamsStreaming,
 )
 from pydantic import TypeAdapter
 from pydantic_core import SchemaValidator, ValidationError
@@ -38,6 +43,8 @@ def _validator(request_type: Any) -> SchemaValidator:
 
 _RESPONSE = _validator(ResponseCreateParamsNonStreaming)
 _STREAMED_RESPONSE = _validator(ResponseCreateParamsStreaming)
+_RETRIEVAL = _validator(ResponseRetrieveParamsNonStreaming)
+_STREAMED_RETRIEVAL = _validator(ResponseRetrieveParamsStreaming)
 _CONVERSATION = _validator(ConversationCreateParams)
 _ITEMS = _validator(ItemCreateParams)
 
@@ -54,7 +61,23 @@ def complaint_about_response(body: dict[str, Any]) -> str | None:
         return "Invalid 'max_output_tokens': integer below minimum value."
     if len(body.get("safety_identifier") or "") > 64 or len(body.get("prompt_cache_key") or "") > 64:
         return "Invalid identifier: string too long."
+    if body.get("background") and body.get("store") is False:
+        return "Invalid 'store': a background response must be stored."
     return _complaint(_STREAMED_RESPONSE if body.get("stream") else _RESPONSE, body) or _about_metadata(body)
+
+
+def complaint_about_retrieval(query: Mapping[str, str]) -> str | None:
+    """What is wrong with the query of a request for a response that exists."""
+    facts: dict[str, Any] = dict(query)
+    for name in ("stream", "include_obfuscation"):
+        if facts.get(name) in ("true", "false"):
+            facts[name] = facts[name] == "true"
+    if str(facts.get("starting_after", "")).isdecimal():
+        facts["starting_after"] = int(facts["starting_after"])
+    streamed = facts.get("stream") is True
+    if "starting_after" in facts and not streamed:
+        return "Invalid 'starting_after': only a stream begins somewhere."
+    return _complaint(_STREAMED_RETRIEVAL if streamed else _RETRIEVAL, facts)
 
 
 def complaint_about_conversation(body: dict[str, Any]) -> str | None:

@@ -209,6 +209,9 @@ class ScriptedCoach(AgentServiceServicer, ThreadServiceServicer):
     async def UpdateThread(self, request: Any, context: Any) -> Any:
         raise NotImplementedError
 
+    async def DeleteThread(self, request: Any, context: Any) -> Any:
+        raise NotImplementedError
+
     @asynccontextmanager
     async def serving(self, address: str = "127.0.0.1:0") -> AsyncIterator[str]:
         """On a port until left; leaving cuts every call off."""

@@ -8,14 +8,22 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
+from alembic import command
 
+from adapters.sql import schema
+from adapters.sql.engines import migration_engine
 from adapters.sql.errors import SchemaTooNewError
 from adapters.sql.schema import SchemaState, drift, migrate, schema_state
+from adapters.sql.store import SqlStore
 from adapters.sql.tables import metadata
 from conftest import Postgres
+from core.model.turn import TurnState
+from core.ports.store import Transaction
+from doubles import ManualClock
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -61,6 +69,118 @@ def test_an_empty_database_is_brought_to_the_code(empty_url: str) -> None:
     assert schema_state(empty_url) is SchemaState.CURRENT
     assert drift(empty_url) == []
     assert migrate(empty_url) is SchemaState.CURRENT
+
+
+def step(url: str, revision: str) -> None:
+    """Brings a database up or down to a revision."""
+    engine = migration_engine(url)
+    with engine.begin() as connection:
+        config = schema._config(connection)
+        (command.downgrade if revision.startswith("-") else command.upgrade)(config, revision.removeprefix("-"))
+    engine.dispose()
+
+
+TIME = "2026-01-01 00:00:00.000000"
+OLD_ROWS: list[tuple[str, dict[str, Any]]] = [
+    ("users", {"id": "ada", "created_at": TIME}),
+    (
+        "agents",
+        {
+            "id": "career-v1",
+            "slug": "career",
+            "version": 1,
+            "domain": "career",
+            "definition": "{}",
+            "created_at": TIME,
+        },
+    ),
+    (
+        "assistant_threads",
+        {
+            "id": "t",
+            "user_id": "ada",
+            "assistant_id": "career-v1",
+            "domain": "career",
+            "is_active": True,
+            "metadata": "{}",
+            "last_message_at": TIME,
+            "created_at": TIME,
+            "title": "",
+            "message_count": 2,
+        },
+    ),
+    *(
+        (
+            "turns",
+            {
+                "id": state,
+                "thread_id": "t",
+                "user_id": "ada",
+                "agent_id": "career-v1",
+                "caller": "local",
+                "state": state,
+                "attempt": 1,
+                "epoch": 1,
+                "owner": "me",
+                "last_position": 1,
+                "input_tokens": 0,
+                "cached_input_tokens": 0,
+                "output_tokens": 0,
+                "reasoning_tokens": 0,
+                "model": "m",
+                "provider": "p",
+                "accepted_at": TIME,
+            },
+        )
+        for state in ("completed", "running")
+    ),
+    *(
+        (
+            "messages",
+            {
+                "id": role,
+                "thread_id": "t",
+                "turn_id": "completed",
+                "number": number,
+                "role": role,
+                "content": "[]",
+                "partial": False,
+                "created_at": TIME,
+            },
+        )
+        for number, role in enumerate(("user", "assistant"), 1)
+    ),
+]
+
+
+async def test_a_database_of_the_first_version_is_brought_along_with_its_data(empty_url: str) -> None:
+    step(empty_url, "0001")
+    for table, row in OLD_ROWS:
+        values = ", ".join("TRUE" if v is True else "FALSE" if v is False else repr(v) for v in row.values())
+        execute(empty_url, f"INSERT INTO {table} ({', '.join(row)}) VALUES ({values})")
+    assert migrate(empty_url) is SchemaState.OUTDATED
+    assert drift(empty_url) == []
+
+    def look(tx: Transaction) -> None:
+        (turn,) = tx.turns.unfinished("t")
+        assert (turn.state, turn.claimed_at, turn.continuation) == (TurnState.RUNNING, turn.accepted_at, None)
+        assert tx.turns.holder(turn.id).owner == "me"
+        assert tx.turns.waiting_message(turn.id) is None
+        ended = tx.turns.find("completed")
+        assert ended is not None
+        assert ended.claimed_at == ended.accepted_at
+        question, reply = tx.messages.question_of(ended.id), tx.messages.reply_of(ended.id)
+        assert question is not None
+        assert reply is not None
+        assert (question.index, reply.index) == (1, 2)
+
+    store = SqlStore(empty_url, ManualClock())
+    await store.read(look)
+    await store.aclose()
+    step(empty_url, "-0001")
+    assert schema_state(empty_url) is SchemaState.OUTDATED
+    assert migrate(empty_url) is SchemaState.OUTDATED
+    assert drift(empty_url) == []
 
 
 @pytest.mark.parametrize(

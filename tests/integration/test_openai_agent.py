@@ -2,10 +2,10 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
-from datetime import UTC, date, datetime
+from dataclasses import replace
+from datetime import date
 from typing import Any, get_args
 
 import httpx2
@@ -21,20 +21,11 @@ from adapters.openai.agent import OpenAIAgent
 from adapters.openai.client import make_client
 from adapters.openai.memory import StateMode
 from adapters.openai.models import KeyRefused, ModelMissing, model_sunset, sunset_warning
-from core.model.agent import AgentDefinition, Domain
-from core.model.events import TextDelta, ToolCalled
-from core.model.message import Message, RefusalPart, Role, TextPart, ToolExchange
+from core.model.events import TextDelta
+from core.model.message import RefusalPart, Role, TextPart, ToolExchange
 from core.model.thread import ProviderState
 from core.model.turn import TurnReason
-from core.ports.agent import (
-    AgentEvent,
-    AgentFailed,
-    ReplyRequest,
-    RoundFinished,
-    StateChanged,
-    ToolRound,
-)
-from core.ports.tools import ToolSpec
+from core.ports.agent import AgentFailed, RoundFinished, StateChanged, ToolRound
 from fake_provider import (
     Answer,
     Break,
@@ -49,114 +40,7 @@ from fake_provider import (
     Text,
     rate_limited,
 )
-
-KEY = "sk-very-secret"
-USER_KEY = "key-of-users"
-COACH = AgentDefinition(
-    slug="career",
-    version=1,
-    domain=Domain.CAREER,
-    name="Career coach",
-    instructions="Be kind.",
-    effort="none",
-    verbosity="low",
-    tools=("goals",),
-)
-GOALS = ToolSpec(name="goals", description="Lists goals.", parameters={"type": "object", "properties": {}})
-
-
-class Naps:
-    """Stands in for asyncio.sleep and takes no time."""
-
-    def __init__(self) -> None:
-        self.taken: list[float] = []
-
-    async def __call__(self, seconds: float) -> None:
-        self.taken.append(seconds)
-
-
-@dataclass
-class ThreadOfTest:
-    """A thread as the engine would keep it: the transcript and what the agent last said of its copy."""
-
-    agent: OpenAIAgent
-    messages: list[Message] = field(default_factory=list)
-    state: ProviderState | None = None
-    turns: int = 0
-    definition: AgentDefinition = COACH
-    tools: Sequence[ToolSpec] = (GOALS,)
-
-    def add(self, role: Role, text: str, tool: ToolExchange | None = None, **more: Any) -> Message:
-        index = len(self.messages) + 1
-        message = Message(
-            id=f"m{index}",
-            thread_id="thread-1",
-            turn_id=f"turn-{self.turns}",
-            index=index,
-            role=role,
-            content=more.pop("content", (TextPart(text),) if text else ()),
-            partial=more.pop("partial", False),
-            created_at=datetime(2026, 11, 22, tzinfo=UTC),
-            tool=tool,
-        )
-        self.messages.append(message)
-        return message
-
-    def begin(self, text: str) -> ReplyRequest:
-        """Accepts a user's message."""
-        self.turns += 1
-        message = self.add(Role.USER, text)
-        before = tuple(self.messages[:-1])
-
-        async def history() -> Sequence[Message]:
-            return before
-
-        return ReplyRequest(
-            turn_id=f"turn-{self.turns}",
-            thread_id="thread-1",
-            user_id="ann@example.org",
-            domain=Domain.CAREER,
-            definition=self.definition,
-            message=message,
-            history=history,
-            tools=self.tools,
-            state=self.state,
-        )
-
-    async def round(self, request: ReplyRequest) -> list[AgentEvent]:
-        """Runs one round to its end, storing what the agent says of its copy."""
-        events: list[AgentEvent] = []
-        async with aclosing(self.agent.reply(replace(request, state=self.state))) as reply:
-            async for event in reply:
-                if isinstance(event, StateChanged):
-                    self.state = event.state
-                events.append(event)
-        return events
-
-    async def say(self, text: str) -> str:
-        """Runs a turn to its end and returns the reply."""
-        request = self.begin(text)
-        said = ""
-        while True:
-            events = await self.round(request)
-            text_of_round = "".join(event.text for event in events if isinstance(event, TextDelta))
-            said += text_of_round
-            calls = [event for event in events if isinstance(event, ToolCalled)]
-            if not calls:
-                break
-            exchanges = tuple(
-                ToolExchange(c.call_id, c.name, c.arguments_json, f"answer to {c.name}", False) for c in calls
-            )
-            for exchange in exchanges:
-                self.add(Role.TOOL, "", exchange)
-            request = replace(request, rounds=(*request.rounds, ToolRound(text_of_round, exchanges)))
-        self.add(Role.ASSISTANT, said)
-        finished = events[-1]
-        assert isinstance(finished, RoundFinished)
-        if finished.keeps_copy:
-            assert self.state is not None
-            self.state = replace(self.state, synced_to=len(self.messages))
-        return said
+from openai_thread import COACH, KEY, USER_KEY, Naps, ThreadOfTest, fails, said, words
 
 
 @pytest.fixture
@@ -185,41 +69,6 @@ def agent(client: AsyncOpenAI, naps: Naps) -> OpenAIAgent:
 @pytest.fixture
 def thread(agent: OpenAIAgent) -> ThreadOfTest:
     return ThreadOfTest(agent)
-
-
-def said(events: Sequence[AgentEvent]) -> str:
-    return "".join(event.text for event in events if isinstance(event, TextDelta))
-
-
-async def fails(thread: ThreadOfTest, text: str = "Hello") -> tuple[TurnReason, str]:
-    """Runs a round that must fail; returns why, and the text that came before."""
-    events: list[AgentEvent] = []
-
-    async def run() -> None:
-        async with aclosing(thread.agent.reply(thread.begin(text))) as reply:
-            async for event in reply:
-                if isinstance(event, StateChanged):
-                    thread.state = event.state
-                events.append(event)
-
-    with pytest.raises(AgentFailed) as caught:
-        await run()
-    return caught.value.reason, said(events)
-
-
-def words(items: Sequence[dict[str, Any]]) -> list[str]:
-    """Conversation items in short."""
-    short = []
-    for item in items:
-        match item["type"]:
-            case "message":
-                parts = [part.get("text", part.get("refusal")) for part in item["content"]]
-                short.append(f"{item['role']}: {' | '.join(parts)}")
-            case "function_call":
-                short.append(f"call {item['call_id']}: {item['name']}")
-            case "function_call_output":
-                short.append(f"answer {item['call_id']}: {item['output']}")
-    return short
 
 
 # --- conversations
@@ -864,6 +713,7 @@ EVENT_TYPES: dict[str, type[BaseModel]] = {
 }
 
 
+@pytest.mark.parametrize("how", ["plain", "background", "again"])
 @pytest.mark.parametrize(
     "answer",
     [
@@ -875,14 +725,20 @@ EVENT_TYPES: dict[str, type[BaseModel]] = {
     ],
 )
 async def test_what_the_provider_sends_fits_the_types_of_the_sdk(
-    provider: FakeProvider, thread: ThreadOfTest, client: AsyncOpenAI, answer: Answer
+    provider: FakeProvider, thread: ThreadOfTest, client: AsyncOpenAI, answer: Answer, how: str
 ) -> None:
     await thread.say("Hello")
     provider.then(answer)
     tools: Any = [{"type": "function", "name": "goals", "parameters": {}, "strict": False}]
-    create = client.responses.with_streaming_response.create
-    async with create(model="gpt-6-luna", input="Hello", tools=tools, stream=True) as response:
+    streamed = client.responses.with_streaming_response
+    call = streamed.create(
+        model="gpt-6-luna", input="Hello", tools=tools, background=how != "plain" or openai.omit, stream=True
+    )
+    async with call as response:
         lines = [line async for line in response.iter_lines()]
+    if how == "again":
+        async with streamed.retrieve(list(provider.responses)[-1], stream=True) as response:
+            assert [line async for line in response.iter_lines()] == lines
     sent = [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
     assert len(sent) > 3 or answer.ending != "completed"
     for number, data in enumerate(sent):

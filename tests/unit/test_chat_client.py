@@ -283,6 +283,33 @@ def test_patience_ends_after_a_minute_without_an_event_and_begins_anew_with_each
     assert "Connection refused" in str(lost.value)
 
 
+def test_a_call_that_was_held_open_is_no_lost_connection(other: OtherSide) -> None:
+    now = 0.0
+    client = CoachClient(other.channel, "ada", patience=AT_ONCE, clock=lambda: now)
+    reading = Reading(client.say("Hello", on_busy=pb.BUSY_POLICY_QUEUE))
+    request, call = other.stream("Chat")
+    assert request.on_busy == pb.BUSY_POLICY_QUEUE
+    for response in chatted(STARTED):
+        call.send_response(response)
+    assert isinstance(reading.next(), pb.TurnStarted)
+    for _ in range(5):  # a turn may wait its turn for many minutes, without an event
+        now += 240.0
+        end(call, grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded")
+        waiting = reading.next()
+        assert isinstance(waiting, Resuming)
+        assert waiting.cause.code is grpc.StatusCode.DEADLINE_EXCEEDED
+        request, call = other.stream("FollowTurn")
+        assert (request.turn_id, request.after_position) == ("turn", 1)
+    now += 59.9
+    end(call, grpc.StatusCode.UNAVAILABLE)
+    assert isinstance(reading.next(), Resuming)
+    _, call = other.stream("FollowTurn")
+    now += 0.2
+    end(call, grpc.StatusCode.UNAVAILABLE)
+    with pytest.raises(ConnectionLost):
+        reading.next()
+
+
 def test_a_message_that_never_arrived_can_be_sent_again_with_its_request_id(other: OtherSide) -> None:
     client = CoachClient(other.channel, "ada", patience=Patience(seconds=0, first_wait=0.1))
     reading = Reading(client.say("Hello"))

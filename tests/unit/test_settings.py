@@ -28,9 +28,12 @@ def test_defaults(tmp_path: Path) -> None:
         "openai_assistant_id": None,
         "openai_thread_ttl": 30,
         "openai_state": StateMode.CONVERSATION,
+        "openai_background": False,
         "listen": "127.0.0.1:50051",
         "turn_budget": 180,
         "drain": 185,
+        "lease": 15,
+        "restart_interrupted": False,
         "practice_words_per_second": 25,
         "max_request_bytes": 4 * 2**20,
         "max_turns": 5_000,
@@ -70,9 +73,19 @@ def test_openai_needs_a_key_or_a_server(monkeypatch: pytest.MonkeyPatch) -> None
     assert "OPENAI_BASE_URL" in fault
 
 
+def test_a_reply_that_is_to_be_resumed_must_be_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_BACKGROUND", "true")
+    assert load_settings().openai_background
+    monkeypatch.setenv("OPENAI_STATE", "stateless")
+    (fault,) = faults()
+    assert fault.startswith("OPENAI_BACKGROUND: ")
+    assert "OPENAI_STATE" in fault
+
+
 BAD = {
     "OPENAI_THREAD_TTL": ["-1", "36501", "1.5", f"{SECRET}"],
     "OPENAI_STATE": ["response_chain", SECRET],
+    "OPENAI_BACKGROUND": ["maybe", SECRET],
     "VIDA_DATABASE_URL": [
         f"mysql://u:{SECRET}@h/d",
         SECRET,
@@ -108,10 +121,7 @@ def test_a_bad_value_is_named_and_not_shown(name: str, value: str, monkeypatch: 
 
 
 NOT_BUILT = [
-    "OPENAI_BACKGROUND",
     "VIDA_AUTH_TOKENS",
-    "VIDA_LEASE",
-    "VIDA_RESTART_INTERRUPTED",
     "VIDA_TLS_CERT",
     "VIDA_TLS_KEY",
     "VIDA_TLS_CLIENT_CA",

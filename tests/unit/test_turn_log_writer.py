@@ -3,7 +3,7 @@
 import asyncio
 import functools
 import selectors
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from adapters.memory.store import MemoryStore
+from adapters.memory.store import MemoryStore, TurnLog
 from adapters.system import Ids
 from core.model.agent import Domain
 from core.model.errors import LeaseLost, StoreUnavailable
@@ -19,7 +19,7 @@ from core.model.events import LogEntry, TextDelta, ToolCalled, TurnEvent, TurnSt
 from core.model.thread import Thread, ThreadState
 from core.model.turn import Turn, TurnState, Usage
 from core.ports.store import Store, Transaction
-from core.ports.turns import RequestKey
+from core.ports.turns import Appended, LogAppend, RequestKey
 from core.use_cases.turn_feed import TurnFeed
 from core.use_cases.turn_log_writer import OpenLog, TurnLogWriter
 from doubles import CATALOG, ManualClock
@@ -73,28 +73,25 @@ class SlowStore(Store):
     def __init__(self) -> None:
         self.inner = MemoryStore(ManualClock())
         self.commits = 0
-        self.committing = 0
         self.before: Callable[[Callable[[Transaction], Any]], None] = lambda _: None
         self.after: Callable[[], None] = lambda: None
 
     async def write(self, change: Callable[[Transaction], T]) -> T:
         self.commits += 1
-        self.committing += 1
-        assert self.committing == 1, "the writer commits one group at a time"
-        try:
-            await asyncio.sleep(COMMIT)
-            self.before(change)
-            result = await self.inner.write(change)
-            self.after()
-            return result
-        finally:
-            self.committing -= 1
+        await asyncio.sleep(COMMIT)
+        self.before(change)
+        result = await self.inner.write(change)
+        self.after()
+        return result
 
     async def read(self, query: Callable[[Transaction], T]) -> T:
         return await self.inner.read(query)
 
     def exclusive(self, name: str) -> Any:
         return self.inner.exclusive(name)
+
+    def listen(self, heard: Callable[[frozenset[str]], None]) -> bool:
+        return self.inner.listen(heard)
 
     async def aclose(self) -> None:
         """Nothing is held."""
@@ -142,7 +139,8 @@ class Bench:
             tx.agents.publish(CATALOG.by_domain[Domain.CAREER])
             tx.users.ensure("ada", NOW)
             tx.threads.add(thread)
-            tx.turns.add(turn, "me", RequestKey(caller="c", user_id="ada", request_id="", fingerprint=""))
+            request = RequestKey(caller="c", user_id="ada", request_id="", fingerprint="")
+            tx.turns.add(turn, request, owner="me")
             tx.log.begin(turn.id, [started])
 
         await self.store.inner.write(change)
@@ -351,6 +349,35 @@ async def test_a_commit_of_unknown_outcome_is_neither_lost_nor_doubled(how: str)
         logs[0][0].add(TextDelta("d"))
         await logs[0][0].flush()
         assert await it.stored(logs[0][0]) == "abcd"
+
+
+@in_virtual_time
+async def test_a_turn_that_another_writer_holds_keeps_nobody_else_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    held: set[str] = set()
+    append = TurnLog.append
+
+    def skip_held(log: TurnLog, batch: Sequence[LogAppend]) -> Appended:
+        free = [each for each in batch if each.turn_id not in held]
+        busy = frozenset(each.turn_id for each in batch if each.turn_id in held)
+        return Appended(append(log, free).accepted, busy)
+
+    monkeypatch.setattr(TurnLog, "append", skip_held)
+    async with bench() as it:
+        (log, feed), (other, others_feed) = await it.turn(), await it.turn()
+        held.add(log.turn_id)
+        for each in (log, other):
+            each.add(TextDelta("a"))
+        flush = asyncio.create_task(log.flush())
+        for number in range(20):
+            other.add(TextDelta("b"))
+            assert await elapsed(other.flush()) < 0.01 + 2 * COMMIT, number
+        log.add(TextDelta("b"))
+        assert (text_of(feed.after(0)), text_of(others_feed.after(0))) == ("", "a" + 20 * "b")
+        assert not flush.done()
+        held.clear()
+        assert await elapsed(flush) < 0.1
+        assert await it.stored(log) == text_of(feed.after(0)) == "ab"
+        assert it.store.commits < 60  # it does not hammer
 
 
 @pytest.mark.parametrize("why", ["ended", "other epoch", "other position"])

@@ -1,30 +1,39 @@
 """A store without a database. It forgets everything with its process and is durable for no one."""
 
-from collections.abc import AsyncIterator, Callable, Hashable, Mapping, MutableMapping, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Iterable, Mapping, MutableMapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import TypeVar
 
 from core.model.agent import AgentDefinition, Domain
-from core.model.events import LogEntry, TurnEvent, TurnFinished, extent, merged, place
+from core.model.events import AttemptRestarted, LogEntry, TurnEvent, TurnFinished, extent, merged, place
 from core.model.events import after as events_after
 from core.model.goal import Goal
 from core.model.message import Message, Role
-from core.model.thread import ProviderState, Thread, ThreadState
-from core.model.turn import Turn, TurnState
+from core.model.thread import ProviderState, Thread, ThreadState, Tombstone
+from core.model.turn import Continuation, Turn, TurnState
 from core.ports import agents, goals, store, threads, turns
 from core.ports.agents import AgentVersionChanged
 from core.ports.store import Conflict
 from core.ports.system import Clock
 from core.ports.threads import ExpiredBatch, NewMessage, ThreadKey
-from core.ports.turns import LogAppend, RequestKey
+from core.ports.turns import Appended, Holder, LogAppend, RequestKey
 
 T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 
 _AT_WORK = frozenset({TurnState.RUNNING, TurnState.WAITING_FOR_CLIENT})
+
+
+@dataclass(frozen=True, slots=True)
+class _Claim:
+    """What is kept of a turn beside itself until it has ended."""
+
+    owner: str
+    place: int
+    waiting: NewMessage | None
 
 
 @dataclass
@@ -39,6 +48,9 @@ class Tables:
     replies: dict[str, Message] = field(default_factory=dict)
     turns: dict[str, Turn] = field(default_factory=dict)
     turns_of: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    claims: dict[str, _Claim] = field(default_factory=dict)
+    leases: dict[str, datetime] = field(default_factory=dict)
+    tombstones: dict[str, Tombstone] = field(default_factory=dict)
     requests: dict[tuple[str, str, str], tuple[str, str]] = field(default_factory=dict)
     logs: dict[str, tuple[LogEntry, ...]] = field(default_factory=dict)
     goals: dict[str, Goal] = field(default_factory=dict)
@@ -51,6 +63,12 @@ class Tables:
         else:
             self.undo.append(lambda: table.pop(key))
         table[key] = value
+
+    def drop(self, table: MutableMapping[K, V], key: K) -> None:
+        """Removes a value so that it can be put back."""
+        if key in table:
+            old = table.pop(key)
+            self.undo.append(lambda: table.__setitem__(key, old))
 
 
 class _Repository:
@@ -94,6 +112,42 @@ class Threads(_Repository, threads.Threads):
 
     def lock(self, user_id: str, thread_id: str) -> Thread | None:
         return self.get(user_id, thread_id)
+
+    def find(self, thread_id: str) -> Thread | None:
+        return self._tables.threads.get(thread_id)
+
+    def touch(self, thread_id: str, now: datetime) -> None:
+        thread = replace(self._tables.threads[thread_id], last_message_at=now, state=ThreadState.ACTIVE)
+        self._tables.put(self._tables.threads, thread_id, thread)
+
+    def delete(self, thread_id: str, now: datetime) -> None:
+        tables = self._tables
+        thread = tables.threads[thread_id]
+        state = tables.provider_states.get(thread_id) or ProviderState(provider="")
+        current = (state.conversation_id,) if state.conversation_id else ()
+        tombstone = Tombstone(
+            thread_id=thread_id,
+            user_id=thread.user_id,
+            provider=state.provider,
+            copies=(*current, *state.retired),
+            deleted_at=now,
+        )
+        turn_ids = tables.turns_of.get(thread_id, ())
+        for turn_id in turn_ids:
+            tables.drop(tables.turns, turn_id)
+            tables.drop(tables.logs, turn_id)
+            tables.drop(tables.replies, turn_id)
+            tables.drop(tables.claims, turn_id)
+        for key in [key for key, (turn_id, _) in tables.requests.items() if turn_id in turn_ids]:
+            tables.drop(tables.requests, key)
+        tables.drop(tables.turns_of, thread_id)
+        tables.drop(tables.messages, thread_id)
+        tables.drop(tables.provider_states, thread_id)
+        tables.drop(tables.threads, thread_id)
+        tables.put(tables.tombstones, thread_id, tombstone)
+
+    def tombstone(self, thread_id: str) -> Tombstone | None:
+        return self._tables.tombstones.get(thread_id)
 
     def list(
         self,
@@ -146,12 +200,44 @@ class Threads(_Repository, threads.Threads):
             if thread.state is ThreadState.ACTIVE
             and thread.last_message_at < cutoff
             and domain in (None, thread.domain)
-            and Turns(self._tables).in_the_way(thread.id) is None
+            and not any(turn_id in self._tables.claims for turn_id in self._tables.turns_of.get(thread.id, ()))
         ]
+
+
+def _age(turn: Turn) -> tuple[datetime, str]:
+    return turn.accepted_at, turn.id
 
 
 def _key(thread: Thread) -> tuple[datetime, str]:
     return thread.last_message_at, thread.id
+
+
+class Leases(turns.Leases):
+    """What processes have of the right to work on turns."""
+
+    def __init__(self, tables: Tables, clock: Clock) -> None:
+        self._tables = tables
+        self._clock = clock
+
+    def renew(self, owner: str, seconds: float) -> bool:
+        had = self.alive(owner)
+        self._tables.put(self._tables.leases, owner, self._clock.now() + timedelta(seconds=seconds))
+        return had
+
+    def end(self, owner: str) -> None:
+        self._tables.drop(self._tables.leases, owner)
+
+    def end_others(self, owner: str) -> None:
+        for other in [other for other in self._tables.leases if other != owner]:
+            self.end(other)
+
+    def others(self, owner: str) -> bool:
+        return any(self.alive(other) for other in self._tables.leases if other != owner)
+
+    def alive(self, owner: str) -> bool:
+        """Whether a process has a valid lease."""
+        until = self._tables.leases.get(owner)
+        return until is not None and until > self._clock.now()
 
 
 class Messages(_Repository, threads.Messages):
@@ -197,6 +283,11 @@ class Messages(_Repository, threads.Messages):
             return lines[: len(lines) if after is None else max(0, after - 1)][::-1][:limit]
         return lines[after or 0 :][:limit]
 
+    def question_of(self, turn_id: str) -> Message | None:
+        turn = self._tables.turns.get(turn_id)
+        lines = self._tables.messages.get(turn.thread_id, ()) if turn is not None else ()
+        return next((m for m in reversed(lines) if m.turn_id == turn_id and m.role is Role.USER), None)
+
     def reply_of(self, turn_id: str) -> Message | None:
         return self._tables.replies.get(turn_id)
 
@@ -204,14 +295,23 @@ class Messages(_Repository, threads.Messages):
 class Turns(_Repository, turns.Turns):
     """Turns."""
 
-    def add(self, turn: Turn, owner: str, request: RequestKey) -> None:
-        if any(self._tables.turns[other].state in _AT_WORK for other in self._of(turn.thread_id)):
+    def __init__(self, tables: Tables, clock: Clock) -> None:
+        super().__init__(tables)
+        self._clock = clock
+
+    def add(self, turn: Turn, request: RequestKey, *, owner: str = "", waiting: NewMessage | None = None) -> None:
+        unfinished = self.unfinished(turn.thread_id)
+        if turn.state in _AT_WORK and any(other.state in _AT_WORK for other in unfinished):
             raise Conflict
         if request.request_id:
             key = (request.caller, request.user_id, request.request_id)
             if key in self._tables.requests:
                 raise Conflict
             self._tables.put(self._tables.requests, key, (turn.id, request.fingerprint))
+        places = [self._tables.claims[other.id].place for other in unfinished]
+        place = max(places, default=0) + 1 if waiting is not None else 0
+        if not turn.state.is_terminal:
+            self._tables.put(self._tables.claims, turn.id, _Claim(owner, place, waiting))
         self._tables.put(self._tables.turns, turn.id, turn)
         self._tables.put(self._tables.turns_of, turn.thread_id, (*self._of(turn.thread_id), turn.id))
 
@@ -229,15 +329,54 @@ class Turns(_Repository, turns.Turns):
         found = self._tables.requests.get((caller, user_id, request_id))
         return None if found is None else (self._tables.turns[found[0]], found[1])
 
-    def in_the_way(self, thread_id: str) -> Turn | None:
-        turns = (self._tables.turns[turn_id] for turn_id in self._of(thread_id))
-        return next((turn for turn in turns if not turn.state.is_terminal), None)
+    def unfinished(self, thread_id: str) -> Sequence[Turn]:
+        turns = [self._tables.turns[turn_id] for turn_id in self._of(thread_id) if turn_id in self._tables.claims]
+        return sorted(turns, key=lambda turn: (turn.state not in _AT_WORK, self._tables.claims[turn.id].place))
 
-    def unfinished(self, limit: int) -> Sequence[str]:
-        return [turn.id for turn in self._tables.turns.values() if not turn.state.is_terminal][:limit]
+    def waiting_message(self, turn_id: str) -> NewMessage | None:
+        claim = self._tables.claims.get(turn_id)
+        return None if claim is None else claim.waiting
 
-    def save_ending(self, turn: Turn) -> None:
+    def holder(self, turn_id: str) -> Holder:
+        claim = self._tables.claims.get(turn_id)
+        owner = claim.owner if claim is not None else ""
+        return Holder(owner, Leases(self._tables, self._clock).alive(owner))
+
+    def held_by(self, owner: str) -> Mapping[str, int]:
+        return {turn.id: turn.epoch for turn in self._at_work() if self._tables.claims[turn.id].owner == owner}
+
+    def unclaimed(self, limit: int) -> Sequence[str]:
+        waiting = (self._tables.turns[turn_id] for turn_id in self._tables.claims)
+        found = [turn for turn in waiting if self.unfinished(turn.thread_id)[0] == turn]
+        found = [turn for turn in found if turn.state is TurnState.ACCEPTED]
+        return [turn.id for turn in sorted(found, key=_age)][:limit]
+
+    def abandoned(self, limit: int) -> Sequence[str]:
+        found = [turn for turn in self._at_work() if not self.holder(turn.id).alive]
+        return [turn.id for turn in sorted(found, key=_age)][:limit]
+
+    def save_claim(self, turn: Turn, owner: str) -> None:
+        claim = self._tables.claims[turn.id]
+        others = (other for other in self.unfinished(turn.thread_id) if other.id != turn.id)
+        if turn.state in _AT_WORK and any(other.state in _AT_WORK for other in others):
+            raise Conflict
+        waiting = claim.waiting if turn.state is TurnState.ACCEPTED else None
+        self._tables.put(self._tables.claims, turn.id, replace(claim, owner=owner, waiting=waiting))
         self._tables.put(self._tables.turns, turn.id, turn)
+
+    def save_continuation(self, turn_id: str, continuation: Continuation) -> None:
+        turn = replace(self._tables.turns[turn_id], continuation=continuation)
+        self._tables.put(self._tables.turns, turn_id, turn)
+
+    def save_ending(self, turn: Turn) -> str | None:
+        self._tables.put(self._tables.turns, turn.id, turn)
+        self._tables.drop(self._tables.claims, turn.id)
+        waiting = [other.id for other in self.unfinished(turn.thread_id) if other.state is TurnState.ACCEPTED]
+        return waiting[0] if waiting else None
+
+    def _at_work(self) -> Iterable[Turn]:
+        turns = (self._tables.turns[turn_id] for turn_id in self._tables.claims)
+        return [turn for turn in turns if turn.state in _AT_WORK]
 
     def _of(self, thread_id: str) -> tuple[str, ...]:
         return self._tables.turns_of.get(thread_id, ())
@@ -249,7 +388,7 @@ class TurnLog(_Repository, turns.TurnLog):
     def begin(self, turn_id: str, events: Sequence[TurnEvent]) -> None:
         self._tables.put(self._tables.logs, turn_id, tuple(place(events, 0)))
 
-    def append(self, batch: Sequence[LogAppend]) -> frozenset[str]:
+    def append(self, batch: Sequence[LogAppend]) -> Appended:
         accepted = set()
         for append in batch:
             turn = self._tables.turns.get(append.turn_id)
@@ -259,12 +398,17 @@ class TurnLog(_Repository, turns.TurnLog):
                 or (turn.epoch, turn.last_position) != (append.epoch, append.position)
             ):
                 continue
-            position = append.position + sum(map(extent, append.events))
-            self._tables.put(self._tables.turns, turn.id, replace(turn, last_position=position))
+            restarts = [event.attempt for event in append.events if isinstance(event, AttemptRestarted)]
+            turn = replace(
+                turn,
+                last_position=append.position + sum(map(extent, append.events)),
+                attempt=restarts[-1] if restarts else turn.attempt,
+            )
+            self._tables.put(self._tables.turns, turn.id, turn)
             log = self._tables.logs[turn.id]
             self._tables.put(self._tables.logs, turn.id, (*log, *place(append.events, append.position)))
             accepted.add(turn.id)
-        return frozenset(accepted)
+        return Appended(frozenset(accepted))
 
     def read(self, turn_id: str, after: int = 0) -> Sequence[LogEntry]:
         return events_after(self._tables.logs.get(turn_id, ()), after)
@@ -314,7 +458,7 @@ class MemoryTransaction(store.Transaction):
 
     @property
     def turns(self) -> Turns:
-        return Turns(self._tables)
+        return Turns(self._tables, self._clock)
 
     @property
     def log(self) -> TurnLog:
@@ -323,6 +467,10 @@ class MemoryTransaction(store.Transaction):
     @property
     def goals(self) -> Goals:
         return Goals(self._tables)
+
+    @property
+    def leases(self) -> Leases:
+        return Leases(self._tables, self._clock)
 
     def now(self) -> datetime:
         return self._clock.now()
@@ -360,6 +508,9 @@ class MemoryStore(store.Store):
             yield True
         finally:
             self._held.discard(name)
+
+    def listen(self, heard: Callable[[frozenset[str]], None]) -> bool:
+        return False
 
     async def aclose(self) -> None:
         """Nothing is held."""

@@ -4,7 +4,7 @@ import asyncio
 import hmac
 import logging
 from collections.abc import AsyncGenerator
-from contextlib import AsyncExitStack, aclosing
+from contextlib import aclosing
 from hashlib import sha256
 from itertools import count
 from typing import cast
@@ -14,16 +14,16 @@ from openai.types.responses import FunctionToolParam, ResponseTextConfigParam
 from openai.types.shared_params import Reasoning
 
 from adapters.openai import tuning
-from adapters.openai.errors import Exchange, ProviderFault, Remedy, translated
+from adapters.openai.errors import ProviderFault, Remedy
 from adapters.openai.items import labels
 from adapters.openai.memory import PROVIDER, ConversationMemory, Memory, StatelessMemory, StateMode
+from adapters.openai.reading import Reading
+from adapters.openai.responses import Call, Responses
 from adapters.openai.retry import Patience, Sleep
-from adapters.openai.round import RoundReader
-from adapters.openai.stream import SseSplitter, Watchdog, drain
 from core.model.agent import DEFAULT_MODEL, AgentDefinition
 from core.model.events import TextDelta, ToolCalled
 from core.model.turn import TurnReason
-from core.ports.agent import Agent, AgentEvent, ReplyRequest, RoundFinished
+from core.ports.agent import Agent, AgentEvent, Begun, CannotResume, ReplyRequest, Resumption, RoundFinished
 from core.ports.tools import ToolSpec
 
 MIN_OUTPUT_TOKENS = 16
@@ -47,6 +47,9 @@ class OpenAIAgent(Agent):
     `model` serves the definitions that name none. `user_key` is the secret under which users are known to the
     provider: it sees their hash. A provider may be silent for `first_event` seconds before its first event
     and for `idle` seconds between two. What is logged of a failure is its reason, status, code and ids.
+
+    With `background` the provider writes each response to its end, read or not: a lost connection is followed by
+    another one, and another process can resume. That needs a state mode that keeps something there.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class OpenAIAgent(Agent):
         model: str,
         user_key: bytes | str,
         state_mode: StateMode | str = StateMode.CONVERSATION,
+        background: bool = False,
         first_event: float = 30.0,
         idle: float = 45.0,
         sleep: Sleep = asyncio.sleep,
@@ -64,9 +68,11 @@ class OpenAIAgent(Agent):
         self._model = model
         self._user_key = user_key.encode() if isinstance(user_key, str) else user_key
         self._state_mode = StateMode(state_mode)
-        self._first_event = first_event
-        self._idle = idle
+        if background and self._state_mode is StateMode.STATELESS:
+            raise ValueError("what is to be resumed must be stored")
+        self._background = background
         self._sleep = sleep
+        self._responses = Responses(client, first_event=first_event, idle=idle, sleep=sleep)
 
     @property
     def provider(self) -> str:
@@ -78,24 +84,35 @@ class OpenAIAgent(Agent):
     async def reply(self, request: ReplyRequest) -> AsyncGenerator[AgentEvent, None]:
         patience = Patience(self._sleep)
         memory = self._memory(request)
+        resume = request.resume
         for number in count():
-            visible = False
+            visible = resume is not None and resume.text != ""
             try:
-                async with aclosing(memory.prepare()) as changes:
-                    async for change in changes:
-                        yield change
-                async with aclosing(self._round(request, memory, number)) as events:
+                if resume is None:
+                    async with aclosing(memory.prepare()) as changes:
+                        async for change in changes:
+                            yield change
+                async with aclosing(self._round(request, memory, number, resume)) as events:
                     async for event in events:
-                        visible = True
+                        visible = visible or not isinstance(event, Begun)
                         yield event
+            except CannotResume:
+                logger.warning(
+                    "a reply can't be resumed: turn_id=%s round=%d", request.turn_id, len(request.rounds)
+                )
+                raise
             except ProviderFault as fault:
                 _log(fault, request, number)
                 if visible or not await _worth_another_try(fault, memory, patience):
                     if fault.reason in _OUTCOME_UNKNOWN and (doubt := memory.doubt()):
                         yield doubt
                     raise
+                resume = None
             else:
                 return
+
+    async def stop(self, handle: str) -> None:
+        await self._responses.stop(handle)
 
     def _memory(self, request: ReplyRequest) -> Memory:
         match self._state_mode:
@@ -105,9 +122,33 @@ class OpenAIAgent(Agent):
                 return StatelessMemory(request)
 
     async def _round(
-        self, request: ReplyRequest, memory: Memory, number: int
-    ) -> AsyncGenerator[TextDelta | ToolCalled | RoundFinished, None]:
-        """Sends the request once and reads its answer."""
+        self, request: ReplyRequest, memory: Memory, number: int, resume: Resumption | None
+    ) -> AsyncGenerator[Begun | TextDelta | ToolCalled | RoundFinished, None]:
+        """Sends the request once, or finds the response to it that was begun before, and reads that."""
+        follows_text = any(finished.text for finished in request.rounds)
+        reading = Reading(follows_text=follows_text, known=resume.text if resume else "")
+        untold = self._background and resume is None
+        if resume is not None:
+            steps = self._responses.resume(resume.handle, reading)
+        elif self._background:
+            steps = self._responses.read_background(await self._call(request, memory, number), reading)
+        else:
+            steps = self._responses.read(await self._call(request, memory, number), reading)
+        async with aclosing(steps):
+            async for deltas in steps:
+                if untold and reading.response_id is not None:
+                    untold = False
+                    yield Begun(reading.response_id)
+                for delta in deltas:
+                    yield delta
+        assert reading.end is not None
+        for called in reading.end.calls:
+            yield called
+        shortfall = reading.end.shortfall
+        mirrored = memory.keeps_copy and memory.conversation is not None and shortfall is None
+        yield RoundFinished(reading.end.usage, shortfall, keeps_copy=mirrored)
+
+    async def _call(self, request: ReplyRequest, memory: Memory, number: int) -> Call:
         definition = request.definition
         user = hmac.new(self._user_key, request.user_id.encode(), sha256).hexdigest()
         model = self.model(definition)
@@ -115,12 +156,13 @@ class OpenAIAgent(Agent):
         # The provider's own words, which its types spell out; a wrong one is its to refuse.
         reasoning = cast("Reasoning", {"effort": effort}) if effort else omit
         text = cast("ResponseTextConfigParam", {"verbosity": verbosity}) if verbosity else omit
-        call = self._client.responses.with_streaming_response.create(
+        return self._client.responses.with_streaming_response.create(
             model=model,
             instructions=definition.instructions or omit,
             input=await memory.input(),
             conversation=memory.conversation or omit,
             store=memory.keeps_copy,
+            background=self._background or omit,
             tools=[_tool(spec) for spec in request.tools] or omit,
             parallel_tool_calls=True if request.tools else omit,
             reasoning=reasoning,
@@ -132,33 +174,6 @@ class OpenAIAgent(Agent):
             extra_headers={"X-Client-Request-Id": f"{request.turn_id}-{len(request.rounds)}-{number}"},
             stream=True,
         )
-        exchange = Exchange()
-        watchdog = Watchdog(self._first_event, self._idle)
-        splitter = SseSplitter()
-        reader = RoundReader(follows_text=any(finished.text for finished in request.rounds))
-        with translated(exchange):
-            async with AsyncExitStack() as stack:
-                response = await watchdog.wait(stack.enter_async_context(call))
-                exchange.opened = True
-                exchange.request_id = response.request_id or ""
-                chunks = await stack.enter_async_context(aclosing(response.http_response.aiter_bytes()))
-                while reader.end is None:
-                    chunk = await watchdog.wait(anext(chunks, None))
-                    if chunk is None:
-                        raise ProviderFault(TurnReason.PROVIDER_TRUNCATED)
-                    events = splitter.feed(chunk)
-                    if events:
-                        exchange.started = True
-                        watchdog.heard()
-                    for delta in reader.read(events):
-                        yield delta
-                    if reader.fault is not None:
-                        raise reader.fault
-                await drain(chunks)
-        for called in reader.end.calls:
-            yield called
-        shortfall = reader.end.shortfall
-        yield RoundFinished(reader.end.usage, shortfall, keeps_copy=memory.keeps_copy and shortfall is None)
 
     async def aclose(self) -> None:
         await self._client.close()

@@ -4,6 +4,7 @@ import random
 from collections.abc import Awaitable, Callable
 
 from adapters.openai.errors import ProviderFault, Remedy
+from core.model.turn import TurnReason
 
 Sleep = Callable[[float], Awaitable[None]]
 
@@ -14,6 +15,8 @@ LOCK_WAITS = (0.5, 1.0, 2.0, 4.0)
 """Seconds. A conversation stays locked for a moment after a stream was cut."""
 
 _BACKOFF = (0.5, 1.0)
+_SILENT = frozenset({TurnReason.PROVIDER_STALLED, TurnReason.PROVIDER_TIMEOUT})
+_LOST = _SILENT | {TurnReason.PROVIDER_TRUNCATED, TurnReason.PROVIDER_UNAVAILABLE}
 
 
 class Patience:
@@ -24,15 +27,21 @@ class Patience:
         self._retries = 0
         self._locks = 0
 
-    async def wait(self, fault: ProviderFault) -> bool:
-        """Waits as long as the fault asks for. False, at once, if trying again is of no use."""
-        if fault.remedy is Remedy.RETRY and self._retries < MAX_RETRIES:
+    async def wait(self, fault: ProviderFault, *, harmless: bool = False) -> bool:
+        """Waits as long as the fault asks for. False, at once, if trying again is of no use.
+
+        `harmless` says that the request may be repeated whatever has become of it. After a silence that is done
+        once.
+        """
+        again = fault.remedy is Remedy.RETRY or (harmless and fault.reason in _LOST)
+        if again and self._retries < MAX_RETRIES:
             pause = fault.retry_after
             if pause is None:
                 pause = _jittered(_BACKOFF[self._retries])
             elif pause > MAX_RETRY_AFTER:
                 return False
-            self._retries += 1
+            silent = fault.remedy is Remedy.NONE and fault.reason in _SILENT
+            self._retries += MAX_RETRIES if silent else 1
         elif fault.remedy is Remedy.WAIT and self._locks < len(LOCK_WAITS):
             pause = _jittered(LOCK_WAITS[self._locks])
             self._locks += 1

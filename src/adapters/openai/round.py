@@ -1,5 +1,6 @@
 """From the events of one response to what the core is told of it."""
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +23,8 @@ _SHORTFALLS = {
 
 Key = tuple[int, int]
 """Which part of which output item."""
+
+_ID = re.compile(r"[A-Za-z0-9][!-~]{0,511}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +49,15 @@ class RoundReader:
 
     Text is handed out as it comes, calls only with the end: before it the provider may still fail. A message
     that follows other text of this reply is set apart from it by an empty line; `follows_text` says that an
-    earlier round had some. Events are told apart by their `type` and unknown ones ignored.
+    earlier round had some. Events are told apart by their `type` and unknown ones ignored. `response_id` is the
+    response's name once it has come, `sequence` the number of the last event, -1 while none had one.
     """
 
     def __init__(self, *, follows_text: bool = False) -> None:
         self.end: RoundEnd | None = None
         self.fault: ProviderFault | None = None
-        self._sequence = -1
+        self.response_id: str | None = None
+        self.sequence = -1
         self._parts: dict[Key, _Part] = {}
         self._calls: dict[str, ToolCalled] = {}
         self._cleaner = TextCleaner()
@@ -84,9 +89,9 @@ class RoundReader:
         number = event.get("sequence_number")
         if not isinstance(number, int):
             return True  # compatible servers leave it out
-        if number <= self._sequence:
+        if number <= self.sequence:
             return False
-        self._sequence = number
+        self.sequence = number
         return True
 
     def _take(self, event: Mapping[str, Any]) -> None:
@@ -116,6 +121,8 @@ class RoundReader:
                 raise fault_in_stream(event.get("error") or event)
             case None if event.get("error"):
                 raise fault_in_stream(event["error"])
+            case "response.created":
+                self.response_id = _id(event.get("response"))
             case _:
                 return
 
@@ -206,6 +213,12 @@ def _usage(usage: object) -> Usage:
         output_tokens=count(facts, "output_tokens"),
         reasoning_tokens=count(facts.get("output_tokens_details"), "reasoning_tokens"),
     )
+
+
+def _id(response: object) -> str | None:
+    """The id of a response; None for what can't be part of an address."""
+    value = response.get("id") if isinstance(response, Mapping) else None
+    return value if isinstance(value, str) and _ID.fullmatch(value) else None
 
 
 def _key(event: Mapping[str, Any]) -> Key:

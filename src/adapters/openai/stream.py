@@ -18,6 +18,7 @@ DRAIN_SECONDS = 0.5
 
 _WANTED = frozenset(
     {
+        b"response.created",
         b"response.output_text.delta",
         b"response.output_text.done",
         b"response.refusal.delta",

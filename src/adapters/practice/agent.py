@@ -64,6 +64,9 @@ class PracticeAgent(Agent):
             yield TextDelta(word)
         yield RoundFinished(Usage(input_tokens=len(said), output_tokens=len(words)))
 
+    async def stop(self, handle: str) -> None:
+        """There is nothing that goes on by itself."""
+
     async def aclose(self) -> None:
         """Holds nothing."""
 

@@ -1,19 +1,22 @@
 """Engines: how the two databases are opened."""
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
-from sqlalchemy.pool import QueuePool
+from sqlalchemy.pool import NullPool, QueuePool
 
 from adapters.sql.errors import UnreadableDatabaseError
 
 READERS = 4
+BEGIN_WRITING = {"sqlite": "BEGIN IMMEDIATE", "postgresql": "BEGIN ISOLATION LEVEL READ COMMITTED"}
+BEGIN_READING = {"sqlite": "BEGIN", "postgresql": "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"}
 _HEADER = b"SQLite format 3\0"
 _POOL_TIMEOUT = 5.0
-_dumps = partial(json.dumps, ensure_ascii=False, separators=(",", ":"))
+_CONNECT_TIMEOUT = 5
+_KEEPALIVES = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3}
+_dumps = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 def is_embedded(url: str | URL) -> bool:
@@ -47,7 +50,7 @@ def writer_engine(url: str | URL) -> Engine:
     file.touch(mode=0o600)
     return _sqlite(
         url,
-        "BEGIN IMMEDIATE",
+        BEGIN_WRITING["sqlite"],
         [
             "PRAGMA journal_mode=WAL",
             "PRAGMA synchronous=FULL",
@@ -66,24 +69,20 @@ def reader_engine(url: str | URL) -> Engine:
     """
     url = make_url(url)
     if not is_embedded(url):
-        engine = _postgresql(url, pool_size=READERS)
-        return engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
-    return _sqlite(url, "BEGIN", ["PRAGMA query_only=ON", "PRAGMA wal_autocheckpoint=0"], pool_size=READERS)
+        return _postgresql(url, pool_size=READERS)
+    return _sqlite(
+        url, BEGIN_READING["sqlite"], ["PRAGMA query_only=ON", "PRAGMA wal_autocheckpoint=0"], pool_size=READERS
+    )
 
 
-def lock_engine(url: str | URL) -> Engine:
-    """An engine for PostgreSQL sessions that hold advisory locks for as long as they live."""
+def session_engine(url: str | URL) -> Engine:
+    """An engine for PostgreSQL sessions that live long: to hold advisory locks, to hear notifications."""
     return create_engine(
         _driver(make_url(url)),
         isolation_level="AUTOCOMMIT",
         hide_parameters=True,
-        pool_size=1,
-        connect_args={
-            "connect_timeout": 5,
-            "keepalives_idle": 10,
-            "keepalives_interval": 5,
-            "keepalives_count": 3,
-        },
+        poolclass=NullPool,
+        connect_args={"connect_timeout": _CONNECT_TIMEOUT, **_KEEPALIVES},
     )
 
 
@@ -91,7 +90,8 @@ def migration_engine(url: str | URL) -> Engine:
     """An engine for schema changes: no limit on how long a statement may take."""
     if is_embedded(url):
         return writer_engine(url)
-    return create_engine(_driver(make_url(url)), hide_parameters=True, connect_args={"connect_timeout": 5})
+    timeout = {"connect_timeout": _CONNECT_TIMEOUT}
+    return create_engine(_driver(make_url(url)), hide_parameters=True, connect_args=timeout)
 
 
 def _sqlite(url: URL, begin: str, pragmas: list[str], pool_size: int) -> Engine:
@@ -122,19 +122,17 @@ def _sqlite(url: URL, begin: str, pragmas: list[str], pool_size: int) -> Engine:
 def _postgresql(url: URL, pool_size: int) -> Engine:
     return create_engine(
         _driver(url),
+        isolation_level="AUTOCOMMIT",  # whoever wants a transaction begins it; the driver does not
         pool_size=pool_size,
         max_overflow=0,
         pool_timeout=_POOL_TIMEOUT,
-        pool_pre_ping=True,
         hide_parameters=True,
         json_serializer=_dumps,
         connect_args={
-            "connect_timeout": 5,
-            "keepalives_idle": 10,
-            "keepalives_interval": 5,
-            "keepalives_count": 3,
+            "connect_timeout": _CONNECT_TIMEOUT,
+            **_KEEPALIVES,
             "tcp_user_timeout": 10_000,
-            "options": "-c statement_timeout=10000 -c lock_timeout=5000 -c timezone=UTC"
+            "options": "-c statement_timeout=10000 -c lock_timeout=1000 -c timezone=UTC"
             " -c idle_in_transaction_session_timeout=15000 -c synchronous_commit=on",
         },
     )

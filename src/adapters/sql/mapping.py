@@ -3,11 +3,11 @@
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any, assert_never
 
-from sqlalchemy import Column, RowMapping
+from sqlalchemy import Row
 
-from adapters.sql import tables as t
 from core.model.agent import AgentDefinition, Domain
 from core.model.events import (
     AttemptRestarted,
@@ -20,44 +20,46 @@ from core.model.events import (
 )
 from core.model.goal import Goal
 from core.model.message import ContentPart, Message, RefusalPart, Role, TextPart, ToolExchange
-from core.model.thread import ProviderState, Thread, ThreadState
-from core.model.turn import Turn, TurnReason, TurnState, Usage
+from core.model.thread import ProviderState, Thread, ThreadState, Tombstone
+from core.model.turn import Continuation, Turn, TurnReason, TurnState, Usage
 from core.ports.threads import NewMessage
 
-Values = dict[Column[Any], Any]
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+AnyRow = Row[*tuple[Any, ...]]
+Values = dict[str, Any]
+"""The parameters of a statement: columns by their keys."""
 
 
-def thread_of(row: RowMapping) -> Thread:
+def thread_of(row: AnyRow) -> Thread:
     """Reads a row of `assistant_threads`."""
-    c = t.threads.c
     return Thread(
-        id=row[c.id],
-        user_id=row[c.user_id],
-        domain=Domain(row[c.domain]),
-        agent_id=row[c.assistant_id],
-        title=row[c.title],
-        state=ThreadState.ACTIVE if row[c.is_active] else ThreadState.INACTIVE,
-        metadata=row[c.metadata_],
-        last_message_at=row[c.last_message_at],
-        created_at=row[c.created_at],
-        message_count=row[c.message_count],
+        id=row.id,
+        user_id=row.user_id,
+        domain=Domain(row.domain),
+        agent_id=row.assistant_id,
+        title=row.title,
+        state=ThreadState.ACTIVE if row.is_active else ThreadState.INACTIVE,
+        metadata=row.metadata,
+        last_message_at=row.last_message_at,
+        created_at=row.created_at,
+        message_count=row.message_count,
     )
 
 
 def thread_values(thread: Thread) -> Values:
     """Writes a new row of `assistant_threads`."""
-    c = t.threads.c
     return {
-        c.id: thread.id,
-        c.user_id: thread.user_id,
-        c.assistant_id: thread.agent_id,
-        c.domain: thread.domain.value,
-        c.is_active: thread.state is ThreadState.ACTIVE,
-        c.metadata_: dict(thread.metadata),
-        c.last_message_at: thread.last_message_at,
-        c.created_at: thread.created_at,
-        c.title: thread.title,
-        c.message_count: thread.message_count,
+        "id": thread.id,
+        "user_id": thread.user_id,
+        "assistant_id": thread.agent_id,
+        "domain": thread.domain.value,
+        "is_active": thread.state is ThreadState.ACTIVE,
+        "metadata_": dict(thread.metadata),
+        "last_message_at": thread.last_message_at,
+        "created_at": thread.created_at,
+        "title": thread.title,
+        "message_count": thread.message_count,
     }
 
 
@@ -76,8 +78,8 @@ def provider_state_of(conversation_id: str | None, state: Mapping[str, Any] | No
 def provider_state_values(state: ProviderState) -> Values:
     """Writes them."""
     return {
-        t.threads.c.thread_id: state.conversation_id,
-        t.threads.c.provider_state: {
+        "thread_id": state.conversation_id,
+        "provider_state": {
             "provider": state.provider,
             "synced_to": state.synced_to,
             "retired": list(state.retired),
@@ -85,95 +87,148 @@ def provider_state_values(state: ProviderState) -> Values:
     }
 
 
-def turn_of(row: RowMapping) -> Turn:
+def tombstone_of(row: AnyRow) -> Tombstone:
+    """Reads a row of `tombstones`."""
+    return Tombstone(
+        thread_id=row.thread_id,
+        user_id=row.user_id,
+        provider=row.provider,
+        copies=tuple(row.copies),
+        deleted_at=row.deleted_at,
+    )
+
+
+def tombstone_values(thread_id: str, user_id: str, state: ProviderState | None, now: datetime) -> Values:
+    """Writes a new row of `tombstones` for a thread of which the provider has these copies."""
+    current = () if state is None or state.conversation_id is None else (state.conversation_id,)
+    return {
+        "thread_id": thread_id,
+        "user_id": user_id,
+        "provider": state.provider if state else "",
+        "copies": [*current, *(state.retired if state else ())],
+        "deleted_at": now,
+    }
+
+
+def turn_of(row: AnyRow) -> Turn:
     """Reads a row of `turns`."""
-    c = t.turns.c
     return Turn(
-        id=row[c.id],
-        thread_id=row[c.thread_id],
-        user_id=row[c.user_id],
-        agent_id=row[c.agent_id],
-        state=TurnState(row[c.state]),
-        attempt=row[c.attempt],
-        epoch=row[c.epoch],
-        last_position=row[c.last_position],
+        id=row.id,
+        thread_id=row.thread_id,
+        user_id=row.user_id,
+        agent_id=row.agent_id,
+        state=TurnState(row.state),
+        attempt=row.attempt,
+        epoch=row.epoch,
+        last_position=row.last_position,
         usage=Usage(
-            input_tokens=row[c.input_tokens],
-            cached_input_tokens=row[c.cached_input_tokens],
-            output_tokens=row[c.output_tokens],
-            reasoning_tokens=row[c.reasoning_tokens],
+            input_tokens=row.input_tokens,
+            cached_input_tokens=row.cached_input_tokens,
+            output_tokens=row.output_tokens,
+            reasoning_tokens=row.reasoning_tokens,
         ),
-        reason=TurnReason(reason) if (reason := row[c.reason]) is not None else None,
-        model=row[c.model],
-        provider=row[c.provider],
-        accepted_at=row[c.accepted_at],
-        finished_at=row[c.finished_at],
+        reason=TurnReason(reason) if (reason := row.reason) is not None else None,
+        model=row.model,
+        provider=row.provider,
+        accepted_at=row.accepted_at,
+        claimed_at=row.claimed_at,
+        finished_at=row.finished_at,
+        continuation=Continuation(*row.continuation) if row.continuation is not None else None,
     )
 
 
 def turn_values(turn: Turn) -> Values:
     """Writes all that the core knows of a turn."""
-    c = t.turns.c
     return {
-        c.id: turn.id,
-        c.thread_id: turn.thread_id,
-        c.user_id: turn.user_id,
-        c.agent_id: turn.agent_id,
-        c.attempt: turn.attempt,
-        c.model: turn.model,
-        c.provider: turn.provider,
-        c.accepted_at: turn.accepted_at,
+        "id": turn.id,
+        "thread_id": turn.thread_id,
+        "user_id": turn.user_id,
+        "agent_id": turn.agent_id,
+        "accepted_at": turn.accepted_at,
+        "continuation": None if turn.continuation is None else continuation_values(turn.continuation),
+        **claim_values(turn),
         **ending_values(turn),
+    }
+
+
+def continuation_values(continuation: Continuation) -> list[Any]:
+    """Writes what another process could go on with."""
+    return [continuation.handle, continuation.attempt, continuation.round]
+
+
+def claim_values(turn: Turn) -> Values:
+    """Writes what a claim or a release changes."""
+    return {
+        "state": turn.state.value,
+        "epoch": turn.epoch,
+        "attempt": turn.attempt,
+        "model": turn.model,
+        "provider": turn.provider,
+        "claimed_at": turn.claimed_at,
     }
 
 
 def ending_values(turn: Turn) -> Values:
     """Writes what an ending changes."""
-    c = t.turns.c
     return {
-        c.state: turn.state.value,
-        c.epoch: turn.epoch,
-        c.last_position: turn.last_position,
-        c.input_tokens: turn.usage.input_tokens,
-        c.cached_input_tokens: turn.usage.cached_input_tokens,
-        c.output_tokens: turn.usage.output_tokens,
-        c.reasoning_tokens: turn.usage.reasoning_tokens,
-        c.reason: turn.reason.value if turn.reason else None,
-        c.finished_at: turn.finished_at,
+        "state": turn.state.value,
+        "epoch": turn.epoch,
+        "last_position": turn.last_position,
+        "input_tokens": turn.usage.input_tokens,
+        "cached_input_tokens": turn.usage.cached_input_tokens,
+        "output_tokens": turn.usage.output_tokens,
+        "reasoning_tokens": turn.usage.reasoning_tokens,
+        "reason": turn.reason.value if turn.reason else None,
+        "finished_at": turn.finished_at,
     }
 
 
-def message_of(row: RowMapping) -> Message:
+def message_of(row: AnyRow) -> Message:
     """Reads a row of `messages`."""
-    c = t.messages.c
-    tool = row[c.tool]
+    tool = row.tool
     return Message(
-        id=row[c.id],
-        thread_id=row[c.thread_id],
-        turn_id=row[c.turn_id],
-        index=row[c.number],
-        role=Role(row[c.role]),
-        content=tuple(_part_of(kind, text) for kind, text in row[c.content]),
-        partial=row[c.partial],
-        created_at=row[c.created_at],
+        id=row.id,
+        thread_id=row.thread_id,
+        turn_id=row.turn_id,
+        index=row.number,
+        role=Role(row.role),
+        content=tuple(_part_of(kind, text) for kind, text in row.content),
+        partial=row.partial,
+        created_at=row.created_at,
         tool=ToolExchange(**tool) if tool else None,
     )
 
 
 def message_values(thread_id: str, number: int, message: NewMessage) -> Values:
     """Writes a new row of `messages`."""
-    c = t.messages.c
     return {
-        c.id: message.id,
-        c.thread_id: thread_id,
-        c.turn_id: message.turn_id,
-        c.number: number,
-        c.role: message.role.value,
-        c.content: [_part_values(part) for part in message.content],
-        c.partial: message.partial,
-        c.tool: dataclasses.asdict(message.tool) if message.tool else None,
-        c.created_at: message.created_at,
+        "id": message.id,
+        "thread_id": thread_id,
+        "turn_id": message.turn_id,
+        "number": number,
+        "role": message.role.value,
+        "content": [_part_values(part) for part in message.content],
+        "partial": message.partial,
+        "tool": dataclasses.asdict(message.tool) if message.tool else None,
+        "created_at": message.created_at,
     }
+
+
+def waiting_of(row: AnyRow) -> NewMessage:
+    """Reads the message in a row of `turns` that waits."""
+    message_id, content = row.waiting
+    return NewMessage(
+        id=message_id,
+        turn_id=row.id,
+        role=Role.USER,
+        content=tuple(_part_of(kind, text) for kind, text in content),
+        created_at=row.accepted_at,
+    )
+
+
+def waiting_values(message: NewMessage) -> list[Any]:
+    """Writes it. What else is to be known of it stands in its turn's row."""
+    return [message.id, [_part_values(part) for part in message.content]]
 
 
 def _part_of(kind: str, text: str) -> ContentPart:
@@ -206,23 +261,36 @@ def definition_values(definition: AgentDefinition) -> dict[str, Any]:
     return {**dataclasses.asdict(definition), "domain": definition.domain.value, "tools": list(definition.tools)}
 
 
-def goal_of(row: RowMapping) -> Goal:
+def goal_of(row: AnyRow) -> Goal:
     """Reads a row of `goals`."""
-    c = t.goals.c
     return Goal(
-        id=row[c.id],
-        user_id=row[c.user_id],
-        domain=Domain(row[c.domain]),
-        text=row[c.text],
-        commitment=row[c.commitment],
-        due=row[c.due],
-        created_at=row[c.created_at],
+        id=row.id,
+        user_id=row.user_id,
+        domain=Domain(row.domain),
+        text=row.text,
+        commitment=row.commitment,
+        due=row.due,
+        created_at=row.created_at,
     )
+
+
+def goal_values(goal: Goal, key: str) -> Values:
+    """Writes a new row of `goals`."""
+    return {
+        "id": goal.id,
+        "user_id": goal.user_id,
+        "domain": goal.domain.value,
+        "text": goal.text,
+        "commitment": goal.commitment,
+        "due": goal.due,
+        "key": key,
+        "created_at": goal.created_at,
+    }
 
 
 def dump_events(events: Sequence[TurnEvent]) -> str:
     """Writes events as compact JSON. What an ended turn and its reply are stands in their own rows."""
-    return json.dumps([_event_values(event) for event in events], ensure_ascii=False, separators=(",", ":"))
+    return _encode([_event_values(event) for event in events])
 
 
 def load_events(stored: str, finished: TurnFinished | None) -> list[TurnEvent]:

@@ -3,34 +3,42 @@
 import asyncio
 import hashlib
 import queue
+import secrets
 import threading
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, exc, text
+from sqlalchemy import exc, text
 
-from adapters.sql.engines import READERS, is_embedded, lock_engine, reader_engine, writer_engine
-from adapters.sql.repositories import SqlTransaction
+from adapters.sql.engines import (
+    BEGIN_READING,
+    BEGIN_WRITING,
+    READERS,
+    is_embedded,
+    reader_engine,
+    session_engine,
+    writer_engine,
+)
+from adapters.sql.errors import FAULTS, StoreFaultError, collided, ends_group, is_outage, translated
+from adapters.sql.notifications import Listener, announce
+from adapters.sql.session import Session
+from adapters.sql.transaction import SqlTransaction
+from adapters.sql.watchdog import Watchdog, line_of
 from core.model.errors import StoreUnavailable
 from core.ports import store
-from core.ports.store import Conflict, Transaction
+from core.ports.store import Transaction
 from core.ports.system import Clock
 
 T = TypeVar("T")
 
 _MAX_GROUP = 256
 _MAX_TRIES = 3
-_OUT_OF_TIME = frozenset({"55P03", "57014"})
-"""A lock or a statement that took too long: one change's trouble, not its group's."""
-_READ_ONLY = "25006"
-"""What a PostgreSQL says that is a standby, or has just become one."""
-
-
-class StoreFaultError(Exception):
-    """The database refused a statement. Names the kind of refusal only: its text may hold what a user wrote."""
+_PATIENCE = 12.0
+"""Seconds to wait for a server's answer. It ends a statement by itself before that."""
 
 
 @dataclass(slots=True)
@@ -57,16 +65,28 @@ class _Job:
 class SqlStore(store.Store):
     """The record on SQLite or PostgreSQL. One instance for each process and database."""
 
-    def __init__(self, url: str, clock: Clock) -> None:
+    def __init__(self, url: str, clock: Clock, *, patience: float = _PATIENCE) -> None:
+        """`patience`: after so many seconds a server that does not answer counts as gone."""
         self._url = url
-        self._clock = clock
+        self._name = secrets.token_hex(8)
         self._writer = writer_engine(url)
         self._readers = reader_engine(url)
+        self._watchdog = Watchdog(patience)
+        if not is_embedded(url):
+            self._watchdog.watch(self._writer)
+            self._watchdog.watch(self._readers)
+        dialect = self._writer.dialect.name
+        self._writing = SqlTransaction(Session(self._writer, BEGIN_WRITING[dialect], clock))
+        self._reading = deque(
+            SqlTransaction(Session(self._readers, BEGIN_READING[dialect], clock)) for _ in range(READERS)
+        )
         self._threads = ThreadPoolExecutor(READERS, thread_name_prefix="store-read")
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._write_groups, name="store-write", daemon=True)
+        self._listener: Listener | None = None
         self._held: set[str] = set()
         self._closed = False
+        self._given_up = False
         self._thread.start()
 
     async def write(self, change: Callable[[Transaction], T]) -> T:
@@ -94,7 +114,7 @@ class SqlStore(store.Store):
                 yield True  # one process owns the database: no other can hold it
                 return
             loop = asyncio.get_running_loop()
-            opening = loop.run_in_executor(self._threads, _LockSession, self._url, name)
+            opening = loop.run_in_executor(self._threads, _LockSession, self._url, name, self._watchdog)
             try:
                 session = await asyncio.shield(opening)
             except asyncio.CancelledError:
@@ -107,23 +127,51 @@ class SqlStore(store.Store):
         finally:
             self._held.discard(name)
 
+    def listen(self, heard: Callable[[frozenset[str]], None]) -> bool:
+        if is_embedded(self._url) or self._closed:
+            return False
+        loop = asyncio.get_running_loop()
+
+        def pass_on(turn_ids: frozenset[str]) -> None:
+            with suppress(RuntimeError):  # the loop is closed: there is nobody left to tell
+                loop.call_soon_threadsafe(heard, turn_ids)
+
+        self._listener = Listener(self._url, self._name, self._watchdog, pass_on)
+        return True
+
     async def aclose(self) -> None:
         if self._closed:
             return
         self._closed = True
         loop = asyncio.get_running_loop()
+        if self._listener is not None:
+            await loop.run_in_executor(None, self._listener.close)
         await loop.run_in_executor(None, self._threads.shutdown)
         # The writer closes last: on SQLite the last connection to close checkpoints.
+        for reading in self._reading:
+            reading.session.close()
         self._readers.dispose()
         self._jobs.put(None)
         await loop.run_in_executor(None, self._thread.join)
+        self._watchdog.close()
 
     def _read(self, query: Callable[[Transaction], T]) -> T:
+        if self._given_up:
+            raise StoreUnavailable
+        reading = self._reading.pop()  # there is one for each thread
         try:
-            with self._readers.connect() as connection, connection.begin():
-                return query(SqlTransaction(connection, self._clock))
-        except exc.SQLAlchemyError as error:
-            raise _translated(error) from error
+            with reading.session.transaction():
+                return query(reading)
+        except FAULTS as error:
+            self._consider(error)
+            raise translated(error) from error
+        finally:
+            self._reading.append(reading)
+
+    def _consider(self, error: BaseException) -> None:
+        """While it closes, it does not wait once more for a database that has not answered."""
+        if self._closed and is_outage(error):
+            self._given_up = True
 
     def _write_groups(self) -> None:
         while (job := self._jobs.get()) is not None:
@@ -137,10 +185,16 @@ class SqlStore(store.Store):
             self._run(group)
             if last:
                 break
+        self._writing.session.close()
         self._writer.dispose()
 
     def _run(self, group: list[_Job]) -> None:
         """Runs a group to its answers. A change that collided is run again, alone."""
+        if self._given_up:
+            for job in group:
+                job.error = StoreUnavailable()
+            _tell(group)
+            return
         self._attempt(group)
         _tell([job for job in group if not job.again])
         for job in [job for job in group if job.again]:
@@ -153,30 +207,31 @@ class SqlStore(store.Store):
 
     def _attempt(self, group: Sequence[_Job]) -> None:
         try:
-            with self._writer.connect() as connection, connection.begin():
-                transaction = SqlTransaction(connection, self._clock)
+            with self._writing.session.transaction():
                 for job in group:
-                    self._run_one(connection, transaction, job, alone=len(group) == 1)
+                    self._run_one(job, alone=len(group) == 1)
+                announce(self._writing.session, self._name)
         except _RollbackError:
             return  # the job's own error stands
-        except exc.SQLAlchemyError as error:
+        except FAULTS as error:
+            self._consider(error)
             for job in group:
-                job.error, job.again = _translated(error), _collided(error)
+                job.error, job.again = translated(error), collided(error)
         except BaseException as error:  # noqa: BLE001 - the thread must outlive it, and every job be answered
             for job in group:
                 job.error, job.again = StoreFaultError(type(error).__name__), False
 
-    def _run_one(self, connection: Connection, transaction: SqlTransaction, job: _Job, *, alone: bool) -> None:
+    def _run_one(self, job: _Job, *, alone: bool) -> None:
         try:
             if alone:
-                job.result = job.change(transaction)
+                job.result = job.change(self._writing)
             else:
-                with connection.begin_nested():
-                    job.result = job.change(transaction)
-        except exc.SQLAlchemyError as error:
-            if _is_outage(error) and not _collided(error) and _sqlstate(error) not in _OUT_OF_TIME:
+                with self._writing.session.nested():
+                    job.result = job.change(self._writing)
+        except FAULTS as error:
+            if ends_group(error):
                 raise  # takes the whole group down: nothing of it is committed
-            job.error, job.again = _translated(error), _collided(error)
+            job.error, job.again = translated(error), collided(error)
         except BaseException as error:  # noqa: BLE001 - belongs to whoever submitted the change, not to this thread
             job.error = error
         if alone and job.error is not None:
@@ -202,54 +257,28 @@ def _answer(jobs: Sequence[_Job]) -> None:
 class _LockSession:
     """A PostgreSQL session that holds an advisory lock, if it got it, for as long as it lives."""
 
-    def __init__(self, url: str, name: str) -> None:
+    def __init__(self, url: str, name: str, watchdog: Watchdog) -> None:
         key = int.from_bytes(hashlib.sha256(f"vida-coach:{name}".encode()).digest()[:8], "big", signed=True)
-        self._engine = lock_engine(url)
+        self._engine = session_engine(url)
+        watchdog.watch(self._engine)
+        lock = text("SELECT pg_try_advisory_lock(:key)")
         try:
             self._connection = self._engine.connect()
-            lock = text("SELECT pg_try_advisory_lock(:key)")
-            self.held = bool(self._connection.execute(lock, {"key": key}).scalar_one())
+            try:
+                with line_of(self._connection):
+                    self.held = bool(self._connection.execute(lock, {"key": key}).scalar_one())
+            except exc.SQLAlchemyError:
+                self._connection.close()
+                raise
         except exc.SQLAlchemyError as error:
-            self._engine.dispose()
-            raise _translated(error) from error
+            raise translated(error) from error
 
     def close(self) -> None:
         """Ends the session, and with it the lock."""
         self._connection.close()
-        self._engine.dispose()
 
 
 def _close_when_open(opening: "asyncio.Future[_LockSession]") -> None:
     """For whoever was cancelled while a session was opening."""
     if not opening.cancelled() and opening.exception() is None:
         opening.result().close()
-
-
-def _is_outage(error: exc.SQLAlchemyError) -> bool:
-    if isinstance(error, exc.TimeoutError):
-        return True
-    if _sqlstate(error) == _READ_ONLY:
-        return True
-    return isinstance(error, exc.OperationalError | exc.InterfaceError) or (
-        isinstance(error, exc.DBAPIError) and error.connection_invalidated
-    )
-
-
-def _collided(error: exc.SQLAlchemyError) -> bool:
-    """Whether another process was faster: unique violation, deadlock, serialization failure."""
-    if isinstance(error, exc.IntegrityError):
-        return True
-    return _sqlstate(error) in {"40001", "40P01"}
-
-
-def _sqlstate(error: exc.SQLAlchemyError) -> str | None:
-    state: str | None = getattr(getattr(error, "orig", None), "sqlstate", None)
-    return state
-
-
-def _translated(error: exc.SQLAlchemyError) -> Exception:
-    if _is_outage(error):
-        return StoreUnavailable()
-    if isinstance(error, exc.IntegrityError):
-        return Conflict()
-    return StoreFaultError(type(getattr(error, "orig", None) or error).__name__)

@@ -1,4 +1,8 @@
-"""The tables. Every text of a user is in `messages.content`, `messages.tool`, `turn_log.events` or `goals`."""
+"""The tables.
+
+Every text of a user is in `messages.content`, `messages.tool`, `turn_log.events`, `goals`, or, until its turn is
+claimed or has ended, in `turns.waiting`.
+"""
 
 from datetime import UTC, date, datetime
 from typing import Any
@@ -7,11 +11,13 @@ from sqlalchemy import (
     BigInteger,
     Boolean,
     Column,
+    ColumnElement,
     Date,
     DateTime,
     Dialect,
     ForeignKey,
     Index,
+    Integer,
     MetaData,
     Named,
     PrimaryKeyConstraint,
@@ -20,6 +26,7 @@ from sqlalchemy import (
     Text,
     TypedColumns,
     UniqueConstraint,
+    literal_column,
     text,
 )
 from sqlalchemy.types import JSON, TypeDecorator
@@ -86,8 +93,30 @@ class ThreadColumns(TypedColumns):
     provider_state: Named[dict[str, Any] | None] = Column(JSON(none_as_null=True))
 
 
+class TombstoneColumns(TypedColumns):
+    """Deleted threads whose copies at a provider may still have to be erased. `copies` are the provider's ids."""
+
+    thread_id = Column(String(36), primary_key=True)
+    user_id: Named[str] = Column(String(128))
+    provider: Named[str] = Column(String(64))
+    copies: Named[list[str]] = Column(JSON, nullable=False)
+    deleted_at: Named[datetime] = Column(UtcDateTime, nullable=False)
+
+
+class LeaseColumns(TypedColumns):
+    """Processes that work on turns, each until a time of the database's own clock."""
+
+    owner = Column(String(36), primary_key=True)
+    lease_until: Named[datetime] = Column(UtcDateTime, nullable=False)
+
+
 class TurnColumns(TypedColumns):
-    """Turns. A write to a running turn is conditional on `epoch`."""
+    """Turns. A write to a running turn is conditional on `epoch`. `owner` is empty where nobody has claimed it.
+
+    `place` orders the turns that wait in a thread. `waiting` is the id and the content of a user message that
+    is not in the transcript yet. `continuation` are the provider's name for a round that it writes by itself, and
+    the round's number.
+    """
 
     id = Column(String(36), primary_key=True)
     thread_id: Named[str] = Column(String(36), ForeignKey("assistant_threads.id"))
@@ -109,7 +138,11 @@ class TurnColumns(TypedColumns):
     model: Named[str] = Column(String(255))
     provider: Named[str] = Column(String(64))
     accepted_at: Named[datetime] = Column(UtcDateTime, nullable=False)
+    claimed_at: Named[datetime | None] = Column(UtcDateTime)
     finished_at: Named[datetime | None] = Column(UtcDateTime)
+    place: Named[int] = Column(Integer, nullable=False, server_default=text("0"))
+    waiting: Named[list[Any] | None] = Column(JSON(none_as_null=True))
+    continuation: Named[list[Any] | None] = Column(JSON(none_as_null=True))
 
 
 class MessageColumns(TypedColumns):
@@ -151,8 +184,23 @@ class GoalColumns(TypedColumns):
     created_at: Named[datetime] = Column(UtcDateTime, nullable=False)
 
 
-_UNFINISHED = text("state IN ('accepted', 'running', 'waiting_for_client')")
-_AT_WORK = text("state IN ('running', 'waiting_for_client')")
+_AT_WORK = ("running", "waiting_for_client")
+
+
+def unfinished(state: ColumnElement[str]) -> ColumnElement[bool]:
+    """Whether a turn has not ended."""
+    return state.in_([literal_column(f"'{value}'", String) for value in ("accepted", *_AT_WORK)])
+
+
+def at_work(state: ColumnElement[str]) -> ColumnElement[bool]:
+    """Whether a turn is at work, written so that both databases know the partial indexes' condition in it."""
+    return state.in_([literal_column(f"'{value}'", String) for value in _AT_WORK])
+
+
+def accepted(state: ColumnElement[str]) -> ColumnElement[bool]:
+    """Whether a turn waits in its thread; written so for the same reason."""
+    return state == literal_column("'accepted'", String)
+
 
 users = Table("users", metadata, UserColumns)
 agents = Table("agents", metadata, AgentColumns, UniqueConstraint("slug", "version"))
@@ -161,6 +209,13 @@ turns = Table("turns", metadata, TurnColumns)
 messages = Table("messages", metadata, MessageColumns, UniqueConstraint("thread_id", "number"))
 turn_log = Table("turn_log", metadata, TurnLogColumns, PrimaryKeyConstraint("turn_id", "position"))
 goals = Table("goals", metadata, GoalColumns, UniqueConstraint("key"))
+leases = Table("leases", metadata, LeaseColumns)
+tombstones = Table("tombstones", metadata, TombstoneColumns)
+
+_IS_AT_WORK = text("state IN ('running', 'waiting_for_client')")
+_IS_ACCEPTED = text("state = 'accepted'")
+_HAS_REQUEST_ID = text("request_id IS NOT NULL")
+_IS_QUESTION_OR_REPLY = text("role IN ('user', 'assistant')")
 
 Index("ix_assistant_threads_user", threads.c.user_id, threads.c.last_message_at, threads.c.id)
 Index(
@@ -170,31 +225,33 @@ Index(
     sqlite_where=text("is_active = 1"),
     postgresql_where=text("is_active"),
 )
-Index("ix_turns_thread", turns.c.thread_id)
+Index("ix_turns_thread", turns.c.thread_id, turns.c.state, turns.c.place)
 Index(
     "uq_turns_request",
     turns.c.caller,
     turns.c.user_id,
     turns.c.request_id,
     unique=True,
-    sqlite_where=text("request_id IS NOT NULL"),
-    postgresql_where=text("request_id IS NOT NULL"),
+    sqlite_where=_HAS_REQUEST_ID,
+    postgresql_where=_HAS_REQUEST_ID,
 )
+# Those of turns that have not ended are small however many have, and an ended turn costs them nothing.
 Index(
     "uq_turns_one_at_work",
     turns.c.thread_id,
     unique=True,
-    sqlite_where=_AT_WORK,
-    postgresql_where=_AT_WORK,
+    sqlite_where=_IS_AT_WORK,
+    postgresql_where=_IS_AT_WORK,
 )
-Index("ix_turns_unfinished", turns.c.accepted_at, sqlite_where=_UNFINISHED, postgresql_where=_UNFINISHED)
-for _role in ("user", "assistant"):
-    _is_role = text(f"role = '{_role}'")
-    Index(
-        f"uq_messages_one_{_role}",
-        messages.c.turn_id,
-        unique=True,
-        sqlite_where=_is_role,
-        postgresql_where=_is_role,
-    )
+Index("ix_turns_held", turns.c.owner, sqlite_where=_IS_AT_WORK, postgresql_where=_IS_AT_WORK)
+Index("ix_turns_waiting", turns.c.accepted_at, sqlite_where=_IS_ACCEPTED, postgresql_where=_IS_ACCEPTED)
+Index(
+    "uq_messages_question_and_reply",
+    messages.c.turn_id,
+    messages.c.role,
+    unique=True,
+    sqlite_where=_IS_QUESTION_OR_REPLY,
+    postgresql_where=_IS_QUESTION_OR_REPLY,
+)
+Index("ix_messages_turn", messages.c.turn_id)
 Index("ix_goals_user", goals.c.user_id, goals.c.domain, goals.c.created_at)

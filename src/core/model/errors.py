@@ -7,6 +7,7 @@ CoreError
 ├── RequestIdReused         same request id, other content
 ├── TurnInProgress          the thread has a running turn
 ├── PositionAhead           a cursor beyond the log
+├── QueueFull               too many messages wait in the thread
 ├── QuotaExceeded           the user's own bound
 ├── Overloaded, Draining    this process takes no more
 ├── StoreUnavailable        the database does not answer
@@ -113,6 +114,13 @@ class RetryableError(CoreError):
     """Nothing was accepted; the same call may succeed after `retry_after` seconds."""
 
     retry_after: ClassVar[float] = 1.0
+
+
+class QueueFull(RetryableError):
+    """As many messages as allowed wait in the thread."""
+
+    reason = "QUEUE_FULL"
+    message = "Too many messages wait in this thread."
 
 
 class QuotaExceeded(RetryableError):

@@ -155,3 +155,45 @@ def reply_of(events: Iterable[TurnEvent]) -> Reply:
             case _:
                 continue
     return Reply(tuple(parts), tuple(exchanges))
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One round of a reply as its log has it: what was said, the tools called then, and their answers so far."""
+
+    text: str
+    calls: tuple[ToolCalled, ...]
+    answers: tuple[ToolAnswered, ...]
+
+    @property
+    def open_calls(self) -> tuple[ToolCalled, ...]:
+        """The calls that have no answer."""
+        answered = {answer.call_id for answer in self.answers}
+        return tuple(call for call in self.calls if call.call_id not in answered)
+
+
+def rounds_of(events: Iterable[TurnEvent]) -> tuple[Round, ...]:
+    """Reads a log as rounds: everything after the last restart. Text or a call behind answers begins another."""
+    rounds: list[Round] = []
+    current = Round("", (), ())
+    for event in merged(events):
+        if isinstance(event, TextDelta | ToolCalled) and (
+            current.answers or (current.calls and isinstance(event, TextDelta))
+        ):
+            rounds.append(current)
+            current = Round("", (), ())
+        match event:
+            case AttemptRestarted():
+                rounds.clear()
+                current = Round("", (), ())
+            case TextDelta(text):
+                current = Round(current.text + text, current.calls, current.answers)
+            case ToolCalled():
+                current = Round(current.text, (*current.calls, event), current.answers)
+            case ToolAnswered():
+                current = Round(current.text, current.calls, (*current.answers, event))
+            case _:
+                continue
+    if current != Round("", (), ()):
+        rounds.append(current)
+    return tuple(rounds)

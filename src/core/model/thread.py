@@ -56,6 +56,17 @@ class ProviderState:
     retired: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tombstone:
+    """What is left of a deleted thread until the provider's copies of it are erased: ids, no content."""
+
+    thread_id: str
+    user_id: str
+    provider: str
+    copies: tuple[str, ...]
+    deleted_at: datetime
+
+
 def check_metadata(metadata: Mapping[str, str], field: str) -> None:
     """Raises InvalidField where metadata breaks a bound or contains U+0000."""
     if len(metadata) > MAX_METADATA_KEYS:

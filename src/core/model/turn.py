@@ -121,11 +121,25 @@ class Usage:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Continuation:
+    """A round of a reply that the provider writes whether anybody reads it or not.
+
+    `handle` is the provider's name for it, `round` the number of tool rounds before it in its attempt.
+    """
+
+    handle: str
+    attempt: int
+    round: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Turn:
     """One user message and everything that answers it.
 
-    `epoch` grows with every claim and with the ending; a write under an older epoch is refused.
+    `epoch` grows with every claim, every release and with the ending; a write under an older epoch is refused.
+    `continuation` is what another process could go on with.
+    `attempt` counts fresh starts of the reply. The turn's budget runs from `claimed_at`, the first claim.
     `last_position` is the log's position after its newest committed event. `reason` is set where the turn
     ended otherwise than COMPLETED, and only there.
     """
@@ -143,4 +157,6 @@ class Turn:
     model: str
     provider: str
     accepted_at: datetime
+    claimed_at: datetime | None = None
     finished_at: datetime | None = None
+    continuation: Continuation | None = None

@@ -21,6 +21,14 @@ class ToolRound:
     exchanges: tuple[ToolExchange, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Resumption:
+    """A round that another process began to read: the provider's name for it, and its text that is on record."""
+
+    handle: str
+    text: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplyRequest:
     """All that an agent may know of a turn.
@@ -28,7 +36,7 @@ class ReplyRequest:
     `history` loads the lines of the transcript before `message`, oldest first; an agent whose provider keeps
     the conversation need not call it. `rounds` holds the finished tool rounds of this turn: empty at first.
     `state` is what the agent last said of the provider's copy, None if it never did or if it was another
-    provider's.
+    provider's. `resume` asks for the rest of a round that was begun before.
     """
 
     turn_id: str
@@ -41,6 +49,17 @@ class ReplyRequest:
     tools: Sequence[ToolSpec]
     rounds: tuple[ToolRound, ...] = ()
     state: ProviderState | None = None
+    resume: Resumption | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """The provider writes this round to its end, read or not; `handle` finds it again from any process.
+
+    It is stored before the next event is asked for.
+    """
+
+    handle: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +83,7 @@ class RoundFinished:
     keeps_copy: bool = False
 
 
-AgentEvent = TextDelta | ToolCalled | StateChanged | RoundFinished
+AgentEvent = TextDelta | ToolCalled | Begun | StateChanged | RoundFinished
 
 
 class AgentFailed(Exception):
@@ -73,6 +92,13 @@ class AgentFailed(Exception):
     def __init__(self, reason: TurnReason) -> None:
         super().__init__(reason.value)
         self.reason = reason
+
+
+class CannotResume(AgentFailed):
+    """The provider does not know the round any more, or it has become another one than the text on record."""
+
+    def __init__(self) -> None:
+        super().__init__(TurnReason.INTERRUPTED)
 
 
 class Agent(Protocol):
@@ -94,8 +120,15 @@ class Agent(Protocol):
         Text in order, any number of tool calls, then exactly one RoundFinished, last. If tools were called
         the caller runs them and asks again, with the round added to `rounds`. Text holds no U+0000 and no
         lone surrogates. Fails with AgentFailed, with what `history` raises, and nothing else. Closing the
-        generator or cancelling the task stops the provider's work and frees what it holds.
+        generator or cancelling the task frees what it holds and stops the provider's work, unless that was
+        `Begun`: then only `stop` does. With `resume` it yields what follows the text on record, to the same end,
+        or fails with CannotResume.
         """
+
+    @abstractmethod
+    async def stop(self, handle: str) -> None:
+        """Stops a round that was `Begun` and that nobody will read. Never fails: what can't be stopped ends by
+        itself."""
 
     @abstractmethod
     async def aclose(self) -> None:

@@ -14,9 +14,13 @@ from typing import Protocol, TypeVar
 from core.ports.agents import AgentVersions
 from core.ports.goals import Goals
 from core.ports.threads import Messages, Threads, Users
-from core.ports.turns import TurnLog, Turns
+from core.ports.turns import Leases, TurnLog, Turns
 
 T = TypeVar("T")
+
+
+UNCLAIMED = "unclaimed"
+"""A hint that some turn waits for a process."""
 
 
 class Conflict(Exception):
@@ -54,6 +58,10 @@ class Transaction(Protocol):
     @abstractmethod
     def goals(self) -> Goals: ...
 
+    @property
+    @abstractmethod
+    def leases(self) -> Leases: ...
+
     @abstractmethod
     def now(self) -> datetime:
         """The store's own time in UTC: the same for all processes that share the database."""
@@ -82,6 +90,15 @@ class Store(Protocol):
         """Holds a named lock over all processes of the database; yields False at once if another holds it.
 
         The lock is free when its holder's process is gone.
+        """
+
+    @abstractmethod
+    def listen(self, heard: Callable[[frozenset[str]], None]) -> bool:
+        """Calls `heard`, in the running loop, with the ids of turns that another process has changed.
+
+        UNCLAIMED is among them where a turn waits for a process. Hints, no more: they may be lost, late or
+        doubled, and none comes before its change can be read. An empty set says that some may have been lost.
+        Returns whether hints will come; if not, one has to look. For one listener.
         """
 
     @abstractmethod

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from core.model.agent import Domain
 from core.model.message import ContentPart, Message, Role, ToolExchange
-from core.model.thread import ProviderState, Thread, ThreadState
+from core.model.thread import ProviderState, Thread, ThreadState, Tombstone
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +64,22 @@ class Threads(Protocol):
         """Reads the user's thread and keeps other writers away from it until the transaction ends."""
 
     @abstractmethod
+    def find(self, thread_id: str) -> Thread | None:
+        """Reads a thread of any user, for a caller that has checked whose it is."""
+
+    @abstractmethod
+    def touch(self, thread_id: str, now: datetime) -> None:
+        """Wakes a thread for a message that is not in the transcript yet, and moves `last_message_at` on."""
+
+    @abstractmethod
+    def delete(self, thread_id: str, now: datetime) -> None:
+        """Deletes a locked thread with its messages, turns and logs, and leaves a tombstone."""
+
+    @abstractmethod
+    def tombstone(self, thread_id: str) -> Tombstone | None:
+        """What is left of a deleted thread."""
+
+    @abstractmethod
     def list(
         self,
         user_id: str,
@@ -109,6 +125,10 @@ class Messages(Protocol):
         self, thread_id: str, *, after: int | None, newest_first: bool, limit: int | None
     ) -> Sequence[Message]:
         """Lines of a thread in order of index, beginning behind index `after` in the direction asked for."""
+
+    @abstractmethod
+    def question_of(self, turn_id: str) -> Message | None:
+        """The turn's USER message, once it is in the transcript."""
 
     @abstractmethod
     def reply_of(self, turn_id: str) -> Message | None:

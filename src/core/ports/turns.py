@@ -1,12 +1,13 @@
-"""The repositories of turns and their logs."""
+"""The repositories of turns, their logs, and the leases of the processes that work on them."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from core.model.events import LogEntry, TurnEvent
-from core.model.turn import Turn
+from core.model.turn import Continuation, Turn
+from core.ports.threads import NewMessage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,12 +30,52 @@ class LogAppend:
     events: tuple[TurnEvent, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Appended:
+    """What became of a batch: ids of the turns whose events are in, and of those held by a writer just now.
+
+    Whoever is in neither has lost its turn.
+    """
+
+    accepted: frozenset[str]
+    busy: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """The process that has claimed a turn, empty if none has, and whether its lease is valid."""
+
+    owner: str
+    alive: bool
+
+
+class Leases(Protocol):
+    """What processes have of the right to work on turns, in the store's own time. One lease for each process."""
+
+    @abstractmethod
+    def renew(self, owner: str, seconds: float) -> bool:
+        """Makes a process's lease last `seconds` from now. False where it had none, or it had run out."""
+
+    @abstractmethod
+    def end(self, owner: str) -> None:
+        """Ends a process's lease: what it has claimed may be claimed by others at once."""
+
+    @abstractmethod
+    def end_others(self, owner: str) -> None:
+        """Ends every other lease, for a process that knows that there is no other."""
+
+    @abstractmethod
+    def others(self, owner: str) -> bool:
+        """Whether another process has a valid lease."""
+
+
 class Turns(Protocol):
     """Turns. A thread has at most one that is RUNNING or WAITING_FOR_CLIENT: the store itself refuses another."""
 
     @abstractmethod
-    def add(self, turn: Turn, owner: str, request: RequestKey) -> None:
-        """Stores a new turn, claimed by process `owner` if it is RUNNING.
+    def add(self, turn: Turn, request: RequestKey, *, owner: str = "", waiting: NewMessage | None = None) -> None:
+        """Stores a new turn: RUNNING and claimed by process `owner`, or ACCEPTED at the end of its thread's queue
+        with the message that it is to answer.
 
         (caller, user, request id) is unique where there is a request id.
         """
@@ -49,23 +90,51 @@ class Turns(Protocol):
 
     @abstractmethod
     def lock(self, turn_id: str) -> Turn | None:
-        """Reads a turn of any user and keeps other writers away from it until the transaction ends."""
+        """Reads a turn of any user and keeps other writers away from its thread and from it (in this order)
+        until the transaction ends."""
 
     @abstractmethod
     def by_request(self, caller: str, user_id: str, request_id: str) -> tuple[Turn, str] | None:
         """The turn of a request id, and the fingerprint that came with it."""
 
     @abstractmethod
-    def in_the_way(self, thread_id: str) -> Turn | None:
-        """The thread's turn that has not ended, if it has one."""
+    def unfinished(self, thread_id: str) -> Sequence[Turn]:
+        """The thread's turns that have not ended: the one at work, then those that wait, in order."""
 
     @abstractmethod
-    def unfinished(self, limit: int) -> Sequence[str]:
-        """Ids of turns that have not ended, oldest first."""
+    def waiting_message(self, turn_id: str) -> NewMessage | None:
+        """The message of a turn that has never been claimed; later it is in the transcript."""
 
     @abstractmethod
-    def save_ending(self, turn: Turn) -> None:
-        """Stores a locked turn's terminal state: epoch, position, usage, reason, time."""
+    def holder(self, turn_id: str) -> Holder:
+        """Who has claimed the turn."""
+
+    @abstractmethod
+    def held_by(self, owner: str) -> Mapping[str, int]:
+        """Ids and epochs of the turns at work that a process has claimed."""
+
+    @abstractmethod
+    def unclaimed(self, limit: int) -> Sequence[str]:
+        """Ids of turns that wait for a process, oldest first: ACCEPTED, first in their thread's queue, and no
+        turn of the thread at work."""
+
+    @abstractmethod
+    def abandoned(self, limit: int) -> Sequence[str]:
+        """Ids of turns at work whose holder has no valid lease, oldest first."""
+
+    @abstractmethod
+    def save_claim(self, turn: Turn, owner: str) -> None:
+        """Stores a locked turn's state, epoch, attempt, model, provider and time of its first claim, and its
+        owner (empty: none). A turn that is at work no longer keeps a waiting message."""
+
+    @abstractmethod
+    def save_continuation(self, turn_id: str, continuation: Continuation) -> None:
+        """Stores what another process could go on with, for a locked turn."""
+
+    @abstractmethod
+    def save_ending(self, turn: Turn) -> str | None:
+        """Stores a locked turn's terminal state: epoch, position, usage, reason, time; its waiting message goes.
+        Returns the id of the next turn that waits in its thread."""
 
 
 class TurnLog(Protocol):
@@ -76,11 +145,11 @@ class TurnLog(Protocol):
         """Writes the first events of a new turn's log."""
 
     @abstractmethod
-    def append(self, batch: Sequence[LogAppend]) -> frozenset[str]:
-        """Adds events to the logs of several turns, each at most once in the batch.
+    def append(self, batch: Sequence[LogAppend]) -> Appended:
+        """Adds events to the logs of several turns, each at most once in the batch; waits for no lock.
 
-        Only where the turn is RUNNING, its epoch is the one given and its log ends at the position given;
-        returns the ids of those turns. The others are left untouched: they belong to somebody else.
+        Only where the turn is RUNNING, its epoch is the one given and its log ends at the position given.
+        The others are left untouched: another writer holds them, or they belong to somebody else.
         """
 
     @abstractmethod

@@ -1,35 +1,40 @@
 """Accepting a message: one short transaction makes it durable and claims its turn."""
 
-import asyncio
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 from core.model.agent import AgentDefinition, Catalog, Domain
 from core.model.errors import (
     AgentNotFound,
     CoreError,
+    Draining,
     InvalidField,
-    NotSupported,
+    QueueFull,
     RequestIdReused,
-    StoreUnavailable,
     ThreadNotFound,
     TurnInProgress,
 )
-from core.model.events import TurnStarted
+from core.model.events import TurnStarted, place
 from core.model.message import ContentPart, Role, TextPart, check_user_content
 from core.model.thread import Thread, ThreadState, check_metadata
-from core.model.turn import BusyPolicy, Turn, TurnState, Usage
+from core.model.turn import BusyPolicy, Turn, TurnReason, TurnState, Usage
 from core.model.user import check_user_id
 from core.ports.store import Store, Transaction
 from core.ports.system import Ids
 from core.ports.threads import NewMessage
 from core.ports.turns import RequestKey
-from core.use_cases.turn_engine import ClaimedTurn, TurnEngine
+from core.use_cases.claim_turn import ClaimedTurn
+from core.use_cases.definitions import Definitions
+from core.use_cases.detached import Detached
+from core.use_cases.end_turn import Ended, Ending, end_turn
+from core.use_cases.turn_engine import TurnEngine
 
 MAX_REQUEST_ID = 128
+MAX_WAITING = 8
+"""Messages that may wait in one thread."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +51,7 @@ class IncomingMessage:
     metadata: Mapping[str, str] = field(default_factory=dict)
 
     def check(self) -> None:
-        """Raises InvalidField or NotSupported for what breaks a rule whatever the store holds."""
+        """Raises InvalidField for what breaks a rule whatever the store holds."""
         check_user_id(self.user_id)
         if len(self.request_id) > MAX_REQUEST_ID:
             raise InvalidField("request_id", f"must have at most {MAX_REQUEST_ID} characters")
@@ -56,8 +61,6 @@ class IncomingMessage:
         check_metadata(self.metadata, "metadata")
         if self.thread_id and self.metadata:
             raise InvalidField("metadata", "is for new threads; use UpdateThread")
-        if self.on_busy is not BusyPolicy.REJECT:
-            raise NotSupported("on_busy")
 
     def fingerprint(self) -> str:
         """SHA-256 of thread, domain and content: what a repeat with the same request id must share."""
@@ -75,54 +78,64 @@ class Accepted:
     attached: bool
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Recorded:
+    """What the transaction did: found the turn of a repeat, or stored one and perhaps ended others for it."""
+
+    turn: Turn
+    attached: bool = False
+    claimed: ClaimedTurn | None = None
+    interrupted: tuple[Ended, ...] = ()
+
+
 class AcceptMessage:
     """Accepts messages and sets their turns running in this process."""
 
-    def __init__(self, *, store: Store, engine: TurnEngine, catalog: Catalog, ids: Ids, owner: str) -> None:
+    def __init__(
+        self, *, store: Store, engine: TurnEngine, catalog: Catalog, definitions: Definitions, ids: Ids
+    ) -> None:
         self._store = store
         self._engine = engine
         self._catalog = catalog
+        self._definitions = definitions
         self._ids = ids
-        self._owner = owner
-        self._definitions = {definition.id: definition for definition in catalog.agents()}
-        self._tasks: set[asyncio.Task[Accepted]] = set()
+        self._detached: Detached[Accepted] = Detached()
 
     async def __call__(self, message: IncomingMessage) -> Accepted:
-        """Makes the message durable and its turn running; a repeated request id attaches instead.
+        """Makes the message durable and its turn running or waiting; a repeated request id attaches instead.
 
-        Cancelling the caller does not undo or stop anything. Raises the errors of contract's accept path.
+        Cancelling the caller does not undo or stop anything. Raises the errors of contract's accept path. After
+        StoreUnavailable it is unknown whether the message is on record; if it is, its turn is found and run.
         """
         message.check()
-        task = asyncio.create_task(self._accept(message))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return await asyncio.shield(task)
+        return await self._detached.run(self._accept(message))
 
     async def settle(self) -> None:
         """Waits for messages that are being accepted."""
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._detached.settle()
 
     async def _accept(self, message: IncomingMessage) -> Accepted:
         refusal = self._engine.reserve(message.user_id)
         turn_id = self._ids.new()
-        outcome: Turn | ClaimedTurn | None = None
-        try:
-            outcome = await self._store.write(lambda tx: self._record(tx, message, refusal, turn_id))
-        except StoreUnavailable:
-            if refusal is None:
-                self._engine.disown(turn_id)
-            raise
-        finally:
-            if refusal is None and not isinstance(outcome, ClaimedTurn):
-                self._engine.release(message.user_id)
-        if isinstance(outcome, Turn):
-            return Accepted(outcome, attached=True)
-        self._engine.run(outcome)
-        return Accepted(outcome.turn, attached=False)
+        recorded: _Recorded | None = None
+        with self._engine.expecting(turn_id):
+            try:
+                recorded = await self._store.write(lambda tx: self._record(tx, message, refusal, turn_id))
+            finally:
+                if refusal is None and (recorded is None or recorded.claimed is None):
+                    self._engine.release(message.user_id)
+            for interrupted in recorded.interrupted:
+                self._engine.abandon(interrupted.turn.id)
+                self._engine.ended(interrupted)
+            if recorded.claimed is not None:
+                if refusal is not None:
+                    self._engine.reserve_anyway(message.user_id)
+                self._engine.run(recorded.claimed)
+        return Accepted(recorded.turn, recorded.attached)
 
     def _record(
         self, tx: Transaction, message: IncomingMessage, refusal: CoreError | None, turn_id: str
-    ) -> Turn | ClaimedTurn:
+    ) -> _Recorded:
         """Finds the turn of a repeat, or records a new one."""
         request = RequestKey(
             caller=message.caller,
@@ -130,49 +143,109 @@ class AcceptMessage:
             request_id=message.request_id,
             fingerprint=message.fingerprint(),
         )
-        if request.request_id:
-            earlier = tx.turns.by_request(request.caller, request.user_id, request.request_id)
-            if earlier is not None:
-                turn, fingerprint = earlier
-                if fingerprint != request.fingerprint:
-                    raise RequestIdReused
-                return turn
-        now = tx.now()
-        if message.thread_id:
-            thread, definition = self._existing(tx, message)
+        if earlier := self._earlier(tx, request):
+            return _Recorded(turn=earlier, attached=True)
+        interrupted: tuple[Ended, ...] = ()
+        if not message.thread_id:
             if refusal is not None:
                 raise refusal
-        else:
-            if refusal is not None:
-                raise refusal
+            now = tx.now()
             thread, definition = self._begin(tx, message, now)
-        turn = Turn(
-            id=turn_id,
-            thread_id=thread.id,
-            user_id=message.user_id,
-            agent_id=definition.id,
+            return self._start(tx, message, request, turn_id, thread, definition, now)
+        thread, definition = self._existing(tx, message)
+        now = tx.now()  # within the thread's lock: later turns of a thread are never older
+        unfinished = tx.turns.unfinished(thread.id)
+        if unfinished:
+            if earlier := self._earlier(tx, request):
+                return _Recorded(turn=earlier, attached=True)  # another process was faster with the same message
+            match message.on_busy:
+                case BusyPolicy.REJECT:
+                    raise TurnInProgress(unfinished[0].id)
+                case BusyPolicy.QUEUE:
+                    if isinstance(refusal, Draining):
+                        raise refusal
+                    return self._enqueue(tx, message, request, turn_id, thread, definition, unfinished, now)
+                case BusyPolicy.INTERRUPT:
+                    # The new turn takes the place of the one at work, so a bound on turns at work is no hindrance.
+                    replaces = any(turn.state is not TurnState.ACCEPTED for turn in unfinished)
+                    if isinstance(refusal, Draining) or (refusal is not None and not replaces):
+                        raise refusal
+                    ending = Ending(reason=TurnReason.INTERRUPTED, cancelled=True)
+                    interrupted = tuple(end_turn(tx, self._ids, turn.id, ending) for turn in unfinished)
+        elif refusal is not None:
+            raise refusal
+        recorded = self._start(tx, message, request, turn_id, thread, definition, now)
+        return replace(recorded, interrupted=interrupted)
+
+    def _earlier(self, tx: Transaction, request: RequestKey) -> Turn | None:
+        if not request.request_id:
+            return None
+        earlier = tx.turns.by_request(request.caller, request.user_id, request.request_id)
+        if earlier is None:
+            return None
+        turn, fingerprint = earlier
+        if fingerprint != request.fingerprint:
+            raise RequestIdReused
+        return turn
+
+    def _start(
+        self,
+        tx: Transaction,
+        message: IncomingMessage,
+        request: RequestKey,
+        turn_id: str,
+        thread: Thread,
+        definition: AgentDefinition,
+        now: datetime,
+    ) -> _Recorded:
+        """Records a turn that this process has claimed, and its message."""
+        model, provider = self._engine.claimant.served_by(definition)
+        turn = replace(
+            _accepted(message, turn_id, thread, now),
             state=TurnState.RUNNING,
-            attempt=1,
             epoch=1,
-            last_position=1,
-            usage=Usage(),
-            reason=None,
-            model=self._engine.agent.model(definition),
-            provider=self._engine.agent.provider,
-            accepted_at=now,
+            model=model,
+            provider=provider,
+            claimed_at=now,
         )
-        tx.turns.add(turn, self._owner, request)
-        tx.log.begin(turn.id, [TurnStarted(turn.id, thread.id, definition.id)])
-        line = NewMessage(
-            id=self._ids.new(), turn_id=turn.id, role=Role.USER, content=message.content, created_at=now
-        )
-        (stored,) = tx.messages.append(thread.id, [line])
-        return ClaimedTurn(
+        started = TurnStarted(turn.id, thread.id, definition.id)
+        tx.turns.add(turn, request, owner=self._engine.claimant.owner)
+        tx.log.begin(turn.id, [started])
+        (stored,) = tx.messages.append(thread.id, [self._line(message, turn_id, now)])
+        claimed = ClaimedTurn(
             turn=turn,
             thread=thread,
             message=stored,
             definition=definition,
             state=tx.threads.provider_state(thread.id) if message.thread_id else None,
+            log=place([started], 0),
+            budget_left=self._engine.claimant.budget,
+        )
+        return _Recorded(turn=turn, claimed=claimed)
+
+    def _enqueue(
+        self,
+        tx: Transaction,
+        message: IncomingMessage,
+        request: RequestKey,
+        turn_id: str,
+        thread: Thread,
+        definition: AgentDefinition,
+        unfinished: Sequence[Turn],
+        now: datetime,
+    ) -> _Recorded:
+        """Records a turn that waits. Its message joins the transcript when its turn comes."""
+        if sum(turn.state is TurnState.ACCEPTED for turn in unfinished) >= MAX_WAITING:
+            raise QueueFull
+        turn = _accepted(message, turn_id, thread, now)
+        tx.turns.add(turn, request, waiting=self._line(message, turn_id, now))
+        tx.log.begin(turn.id, [TurnStarted(turn.id, thread.id, definition.id)])
+        tx.threads.touch(thread.id, now)
+        return _Recorded(turn=turn)
+
+    def _line(self, message: IncomingMessage, turn_id: str, now: datetime) -> NewMessage:
+        return NewMessage(
+            id=self._ids.new(), turn_id=turn_id, role=Role.USER, content=message.content, created_at=now
         )
 
     def _existing(self, tx: Transaction, message: IncomingMessage) -> tuple[Thread, AgentDefinition]:
@@ -181,9 +254,7 @@ class AcceptMessage:
             raise ThreadNotFound
         if message.domain not in (None, thread.domain):
             raise InvalidField("domain", "is not the thread's")
-        if busy := tx.turns.in_the_way(thread.id):
-            raise TurnInProgress(busy.id)
-        return thread, self._definition(tx, thread.agent_id)
+        return thread, self._definitions.of(tx, thread.agent_id)
 
     def _begin(self, tx: Transaction, message: IncomingMessage, now: datetime) -> tuple[Thread, AgentDefinition]:
         domain = message.domain or Domain.GENERAL
@@ -206,9 +277,21 @@ class AcceptMessage:
         tx.threads.add(thread)
         return thread, definition
 
-    def _definition(self, tx: Transaction, agent_id: str) -> AgentDefinition:
-        definition = self._definitions.get(agent_id) or tx.agents.get(agent_id)
-        if definition is None:
-            raise AgentNotFound
-        self._definitions[agent_id] = definition
-        return definition
+
+def _accepted(message: IncomingMessage, turn_id: str, thread: Thread, now: datetime) -> Turn:
+    """A turn that nobody has claimed."""
+    return Turn(
+        id=turn_id,
+        thread_id=thread.id,
+        user_id=message.user_id,
+        agent_id=thread.agent_id,
+        state=TurnState.ACCEPTED,
+        attempt=1,
+        epoch=0,
+        last_position=1,
+        usage=Usage(),
+        reason=None,
+        model="",
+        provider="",
+        accepted_at=now,
+    )

@@ -28,11 +28,15 @@ class Ending:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """A turn in its terminal state. `already` says that it had ended before."""
+    """A turn in its terminal state. `already` says that it had ended before.
+
+    `next_id` is the turn that waits in its thread and can be claimed now.
+    """
 
     turn: Turn
     reply: Message | None
     already: bool
+    next_id: str | None = None
 
 
 def end_turn(
@@ -94,13 +98,13 @@ def end_turn(
         )
     stored = tx.messages.append(turn.thread_id, lines) if lines else ()
     message = stored[-1] if reply.parts else None
-    tx.turns.save_ending(ended)
+    next_id = tx.turns.save_ending(ended)
     tx.log.fold(turn_id, merged([*events, TurnFinished(ended, message)]))
     if ending.keeps_copy and message and state is TurnState.COMPLETED:
         copy = tx.threads.provider_state(turn.thread_id)
         if copy is not None:
             tx.threads.save_provider_state(turn.thread_id, replace(copy, synced_to=message.index))
-    return Ended(ended, message, already=False)
+    return Ended(ended, message, already=False, next_id=next_id)
 
 
 def _verdict(ending: Ending, parts: Sequence[ContentPart]) -> tuple[TurnState, TurnReason | None]:

@@ -1,6 +1,5 @@
 """Following a turn: replay what is committed behind a position, then go on live to the end."""
 
-import asyncio
 from collections.abc import AsyncGenerator, Sequence
 
 from core.model.errors import InvalidField, PositionAhead, TurnNotFound
@@ -8,9 +7,6 @@ from core.model.events import LogEntry, TurnFinished
 from core.model.turn import Turn
 from core.ports.store import Store, Transaction
 from core.use_cases.turn_feed import TurnFeeds
-
-POLL_SECONDS = 0.1
-"""How often a turn that does not run in this process is looked at."""
 
 
 class FollowTurn:
@@ -42,26 +38,28 @@ class FollowTurn:
         """
         position = after_position
         feed = None
-        while True:
-            if feed is None or feed.closed:
-                feed = self._feeds.get(turn_id)
-            ended = False
-            if feed is not None:
-                entries: Sequence[LogEntry] = feed.after(position)
-                ended = feed.ended
-            else:
-                entries, ended = await self._stored(turn_id, position)
-            for entry in entries:
-                yield entry
-                if isinstance(entry.event, TurnFinished):
+        # No wait of any length is open across a `yield`: whoever closes this generator does so from elsewhere.
+        with self._feeds.news(turn_id) as news:
+            while True:
+                if feed is None or feed.closed:
+                    feed = self._feeds.get(turn_id)
+                ended = False
+                if feed is not None:
+                    entries: Sequence[LogEntry] = feed.after(position)
+                    ended = feed.ended
+                else:
+                    entries, ended = await self._stored(turn_id, position)
+                for entry in entries:
+                    yield entry
+                    if isinstance(entry.event, TurnFinished):
+                        return
+                    position = entry.position
+                if ended:
                     return
-                position = entry.position
-            if ended:
-                return
-            if feed is not None:
-                await feed.changed(position)
-            elif not entries:
-                await asyncio.sleep(POLL_SECONDS)
+                if feed is not None:
+                    await feed.changed(position)
+                elif not entries:
+                    await news.wait(self._feeds.poll)
 
     async def _stored(self, turn_id: str, position: int) -> tuple[Sequence[LogEntry], bool]:
         def query(tx: Transaction) -> tuple[Sequence[LogEntry], bool]:

@@ -2,9 +2,15 @@
 
 import asyncio
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 
-from core.model.events import LogEntry, TurnFinished, after, merged, place
+from core.model.events import LogEntry, TurnEvent, TurnFinished, after, merged, place
+
+POLL_SECONDS = 0.1
+"""How often a turn that does not run in this process is looked at."""
+HINTED_POLL_SECONDS = 1.0
+"""The same where the store sends hints: one may get lost."""
 
 
 class TurnFeed:
@@ -33,6 +39,11 @@ class TurnFeed:
         self._wake()
 
     @property
+    def events(self) -> list[TurnEvent]:
+        """All that was committed."""
+        return [entry.event for entry in self._entries]
+
+    @property
     def ended(self) -> bool:
         """Whether the turn's last event has been published."""
         return isinstance(self._entries[-1].event, TurnFinished)
@@ -52,15 +63,37 @@ class TurnFeed:
         changed.set()
 
 
+class News:
+    """Word that a turn may have changed: a hint, kept until it is waited for."""
+
+    def __init__(self) -> None:
+        self._heard = asyncio.Event()
+
+    def tell(self) -> None:
+        """Wakes whoever waits."""
+        self._heard.set()
+
+    async def wait(self, seconds: float) -> None:
+        """Waits for word, at most so long."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._heard.wait()
+        self._heard.clear()
+
+
 class TurnFeeds:
-    """The feeds of all turns that run in this process."""
+    """The feeds of all turns that run in this process, and those who wait for word of turns that do not."""
 
     def __init__(self) -> None:
         self._feeds: dict[str, TurnFeed] = {}
+        self._waiting: dict[str, set[News]] = {}
+        self.poll = POLL_SECONDS
 
     def open(self, turn_id: str, entries: Sequence[LogEntry]) -> TurnFeed:
         """Begins a turn's feed with the events committed so far."""
+        self.drop(turn_id)
         feed = self._feeds[turn_id] = TurnFeed(entries)
+        self.tell(turn_id)
         return feed
 
     def get(self, turn_id: str) -> TurnFeed | None:
@@ -71,3 +104,25 @@ class TurnFeeds:
         """Forgets a feed; those who hold it can read it to the end."""
         if feed := self._feeds.pop(turn_id, None):
             feed.close()
+
+    @contextmanager
+    def news(self, turn_id: str) -> Iterator[News]:
+        """Listens for word of a turn."""
+        news = News()
+        self._waiting.setdefault(turn_id, set()).add(news)
+        try:
+            yield news
+        finally:
+            self._waiting[turn_id].discard(news)
+            if not self._waiting[turn_id]:
+                del self._waiting[turn_id]
+
+    def tell(self, turn_id: str) -> None:
+        """Passes on that a turn may have changed."""
+        for news in self._waiting.get(turn_id, ()):
+            news.tell()
+
+    def tell_all(self) -> None:
+        """Passes on that any turn may have changed."""
+        for turn_id in list(self._waiting):
+            self.tell(turn_id)

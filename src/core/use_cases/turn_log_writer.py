@@ -13,7 +13,7 @@ from core.model.errors import LeaseLost, StoreUnavailable
 from core.model.events import LogEntry, TextDelta, TurnEvent, extent, merged, place
 from core.model.turn import Turn, TurnState
 from core.ports.store import Store, Transaction
-from core.ports.turns import LogAppend
+from core.ports.turns import Appended, LogAppend
 from core.use_cases.turn_feed import TurnFeed
 
 _log = logging.getLogger(__name__)
@@ -24,6 +24,7 @@ _TICK_PER_TURN = 0.0002
 _MAX_PENDING = 65_536
 _RETRY_FIRST = 0.05
 _RETRY_MAX = 1.0
+_BUSY_WAIT = 0.02
 
 
 class OpenLog:
@@ -36,16 +37,25 @@ class OpenLog:
         self.pending: list[TurnEvent] = []
         self.in_flight = False
         self.error: Exception | None = None
+        self.closed = False
         self._pending_extent = 0
         self._writer = writer
         self._feed = feed
         self._spoken = False
         self._landed = asyncio.Event()
+        self.silent = True
+        """Whether nothing was added since the log was opened."""
+
+    @property
+    def events(self) -> list[TurnEvent]:
+        """All that is committed."""
+        return self._feed.events
 
     def add(self, event: TurnEvent) -> None:
         """Hands an event over; it reaches followers once it is committed. Raises what made a commit fail."""
         if self.error is not None:
             raise self.error
+        self.silent = False
         first_text = not self._spoken and isinstance(event, TextDelta)
         self._spoken = self._spoken or first_text
         self.pending.append(event)
@@ -109,6 +119,7 @@ class TurnLogWriter:
         self._dirty: dict[str, OpenLog] = {}
         self._work = asyncio.Event()
         self._urgent = asyncio.Event()
+        self._held: set[asyncio.Task[None]] = set()
         self._live = 0
 
     def open(self, turn: Turn, feed: TurnFeed) -> OpenLog:
@@ -119,6 +130,7 @@ class TurnLogWriter:
     def close(self, log: OpenLog) -> None:
         """Ends a turn's part in the groups."""
         self._live -= 1
+        log.closed = True
         self.withdraw(log)
 
     def offer(self, log: OpenLog, *, urgent: bool) -> None:
@@ -131,10 +143,18 @@ class TurnLogWriter:
 
     def withdraw(self, log: OpenLog) -> None:
         """Takes back what is not yet on its way."""
-        self._dirty.pop(log.turn_id, None)
+        if self._dirty.get(log.turn_id) is log:
+            del self._dirty[log.turn_id]
 
     async def run(self) -> None:
         """Commits until cancelled."""
+        try:
+            await self._run()
+        finally:
+            for task in self._held:
+                task.cancel()
+
+    async def _run(self) -> None:
         loop = asyncio.get_running_loop()
         last = 0.0
         while True:
@@ -158,7 +178,7 @@ class TurnLogWriter:
         retry = _RETRY_FIRST
         while True:
             try:
-                accepted = await self._store.write(partial(_append, [append for _, append in group]))
+                appended = await self._store.write(partial(_append, [append for _, append in group]))
             except StoreUnavailable:
                 # Nothing may be shown that is not durable, and nothing is given up: turns wait, within
                 # their budgets, until the store is back.
@@ -176,21 +196,35 @@ class TurnLogWriter:
                 return
             else:
                 for log, append in group:
-                    self._land(log, append, None if append.turn_id in accepted else LeaseLost())
+                    if append.turn_id in appended.busy:
+                        self._wait_for(log, append)
+                    else:
+                        self._land(log, append, None if append.turn_id in appended.accepted else LeaseLost())
                 return
+
+    def _wait_for(self, log: OpenLog, append: LogAppend) -> None:
+        """Tries again soon, apart from the other turns: whoever holds this one must not hold them up."""
+
+        async def again() -> None:
+            await asyncio.sleep(_BUSY_WAIT)
+            await self._commit([(log, append)])
+
+        task = asyncio.create_task(again(), name=f"turn-log-{append.turn_id}")
+        self._held.add(task)
+        task.add_done_callback(self._held.discard)
 
     def _land(self, log: OpenLog, append: LogAppend, error: Exception | None) -> None:
         log.land(append, error)
-        if log.pending and error is None:
+        if log.pending and error is None and not log.closed:
             self.offer(log, urgent=False)
 
 
-def _append(appends: Sequence[LogAppend], tx: Transaction) -> frozenset[str]:
-    accepted = set(tx.log.append(appends))
-    for append in appends:
-        if append.turn_id not in accepted and _is_there(tx.turns.lock(append.turn_id), append):
-            accepted.add(append.turn_id)
-    return frozenset(accepted)
+def _append(appends: Sequence[LogAppend], tx: Transaction) -> Appended:
+    appended = tx.log.append(appends)
+    known = appended.accepted | appended.busy
+    rest = [append for append in appends if append.turn_id not in known]
+    there = {append.turn_id for append in rest if _is_there(tx.turns.find(append.turn_id), append)}
+    return Appended(appended.accepted | there, appended.busy)
 
 
 def _is_there(turn: Turn | None, append: LogAppend) -> bool:

@@ -25,8 +25,9 @@ def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
         "serve",
         help="run the gRPC service",
         description="Runs the gRPC service until SIGTERM or SIGINT, then lets running turns finish within "
-        "VIDA_DRAIN. Prints `listening on HOST:PORT` on stdout once it is SERVING. With nothing configured it "
-        "keeps its record in SQLite and answers as the practice coach.",
+        "VIDA_DRAIN (a second signal cuts that short). Several may serve one PostgreSQL database: turns whose "
+        "process is gone go on in another. Prints `listening on HOST:PORT` on stdout once it is SERVING. With "
+        "nothing configured it keeps its record in SQLite and answers as the practice coach.",
     )
     parser.add_argument(
         "--listen", metavar="HOST:PORT", help="address (default: VIDA_LISTEN, 127.0.0.1:50051); port 0 picks one"
@@ -70,11 +71,13 @@ async def _serve(settings: "Settings", listen: str) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    async with hosted(settings, "serve", listen=listen) as (_, address):
+    async with hosted(settings, "serve", listen=listen) as (container, address):
         print(f"listening on {address}", flush=True)
         _log.info("serving %s on %s", settings.provider.value, address)
         await stop.wait()
-        _log.info("stopping: running turns have %.0f s", settings.drain)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, container.engine().hurry)
+        _log.info("stopping: running turns have %.0f s, or until the next signal", settings.drain)
     _log.info("stopped")
 
 

@@ -30,11 +30,13 @@ _HELP = """\
 /thread N|ID     go on with one of them
 /new [DOMAIN]    begin another one: career, health, relationship or general
 /history         what was said
+/delete          delete this conversation for good
 /quit            leave; Ctrl-D too
 Ctrl-C cancels a reply; at the prompt, or pressed again, it leaves."""
 _ADVICE = {
     "TURN_IN_PROGRESS": "Send it again when that has ended; /history shows its reply.",
     "THREAD_NOT_FOUND": "/threads lists yours.",
+    "TURN_NOT_FOUND": "Its conversation has been deleted.",
     "QUOTA_EXCEEDED": "Try again when one of them has ended.",
 }
 
@@ -85,6 +87,7 @@ class Session:
             "/thread": self._switch,
             "/new": self._begin_another,
             "/history": self._show_history,
+            "/delete": self._delete,
             "/help": lambda _: self._screen.note(_HELP),
         }
 
@@ -227,6 +230,19 @@ class Session:
                     self._screen.note(f"{_text(message)}{' (broken off)' if message.partial else ''}\n")
                 case _:
                     """The coach's notes to itself."""
+
+    def _delete(self, confirmation: str) -> None:
+        if not self._thread_id:
+            raise _CommandError("There is nothing to delete: nothing has been said yet.")
+        if confirmation != "yes":
+            thread = self._client.thread(self._thread_id)
+            raise _CommandError(
+                f"/delete yes deletes this conversation about {_domain_name(thread.domain)} for good: "
+                f"{self._title(thread)} ({thread.message_count} messages)."
+            )
+        self._client.delete_thread(self._thread_id)
+        self._screen.note("The conversation is deleted.")
+        self._begin_another("")
 
     # Messages
 

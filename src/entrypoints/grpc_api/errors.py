@@ -32,6 +32,7 @@ STATUS: dict[type[errors.CoreError], grpc.StatusCode] = {
     errors.TurnInProgress: grpc.StatusCode.ABORTED,
     errors.CleanupRunning: grpc.StatusCode.ABORTED,
     errors.PositionAhead: grpc.StatusCode.OUT_OF_RANGE,
+    errors.QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.QuotaExceeded: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.Overloaded: grpc.StatusCode.UNAVAILABLE,
     errors.Draining: grpc.StatusCode.UNAVAILABLE,

@@ -6,6 +6,7 @@ import grpc
 
 from core.model.errors import InvalidField
 from core.model.user import check_user_id
+from core.use_cases.delete_thread import DeleteThread
 from core.use_cases.read_threads import MessageQuery, ReadThreads, ThreadQuery
 from entrypoints.grpc_api import mapping
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import thread_service_pb2 as api
@@ -16,10 +17,11 @@ _UPDATABLE = frozenset({"title", "metadata"})
 
 
 class ThreadService(ThreadServiceServicer):
-    """Read and describe conversations."""
+    """Read, describe and delete conversations."""
 
-    def __init__(self, threads: ReadThreads) -> None:
+    def __init__(self, threads: ReadThreads, delete: DeleteThread) -> None:
         self._threads = threads
+        self._delete = delete
 
     async def GetThread(self, request: api.GetThreadRequest, context: _Context) -> api.GetThreadResponse:
         """Reads a thread."""
@@ -66,3 +68,9 @@ class ThreadService(ThreadServiceServicer):
             metadata=dict(request.thread.metadata) if "metadata" in paths else None,
         )
         return api.UpdateThreadResponse(thread=mapping.to_thread(thread))
+
+    async def DeleteThread(self, request: api.DeleteThreadRequest, context: _Context) -> api.DeleteThreadResponse:
+        """Deletes a thread."""
+        check_user_id(request.user_id)
+        await self._delete(request.user_id, mapping.id_of(request.thread_id, "thread_id"))
+        return api.DeleteThreadResponse()

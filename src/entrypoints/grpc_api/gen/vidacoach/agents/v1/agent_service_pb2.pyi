@@ -104,7 +104,9 @@ class ChatRequest(_message.Message):
     the first. Empty: every call is a new message.
     """
     on_busy: _resources_pb2.BusyPolicy.ValueType
-    """What to do if the thread has a running turn."""
+    """What to do if the thread has a turn that has not ended: refuse (also when
+    unset), wait in line, or end it. Another number is INVALID_FIELD.
+    """
     @_builtins.property
     def content(self) -> _containers.RepeatedCompositeFieldContainer[_resources_pb2.ContentPart]:
         """Required; 1 to 32 parts with 65,536 code points of text in all."""
@@ -204,7 +206,9 @@ class SendMessageRequest(_message.Message):
     the first. Empty: every call is a new message.
     """
     on_busy: _resources_pb2.BusyPolicy.ValueType
-    """What to do if the thread has a running turn."""
+    """What to do if the thread has a turn that has not ended: refuse (also when
+    unset), wait in line, or end it. Another number is INVALID_FIELD.
+    """
     @_builtins.property
     def content(self) -> _containers.RepeatedCompositeFieldContainer[_resources_pb2.ContentPart]:
         """Required; 1 to 32 parts with 65,536 code points of text in all."""

@@ -29,9 +29,11 @@ class AgentServiceStub:
     """Talk to a coach.
 
     The status of an RPC says what became of the RPC. Once a turn is accepted its
-    fate is data: `Chat`, `FollowTurn` and `SendMessage` then end OK whatever it
-    is. UNAVAILABLE on a stream means "resume with `FollowTurn`". Every error
-    carries `google.rpc.ErrorInfo` with domain `agents.vidacoach`.
+    fate is data: `Chat`, `FollowTurn` and `SendMessage` end OK whatever it is. They
+    end before it in two cases. UNAVAILABLE means "resume": with `FollowTurn` from
+    the last position, or, before `started`, with the same message and the same
+    `request_id` again. NOT_FOUND `TURN_NOT_FOUND` says that the thread was deleted.
+    Every error carries `google.rpc.ErrorInfo` with domain `agents.vidacoach`.
     """
 
     def __init__(self, channel):
@@ -76,9 +78,11 @@ class AgentServiceServicer:
     """Talk to a coach.
 
     The status of an RPC says what became of the RPC. Once a turn is accepted its
-    fate is data: `Chat`, `FollowTurn` and `SendMessage` then end OK whatever it
-    is. UNAVAILABLE on a stream means "resume with `FollowTurn`". Every error
-    carries `google.rpc.ErrorInfo` with domain `agents.vidacoach`.
+    fate is data: `Chat`, `FollowTurn` and `SendMessage` end OK whatever it is. They
+    end before it in two cases. UNAVAILABLE means "resume": with `FollowTurn` from
+    the last position, or, before `started`, with the same message and the same
+    `request_id` again. NOT_FOUND `TURN_NOT_FOUND` says that the thread was deleted.
+    Every error carries `google.rpc.ErrorInfo` with domain `agents.vidacoach`.
     """
 
     def ListAgents(self, request, context):
@@ -98,6 +102,7 @@ class AgentServiceServicer:
 
     def SendMessage(self, request, context):
         """Accepts a message as `Chat` does and answers once, when the turn has ended.
+        A call that ends UNAVAILABLE is repeated with the same `request_id`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -118,8 +123,9 @@ class AgentServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def CancelTurn(self, request, context):
-        """Ends a turn CANCELLED; its partial text is kept. Idempotent: a turn that
-        has ended is returned as it is.
+        """Ends a turn CANCELLED `CANCELLED_BY_CALLER`; its partial text is kept. A
+        turn that still waits leaves no message in the transcript. Idempotent: a turn
+        that has ended is returned as it is.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -170,9 +176,11 @@ class AgentService:
     """Talk to a coach.
 
     The status of an RPC says what became of the RPC. Once a turn is accepted its
-    fate is data: `Chat`, `FollowTurn` and `SendMessage` then end OK whatever it
-    is. UNAVAILABLE on a stream means "resume with `FollowTurn`". Every error
-    carries `google.rpc.ErrorInfo` with domain `agents.vidacoach`.
+    fate is data: `Chat`, `FollowTurn` and `SendMessage` end OK whatever it is. They
+    end before it in two cases. UNAVAILABLE means "resume": with `FollowTurn` from
+    the last position, or, before `started`, with the same message and the same
+    `request_id` again. NOT_FOUND `TURN_NOT_FOUND` says that the thread was deleted.
+    Every error carries `google.rpc.ErrorInfo` with domain `agents.vidacoach`.
     """
 
     @staticmethod

@@ -30,9 +30,11 @@ class AgentServiceStub:
     """Talk to a coach.
 
     The status of an RPC says what became of the RPC. Once a turn is accepted its
-    fate is data: `Chat`, `FollowTurn` and `SendMessage` then end OK whatever it
-    is. UNAVAILABLE on a stream means "resume with `FollowTurn`". Every error
-    carries `google.rpc.ErrorInfo` with domain `agents.vidacoach`.
+    fate is data: `Chat`, `FollowTurn` and `SendMessage` end OK whatever it is. They
+    end before it in two cases. UNAVAILABLE means "resume": with `FollowTurn` from
+    the last position, or, before `started`, with the same message and the same
+    `request_id` again. NOT_FOUND `TURN_NOT_FOUND` says that the thread was deleted.
+    Every error carries `google.rpc.ErrorInfo` with domain `agents.vidacoach`.
     """
 
     @_typing.overload
@@ -46,14 +48,17 @@ class AgentServiceStub:
     durable before the first event. Leaving the stream does not stop the turn.
     """
     SendMessage: _grpc.UnaryUnaryMultiCallable[_agent_service_pb2.SendMessageRequest, _agent_service_pb2.SendMessageResponse]
-    """Accepts a message as `Chat` does and answers once, when the turn has ended."""
+    """Accepts a message as `Chat` does and answers once, when the turn has ended.
+    A call that ends UNAVAILABLE is repeated with the same `request_id`.
+    """
     FollowTurn: _grpc.UnaryStreamMultiCallable[_agent_service_pb2.FollowTurnRequest, _agent_service_pb2.FollowTurnResponse]
     """Replays the events after a position, then goes on live to the end."""
     GetTurn: _grpc.UnaryUnaryMultiCallable[_agent_service_pb2.GetTurnRequest, _agent_service_pb2.GetTurnResponse]
     """Reads a turn, and its reply once it has ended."""
     CancelTurn: _grpc.UnaryUnaryMultiCallable[_agent_service_pb2.CancelTurnRequest, _agent_service_pb2.CancelTurnResponse]
-    """Ends a turn CANCELLED; its partial text is kept. Idempotent: a turn that
-    has ended is returned as it is.
+    """Ends a turn CANCELLED `CANCELLED_BY_CALLER`; its partial text is kept. A
+    turn that still waits leaves no message in the transcript. Idempotent: a turn
+    that has ended is returned as it is.
     """
 
 @_typing.type_check_only
@@ -61,9 +66,11 @@ class AgentServiceAsyncStub(AgentServiceStub):
     """Talk to a coach.
 
     The status of an RPC says what became of the RPC. Once a turn is accepted its
-    fate is data: `Chat`, `FollowTurn` and `SendMessage` then end OK whatever it
-    is. UNAVAILABLE on a stream means "resume with `FollowTurn`". Every error
-    carries `google.rpc.ErrorInfo` with domain `agents.vidacoach`.
+    fate is data: `Chat`, `FollowTurn` and `SendMessage` end OK whatever it is. They
+    end before it in two cases. UNAVAILABLE means "resume": with `FollowTurn` from
+    the last position, or, before `started`, with the same message and the same
+    `request_id` again. NOT_FOUND `TURN_NOT_FOUND` says that the thread was deleted.
+    Every error carries `google.rpc.ErrorInfo` with domain `agents.vidacoach`.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -74,23 +81,28 @@ class AgentServiceAsyncStub(AgentServiceStub):
     durable before the first event. Leaving the stream does not stop the turn.
     """
     SendMessage: _aio.UnaryUnaryMultiCallable[_agent_service_pb2.SendMessageRequest, _agent_service_pb2.SendMessageResponse]  # type: ignore[assignment]
-    """Accepts a message as `Chat` does and answers once, when the turn has ended."""
+    """Accepts a message as `Chat` does and answers once, when the turn has ended.
+    A call that ends UNAVAILABLE is repeated with the same `request_id`.
+    """
     FollowTurn: _aio.UnaryStreamMultiCallable[_agent_service_pb2.FollowTurnRequest, _agent_service_pb2.FollowTurnResponse]  # type: ignore[assignment]
     """Replays the events after a position, then goes on live to the end."""
     GetTurn: _aio.UnaryUnaryMultiCallable[_agent_service_pb2.GetTurnRequest, _agent_service_pb2.GetTurnResponse]  # type: ignore[assignment]
     """Reads a turn, and its reply once it has ended."""
     CancelTurn: _aio.UnaryUnaryMultiCallable[_agent_service_pb2.CancelTurnRequest, _agent_service_pb2.CancelTurnResponse]  # type: ignore[assignment]
-    """Ends a turn CANCELLED; its partial text is kept. Idempotent: a turn that
-    has ended is returned as it is.
+    """Ends a turn CANCELLED `CANCELLED_BY_CALLER`; its partial text is kept. A
+    turn that still waits leaves no message in the transcript. Idempotent: a turn
+    that has ended is returned as it is.
     """
 
 class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
     """Talk to a coach.
 
     The status of an RPC says what became of the RPC. Once a turn is accepted its
-    fate is data: `Chat`, `FollowTurn` and `SendMessage` then end OK whatever it
-    is. UNAVAILABLE on a stream means "resume with `FollowTurn`". Every error
-    carries `google.rpc.ErrorInfo` with domain `agents.vidacoach`.
+    fate is data: `Chat`, `FollowTurn` and `SendMessage` end OK whatever it is. They
+    end before it in two cases. UNAVAILABLE means "resume": with `FollowTurn` from
+    the last position, or, before `started`, with the same message and the same
+    `request_id` again. NOT_FOUND `TURN_NOT_FOUND` says that the thread was deleted.
+    Every error carries `google.rpc.ErrorInfo` with domain `agents.vidacoach`.
     """
 
     @_abc_1.abstractmethod
@@ -117,7 +129,9 @@ class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _agent_service_pb2.SendMessageRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_agent_service_pb2.SendMessageResponse, _abc.Awaitable[_agent_service_pb2.SendMessageResponse]]:
-        """Accepts a message as `Chat` does and answers once, when the turn has ended."""
+        """Accepts a message as `Chat` does and answers once, when the turn has ended.
+        A call that ends UNAVAILABLE is repeated with the same `request_id`.
+        """
 
     @_abc_1.abstractmethod
     def FollowTurn(
@@ -141,8 +155,9 @@ class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _agent_service_pb2.CancelTurnRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_agent_service_pb2.CancelTurnResponse, _abc.Awaitable[_agent_service_pb2.CancelTurnResponse]]:
-        """Ends a turn CANCELLED; its partial text is kept. Idempotent: a turn that
-        has ended is returned as it is.
+        """Ends a turn CANCELLED `CANCELLED_BY_CALLER`; its partial text is kept. A
+        turn that still waits leaves no message in the transcript. Idempotent: a turn
+        that has ended is returned as it is.
         """
 
 def add_AgentServiceServicer_to_server(servicer: AgentServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -61,7 +61,7 @@ class _TurnStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TurnState.V
     TURN_STATE_UNSPECIFIED: _TurnState.ValueType  # 0
     """Never sent."""
     TURN_STATE_ACCEPTED: _TurnState.ValueType  # 1
-    """Durable, not yet claimed by a process."""
+    """Durable, and waiting: for the thread's other turns to end, or for a process."""
     TURN_STATE_RUNNING: _TurnState.ValueType  # 2
     """A process is producing the reply."""
     TURN_STATE_WAITING_FOR_CLIENT: _TurnState.ValueType  # 3
@@ -81,7 +81,7 @@ class TurnState(_TurnState, metaclass=_TurnStateEnumTypeWrapper):
 TURN_STATE_UNSPECIFIED: TurnState.ValueType  # 0
 """Never sent."""
 TURN_STATE_ACCEPTED: TurnState.ValueType  # 1
-"""Durable, not yet claimed by a process."""
+"""Durable, and waiting: for the thread's other turns to end, or for a process."""
 TURN_STATE_RUNNING: TurnState.ValueType  # 2
 """A process is producing the reply."""
 TURN_STATE_WAITING_FOR_CLIENT: TurnState.ValueType  # 3
@@ -105,23 +105,59 @@ class _BusyPolicyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_BusyPolicy
     BUSY_POLICY_UNSPECIFIED: _BusyPolicy.ValueType  # 0
     """The same as `REJECT`."""
     BUSY_POLICY_REJECT: _BusyPolicy.ValueType  # 1
-    """Refuse with ABORTED `TURN_IN_PROGRESS`."""
+    """Refuse with ABORTED `TURN_IN_PROGRESS`; nothing is written. The error's
+    metadata holds the `turn_id` of the turn in the way, running or waiting.
+    """
     BUSY_POLICY_QUEUE: _BusyPolicy.ValueType  # 2
-    """Accept now, run in order."""
+    """Accept now, run in the order of acceptance. The message is durable and its
+    turn is `ACCEPTED`: its stream sends `started` at once and then nothing
+    until the turn's time has come.
+
+    At most 8 turns of a thread wait; one more is refused with
+    RESOURCE_EXHAUSTED `QUEUE_FULL` and RetryInfo, nothing is written. The
+    message joins the transcript when its turn begins to run, so the history is
+    always question, answer, question. A turn that ends badly does not stop the
+    ones behind it. A waiting turn that is cancelled ends CANCELLED and leaves no
+    message in the transcript; `GetTurn` still shows it.
+    """
     BUSY_POLICY_INTERRUPT: _BusyPolicy.ValueType  # 3
-    """End the running turn, then run this one."""
+    """End the running turn and all that wait, then run this one. They end
+    CANCELLED `INTERRUPTED`; partial text of the running one is kept, a waiting
+    one leaves no message in the transcript.
+    """
 
 class BusyPolicy(_BusyPolicy, metaclass=_BusyPolicyEnumTypeWrapper):
-    """What to do with a message for a thread that has a running turn."""
+    """What to do with a message for a thread that has a turn which has not ended. A
+    thread runs one turn at a time, on all replicas together. On a thread that is
+    free, and for a new thread, all policies do the same: the turn runs now.
+
+    A repeat of a message, with the same `request_id`, attaches to its turn
+    whatever the policy says and however full the queue is.
+    """
 
 BUSY_POLICY_UNSPECIFIED: BusyPolicy.ValueType  # 0
 """The same as `REJECT`."""
 BUSY_POLICY_REJECT: BusyPolicy.ValueType  # 1
-"""Refuse with ABORTED `TURN_IN_PROGRESS`."""
+"""Refuse with ABORTED `TURN_IN_PROGRESS`; nothing is written. The error's
+metadata holds the `turn_id` of the turn in the way, running or waiting.
+"""
 BUSY_POLICY_QUEUE: BusyPolicy.ValueType  # 2
-"""Accept now, run in order."""
+"""Accept now, run in the order of acceptance. The message is durable and its
+turn is `ACCEPTED`: its stream sends `started` at once and then nothing
+until the turn's time has come.
+
+At most 8 turns of a thread wait; one more is refused with
+RESOURCE_EXHAUSTED `QUEUE_FULL` and RetryInfo, nothing is written. The
+message joins the transcript when its turn begins to run, so the history is
+always question, answer, question. A turn that ends badly does not stop the
+ones behind it. A waiting turn that is cancelled ends CANCELLED and leaves no
+message in the transcript; `GetTurn` still shows it.
+"""
 BUSY_POLICY_INTERRUPT: BusyPolicy.ValueType  # 3
-"""End the running turn, then run this one."""
+"""End the running turn and all that wait, then run this one. They end
+CANCELLED `INTERRUPTED`; partial text of the running one is kept, a waiting
+one leaves no message in the transcript.
+"""
 Global___BusyPolicy: _TypeAlias = BusyPolicy  # noqa: Y015
 
 class _ThreadState:
@@ -497,7 +533,12 @@ class Turn(_message.Message):
     state: Global___TurnState.ValueType
     """Where it stands."""
     attempt: _builtins.int
-    """Fresh starts of the reply, from 1; at most 3."""
+    """Which fresh start of the reply this is, from 1; at most 3. A reply whose
+    process is gone, or whose provider failed, begins again if neither text nor
+    an effect of a tool that must not be repeated is committed, and with text if
+    the deployment is set so; else the turn ends. Retries of a request to the
+    provider within one attempt are not counted.
+    """
     last_position: _builtins.int
     """Position after the newest event of its log."""
     model: _builtins.str
@@ -628,7 +669,10 @@ class TurnEvent(_message.Message):
     """
     @_builtins.property
     def started(self) -> Global___TurnStarted:
-        """The first event of every log, at position 1."""
+        """The first event of every log, at position 1; once in a log, whatever
+        happens later. It says that the message is durable, not that the coach is
+        at work: a turn may still wait for its time.
+        """
 
     @_builtins.property
     def text_delta(self) -> Global___TextDelta:
@@ -644,7 +688,7 @@ class TurnEvent(_message.Message):
 
     @_builtins.property
     def attempt_restarted(self) -> Global___AttemptRestarted:
-        """Drop all text received so far: the reply begins anew."""
+        """Drop all text and tool events received so far: the reply begins anew."""
 
     @_builtins.property
     def finished(self) -> Global___TurnFinished:
@@ -785,16 +829,26 @@ Global___ToolResult: _TypeAlias = ToolResult  # noqa: Y015
 
 @_typing.final
 class AttemptRestarted(_message.Message):
-    """The reply begins anew."""
+    """The reply begins anew: whoever shows text takes back what it has shown of this
+    turn. The reply is the concatenation of `text_delta` after the last
+    `attempt_restarted`. What came before stays in the log and is part of no
+    message; positions go on growing. Tool calls that are not made again follow at
+    once, with the text around them and their results, as if they were new.
+
+    Sent only where text or tool events of an earlier attempt are in the log: an
+    attempt that left none is followed by the next one without a word.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     ATTEMPT_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     attempt: _builtins.int
-    """The attempt that begins, from 2."""
+    """The attempt that begins, from 2: `Turn.attempt` from here on."""
     reason: _builtins.str
-    """Why the one before was given up."""
+    """Machine-readable reason why the one before was given up, of the same list as
+    `TurnError.reason`.
+    """
     def __init__(
         self,
         *,

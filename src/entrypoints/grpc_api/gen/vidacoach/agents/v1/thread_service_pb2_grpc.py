@@ -26,8 +26,8 @@ if _version_not_supported:
 
 
 class ThreadServiceStub:
-    """Read and describe conversations. Another user's id looks exactly like one
-    that does not exist: NOT_FOUND.
+    """Read, describe and delete conversations. Another user's id looks exactly like
+    one that does not exist: NOT_FOUND `THREAD_NOT_FOUND`.
     """
 
     def __init__(self, channel):
@@ -56,11 +56,16 @@ class ThreadServiceStub:
                 request_serializer=vidacoach_dot_agents_dot_v1_dot_thread__service__pb2.UpdateThreadRequest.SerializeToString,
                 response_deserializer=vidacoach_dot_agents_dot_v1_dot_thread__service__pb2.UpdateThreadResponse.FromString,
                 _registered_method=True)
+        self.DeleteThread = channel.unary_unary(
+                '/vidacoach.agents.v1.ThreadService/DeleteThread',
+                request_serializer=vidacoach_dot_agents_dot_v1_dot_thread__service__pb2.DeleteThreadRequest.SerializeToString,
+                response_deserializer=vidacoach_dot_agents_dot_v1_dot_thread__service__pb2.DeleteThreadResponse.FromString,
+                _registered_method=True)
 
 
 class ThreadServiceServicer:
-    """Read and describe conversations. Another user's id looks exactly like one
-    that does not exist: NOT_FOUND.
+    """Read, describe and delete conversations. Another user's id looks exactly like
+    one that does not exist: NOT_FOUND `THREAD_NOT_FOUND`.
     """
 
     def GetThread(self, request, context):
@@ -92,6 +97,26 @@ class ThreadServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DeleteThread(self, request, context):
+        """Deletes a thread for good, with its messages, its turns, what they had
+        written, and their request ids. There is no way back.
+
+        Once this is answered, every call about the thread or one of its turns is
+        NOT_FOUND, on every replica, and so is deleting it again. A turn of it that
+        is running or waiting stops: it can write nothing any more, and open `Chat`,
+        `SendMessage` and `FollowTurn` calls end NOT_FOUND `TURN_NOT_FOUND`, soon and
+        without a `finished` event. There is no transcript left for it.
+
+        What the provider keeps of the conversation is erased afterwards, item by
+        item, and tried again until it is gone; this call does not wait for that.
+
+        A call that ended without an answer may be repeated: NOT_FOUND then says
+        that the thread is gone.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ThreadServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -115,6 +140,11 @@ def add_ThreadServiceServicer_to_server(servicer, server):
                     request_deserializer=vidacoach_dot_agents_dot_v1_dot_thread__service__pb2.UpdateThreadRequest.FromString,
                     response_serializer=vidacoach_dot_agents_dot_v1_dot_thread__service__pb2.UpdateThreadResponse.SerializeToString,
             ),
+            'DeleteThread': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteThread,
+                    request_deserializer=vidacoach_dot_agents_dot_v1_dot_thread__service__pb2.DeleteThreadRequest.FromString,
+                    response_serializer=vidacoach_dot_agents_dot_v1_dot_thread__service__pb2.DeleteThreadResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'vidacoach.agents.v1.ThreadService', rpc_method_handlers)
@@ -124,8 +154,8 @@ def add_ThreadServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ThreadService:
-    """Read and describe conversations. Another user's id looks exactly like one
-    that does not exist: NOT_FOUND.
+    """Read, describe and delete conversations. Another user's id looks exactly like
+    one that does not exist: NOT_FOUND `THREAD_NOT_FOUND`.
     """
 
     @staticmethod
@@ -226,6 +256,33 @@ class ThreadService:
             '/vidacoach.agents.v1.ThreadService/UpdateThread',
             vidacoach_dot_agents_dot_v1_dot_thread__service__pb2.UpdateThreadRequest.SerializeToString,
             vidacoach_dot_agents_dot_v1_dot_thread__service__pb2.UpdateThreadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteThread(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vidacoach.agents.v1.ThreadService/DeleteThread',
+            vidacoach_dot_agents_dot_v1_dot_thread__service__pb2.DeleteThreadRequest.SerializeToString,
+            vidacoach_dot_agents_dot_v1_dot_thread__service__pb2.DeleteThreadResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -27,8 +27,8 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class ThreadServiceStub:
-    """Read and describe conversations. Another user's id looks exactly like one
-    that does not exist: NOT_FOUND.
+    """Read, describe and delete conversations. Another user's id looks exactly like
+    one that does not exist: NOT_FOUND `THREAD_NOT_FOUND`.
     """
 
     @_typing.overload
@@ -45,11 +45,27 @@ class ThreadServiceStub:
     """
     UpdateThread: _grpc.UnaryUnaryMultiCallable[_thread_service_pb2.UpdateThreadRequest, _thread_service_pb2.UpdateThreadResponse]
     """Changes a thread's title or metadata."""
+    DeleteThread: _grpc.UnaryUnaryMultiCallable[_thread_service_pb2.DeleteThreadRequest, _thread_service_pb2.DeleteThreadResponse]
+    """Deletes a thread for good, with its messages, its turns, what they had
+    written, and their request ids. There is no way back.
+
+    Once this is answered, every call about the thread or one of its turns is
+    NOT_FOUND, on every replica, and so is deleting it again. A turn of it that
+    is running or waiting stops: it can write nothing any more, and open `Chat`,
+    `SendMessage` and `FollowTurn` calls end NOT_FOUND `TURN_NOT_FOUND`, soon and
+    without a `finished` event. There is no transcript left for it.
+
+    What the provider keeps of the conversation is erased afterwards, item by
+    item, and tried again until it is gone; this call does not wait for that.
+
+    A call that ended without an answer may be repeated: NOT_FOUND then says
+    that the thread is gone.
+    """
 
 @_typing.type_check_only
 class ThreadServiceAsyncStub(ThreadServiceStub):
-    """Read and describe conversations. Another user's id looks exactly like one
-    that does not exist: NOT_FOUND.
+    """Read, describe and delete conversations. Another user's id looks exactly like
+    one that does not exist: NOT_FOUND `THREAD_NOT_FOUND`.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -63,10 +79,26 @@ class ThreadServiceAsyncStub(ThreadServiceStub):
     """
     UpdateThread: _aio.UnaryUnaryMultiCallable[_thread_service_pb2.UpdateThreadRequest, _thread_service_pb2.UpdateThreadResponse]  # type: ignore[assignment]
     """Changes a thread's title or metadata."""
+    DeleteThread: _aio.UnaryUnaryMultiCallable[_thread_service_pb2.DeleteThreadRequest, _thread_service_pb2.DeleteThreadResponse]  # type: ignore[assignment]
+    """Deletes a thread for good, with its messages, its turns, what they had
+    written, and their request ids. There is no way back.
+
+    Once this is answered, every call about the thread or one of its turns is
+    NOT_FOUND, on every replica, and so is deleting it again. A turn of it that
+    is running or waiting stops: it can write nothing any more, and open `Chat`,
+    `SendMessage` and `FollowTurn` calls end NOT_FOUND `TURN_NOT_FOUND`, soon and
+    without a `finished` event. There is no transcript left for it.
+
+    What the provider keeps of the conversation is erased afterwards, item by
+    item, and tried again until it is gone; this call does not wait for that.
+
+    A call that ended without an answer may be repeated: NOT_FOUND then says
+    that the thread is gone.
+    """
 
 class ThreadServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Read and describe conversations. Another user's id looks exactly like one
-    that does not exist: NOT_FOUND.
+    """Read, describe and delete conversations. Another user's id looks exactly like
+    one that does not exist: NOT_FOUND `THREAD_NOT_FOUND`.
     """
 
     @_abc_1.abstractmethod
@@ -102,5 +134,27 @@ class ThreadServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_thread_service_pb2.UpdateThreadResponse, _abc.Awaitable[_thread_service_pb2.UpdateThreadResponse]]:
         """Changes a thread's title or metadata."""
+
+    @_abc_1.abstractmethod
+    def DeleteThread(
+        self,
+        request: _thread_service_pb2.DeleteThreadRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_thread_service_pb2.DeleteThreadResponse, _abc.Awaitable[_thread_service_pb2.DeleteThreadResponse]]:
+        """Deletes a thread for good, with its messages, its turns, what they had
+        written, and their request ids. There is no way back.
+
+        Once this is answered, every call about the thread or one of its turns is
+        NOT_FOUND, on every replica, and so is deleting it again. A turn of it that
+        is running or waiting stops: it can write nothing any more, and open `Chat`,
+        `SendMessage` and `FollowTurn` calls end NOT_FOUND `TURN_NOT_FOUND`, soon and
+        without a `finished` event. There is no transcript left for it.
+
+        What the provider keeps of the conversation is erased afterwards, item by
+        item, and tried again until it is gone; this call does not wait for that.
+
+        A call that ended without an answer may be repeated: NOT_FOUND then says
+        that the thread is gone.
+        """
 
 def add_ThreadServiceServicer_to_server(servicer: ThreadServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

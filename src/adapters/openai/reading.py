@@ -1,0 +1,81 @@
+"""Reading one response over one connection after the other."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from adapters.openai.errors import ProviderFault
+from adapters.openai.round import RoundEnd, RoundReader
+from core.model.events import TextDelta
+from core.ports.agent import CannotResume
+
+
+class Reading:
+    """One response as far as it has been read.
+
+    `known` is text of it that was read before. It comes again, must be the same, and is not handed out.
+    """
+
+    def __init__(self, *, follows_text: bool, known: str = "") -> None:
+        self._follows_text = follows_text
+        self._said = [known]
+        self.rewind()
+
+    def rewind(self) -> None:
+        """The response comes again from its beginning: what was said of it is known."""
+        self._reader = RoundReader(follows_text=self._follows_text)
+        self._known = "".join(self._said)
+        self._recalled = 0
+
+    @property
+    def end(self) -> RoundEnd | None:
+        """How the response ended, if it has."""
+        return self._reader.end
+
+    @property
+    def fault(self) -> ProviderFault | None:
+        """How the response itself failed, or broke the protocol."""
+        return self._reader.fault
+
+    @property
+    def is_over(self) -> bool:
+        """Whether there is nothing more to read."""
+        return self.end is not None or self.fault is not None
+
+    @property
+    def response_id(self) -> str | None:
+        """The response's name, once it has come."""
+        return self._reader.response_id
+
+    @property
+    def cursor(self) -> int | None:
+        """The number of the last event; None where events have none, or none has come."""
+        return self._reader.sequence if self._reader.sequence >= 0 else None
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """How far it has come: grows with every step forward, and with nothing else."""
+        return len(self._said), self._reader.sequence
+
+    def read(self, events: Iterable[bytes]) -> list[TextDelta]:
+        """Takes the data of some events and returns the text that they add.
+
+        Raises CannotResume where the response has become another one than what is known of it.
+        """
+        deltas = self._reader.read(events)
+        if self._recalled < len(self._known):
+            deltas = self._unknown(deltas)
+            if self.end is not None and self._recalled < len(self._known):
+                raise CannotResume
+        self._said += [delta.text for delta in deltas]
+        return deltas
+
+    def _unknown(self, deltas: Iterable[TextDelta]) -> list[TextDelta]:
+        unknown = []
+        for delta in deltas:
+            again = delta.text[: len(self._known) - self._recalled]
+            if not self._known.startswith(again, self._recalled):
+                raise CannotResume
+            self._recalled += len(again)
+            if len(again) < len(delta.text):
+                unknown.append(replace(delta, text=delta.text[len(again) :]))
+        return unknown

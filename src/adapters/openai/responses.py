@@ -1,0 +1,188 @@
+"""Responses of the provider, from the first byte of an answer to the end, over as many connections as it takes."""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing
+from typing import Any
+
+from openai import AsyncAPIResponse, AsyncOpenAI, omit
+
+from adapters.openai.errors import Exchange, ProviderFault, Remedy, translated
+from adapters.openai.reading import Reading
+from adapters.openai.retry import Patience, Sleep
+from adapters.openai.stream import SseSplitter, Watchdog, decoded, drain
+from core.model.events import TextDelta
+from core.model.turn import TurnReason
+from core.ports.agent import CannotResume
+
+STOP_SECONDS = 8.0
+
+Call = AbstractAsyncContextManager[AsyncAPIResponse[Any]]
+"""A request for a streamed answer, sent when entered."""
+
+_ENDED = frozenset({"completed", "incomplete", "failed"})
+_REFUSED = frozenset({400, 404, 409, 410})
+"""What a provider says of a response that has no stream (any more), or that there is nothing to stop."""
+
+logger = logging.getLogger(__name__)
+
+
+class Responses:
+    """Reads and stops responses. A provider may be silent as long as OpenAIAgent says, on each connection."""
+
+    def __init__(self, client: AsyncOpenAI, *, first_event: float, idle: float, sleep: Sleep) -> None:
+        self._client = client
+        self._first_event = first_event
+        self._idle = idle
+        self._sleep = sleep
+
+    async def read(self, call: Call, reading: Reading) -> AsyncGenerator[list[TextDelta], None]:
+        """Reads an answer to its end, step by step. Raises ProviderFault.
+
+        Closing it closes the connection: that stops a response that is not written in the background.
+        """
+        exchange = Exchange()
+        watchdog = Watchdog(self._first_event, self._idle)
+        splitter = SseSplitter()
+        with translated(exchange):
+            async with AsyncExitStack() as stack:
+                response = await watchdog.wait(stack.enter_async_context(call))
+                exchange.opened = True
+                exchange.request_id = response.request_id or ""
+                chunks = await stack.enter_async_context(aclosing(response.http_response.aiter_bytes()))
+                while reading.end is None:
+                    chunk = await watchdog.wait(anext(chunks, None))
+                    if chunk is None:
+                        raise ProviderFault(TurnReason.PROVIDER_TRUNCATED)
+                    events = splitter.feed(chunk)
+                    if events:
+                        exchange.started = True
+                        watchdog.heard()
+                        yield reading.read(events)
+                    if reading.fault is not None:
+                        raise reading.fault
+                await drain(chunks)
+
+    async def read_background(self, call: Call, reading: Reading) -> AsyncGenerator[list[TextDelta], None]:
+        """Reads the answer to the request that begins a response in the background, and what follows it where
+        the connection is lost."""
+        try:
+            async with aclosing(self.read(call, reading)) as steps:
+                async for deltas in steps:
+                    yield deltas
+        except ProviderFault as fault:
+            if reading.response_id is None or fault is reading.fault:
+                raise
+            response_id, patience = reading.response_id, Patience(self._sleep)
+            await _bear(fault, response_id, patience)
+        else:
+            return
+        async with aclosing(self.resume(response_id, reading, patience)) as steps:
+            async for deltas in steps:
+                yield deltas
+
+    async def resume(
+        self, response_id: str, reading: Reading, patience: Patience | None = None
+    ) -> AsyncGenerator[list[TextDelta], None]:
+        """Reads a response that is written in the background, from where `reading` has come, to its end.
+
+        Raises ProviderFault, and CannotResume where the provider does not have it any more.
+        """
+        patience = patience or Patience(self._sleep)
+        while True:
+            cursor = reading.cursor
+            if cursor is None:
+                reading.rewind()
+            place = reading.place
+            call = self._client.responses.with_streaming_response.retrieve(
+                response_id, stream=True, starting_after=omit if cursor is None else cursor
+            )
+            try:
+                async with aclosing(self.read(call, reading)) as steps:
+                    async for deltas in steps:
+                        yield deltas
+            except ProviderFault as fault:
+                if fault is reading.fault:
+                    raise
+                lost = fault
+            else:
+                return
+            if reading.place != place:
+                patience = Patience(self._sleep)
+            elif (event := await self._last_event(response_id, lost)) is not None:
+                reading.rewind()
+                yield reading.read([event])
+                if reading.fault is not None:
+                    raise reading.fault
+                return
+            await _bear(lost, response_id, patience)
+
+    async def _last_event(self, response_id: str, lost: ProviderFault) -> bytes | None:
+        """The event with which a response has ended whose stream says no more, None if it has not.
+
+        Streams are kept for some minutes, responses longer; and a stream does not say that it was cancelled.
+        """
+        try:
+            with translated(Exchange()):
+                async with asyncio.timeout(self._first_event):
+                    found = await self._client.responses.with_raw_response.retrieve(response_id)
+            status = (decoded(found.content) or {}).get("status")
+        except ProviderFault as fault:
+            if fault.status == 404:
+                _log("a response is gone", response_id, fault)
+                raise CannotResume from fault
+            return None
+        if status in _ENDED:
+            return b'{"type": "response.%s", "response": %s}' % (status.encode(), found.content)
+        if status == "cancelled" or lost.status in _REFUSED:
+            _log("a response has no stream", response_id, lost)
+            raise CannotResume from lost
+        return None
+
+    async def stop(self, response_id: str) -> None:
+        """Cancels a response that is written in the background. Never fails, and takes STOP_SECONDS at most."""
+        patience = Patience(self._sleep)
+        try:
+            async with asyncio.timeout(STOP_SECONDS):
+                while (fault := await self._cancel(response_id)) is not None:
+                    if fault.status in _REFUSED:
+                        return
+                    if not await patience.wait(fault, harmless=True):
+                        _log("a response can't be stopped", response_id, fault)
+                        return
+        except TimeoutError:
+            logger.warning("a response can't be stopped in time: response_id=%s", response_id)
+        except Exception as error:  # noqa: BLE001 - nobody could do anything about it
+            logger.warning("a response can't be stopped: %s response_id=%s", type(error).__name__, response_id)
+
+    async def _cancel(self, response_id: str) -> ProviderFault | None:
+        try:
+            with translated(Exchange()):
+                await self._client.responses.with_raw_response.cancel(response_id)
+        except ProviderFault as fault:
+            return fault
+        return None
+
+
+async def _bear(fault: ProviderFault, response_id: str, patience: Patience) -> None:
+    """Waits until a response may be looked for again. Raises the fault where that was done often enough.
+
+    It has no remedy then: the response is still being written, and must not be asked for a second time.
+    """
+    _log("lost sight of a response", response_id, fault)
+    if not await patience.wait(fault, harmless=True):
+        fault.remedy = Remedy.NONE
+        raise fault
+
+
+def _log(what: str, response_id: str, fault: ProviderFault) -> None:
+    logger.warning(
+        "%s: reason=%s status=%s code=%s request_id=%s response_id=%s",
+        what,
+        fault.reason.value,
+        fault.status,
+        fault.code,
+        fault.request_id,
+        response_id,
+    )

@@ -1,0 +1,35 @@
+"""The repository of goals."""
+
+from collections.abc import Sequence
+
+from sqlalchemy import Integer, bindparam, select
+
+from adapters.sql import mapping as m
+from adapters.sql import tables as t
+from adapters.sql.repositories.base import Repository, insert_if_new
+from adapters.sql.statement import Statement
+from core.model.agent import Domain
+from core.model.goal import Goal
+from core.ports import goals
+
+_c = t.goals.c
+_ADD = insert_if_new(t.goals)
+_BY_KEY = Statement(select(t.goals).where(_c.key == bindparam("key")))
+_LIST = Statement(
+    select(t.goals)
+    .where(_c.user_id == bindparam("user_id"), _c.domain == bindparam("domain"))
+    .order_by(_c.created_at.desc(), _c.id.desc())
+    .limit(bindparam("limit", type_=Integer))
+)
+
+
+class Goals(Repository, goals.Goals):
+    """`goals`."""
+
+    def add(self, goal: Goal, key: str) -> Goal:
+        self._session.run(_ADD[self._session.dialect.name], m.goal_values(goal, key))
+        return m.goal_of(self._session.row(_BY_KEY, {"key": key}))
+
+    def list(self, user_id: str, domain: Domain, limit: int) -> Sequence[Goal]:
+        found = self._session.rows(_LIST, {"user_id": user_id, "domain": domain.value, "limit": limit})
+        return [m.goal_of(row) for row in found]

@@ -1,0 +1,78 @@
+"""The repository of messages."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import ColumnElement, Integer, Select, bindparam, insert, select, true, update
+
+from adapters.sql import mapping as m
+from adapters.sql import tables as t
+from adapters.sql.repositories.base import Repository
+from adapters.sql.statement import Statement
+from core.model.message import Message, Role
+from core.ports import threads
+from core.ports.threads import NewMessage
+
+_MOST = 2**31 - 1
+_c = t.messages.c
+
+
+def _list(behind: ColumnElement[bool], order: ColumnElement[int]) -> Select[*tuple[Any, ...]]:
+    of_thread = _c.thread_id == bindparam("of_thread")
+    return select(t.messages).where(of_thread, behind).order_by(order).limit(bindparam("limit", type_=Integer))
+
+
+_MOVE_ON = Statement(
+    update(t.threads)
+    .where(t.threads.c.id == bindparam("of_thread"))
+    .values(message_count=t.threads.c.message_count + bindparam("added", type_=Integer), is_active=true())
+    .returning(t.threads.c.message_count)
+)
+_ADD = Statement(insert(t.messages).inline())
+_OF_TURN = Statement(select(t.messages).where(_c.turn_id == bindparam("turn_id"), _c.role == bindparam("role")))
+_OLDEST_FIRST = Statement(_list(_c.number > bindparam("behind"), _c.number))
+_NEWEST_FIRST = Statement(_list(_c.number < bindparam("behind"), _c.number.desc()))
+
+
+class Messages(Repository, threads.Messages):
+    """`messages`."""
+
+    def append(self, thread_id: str, messages: Sequence[NewMessage]) -> Sequence[Message]:
+        moved = {"of_thread": thread_id, "added": len(messages), "last_message_at": messages[-1].created_at}
+        count = self._session.row(_MOVE_ON, moved).message_count
+        first = count - len(messages) + 1
+        rows = [m.message_values(thread_id, number, message) for number, message in enumerate(messages, first)]
+        self._session.run_for_each(_ADD, rows)
+        return [
+            Message(
+                id=message.id,
+                thread_id=thread_id,
+                turn_id=message.turn_id,
+                index=index,
+                role=message.role,
+                content=message.content,
+                partial=message.partial,
+                created_at=message.created_at,
+                tool=message.tool,
+            )
+            for index, message in enumerate(messages, first)
+        ]
+
+    def list(
+        self, thread_id: str, *, after: int | None, newest_first: bool, limit: int | None
+    ) -> Sequence[Message]:
+        # A thread has at most as many lines as an index can count.
+        behind = after if after is not None else _MOST if newest_first else 0
+        parameters = {"of_thread": thread_id, "behind": behind, "limit": _MOST if limit is None else limit}
+        rows = self._session.rows(_NEWEST_FIRST if newest_first else _OLDEST_FIRST, parameters)
+        return [m.message_of(row) for row in rows]
+
+    def question_of(self, turn_id: str) -> Message | None:
+        return self._of_turn(turn_id, Role.USER)
+
+    def reply_of(self, turn_id: str) -> Message | None:
+        return self._of_turn(turn_id, Role.ASSISTANT)
+
+    def _of_turn(self, turn_id: str, role: Role) -> Message | None:
+        row = self._session.row(_OF_TURN, {"turn_id": turn_id, "role": role.value})
+        return None if row is None else m.message_of(row)

@@ -1,0 +1,183 @@
+"""The repositories of users and threads."""
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from functools import cache
+
+from sqlalchemy import (
+    ColumnElement,
+    Integer,
+    and_,
+    bindparam,
+    delete,
+    exists,
+    false,
+    func,
+    insert,
+    literal,
+    or_,
+    select,
+    true,
+    tuple_,
+    update,
+)
+
+from adapters.sql import mapping as m
+from adapters.sql import tables as t
+from adapters.sql.repositories.base import Repository, insert_if_new
+from adapters.sql.statement import Statement
+from core.model.agent import Domain
+from core.model.thread import ProviderState, Thread, ThreadState, Tombstone
+from core.ports import threads
+from core.ports.threads import ExpiredBatch, ThreadKey
+
+_ENSURE = insert_if_new(t.users)
+
+
+class Users(Repository, threads.Users):
+    """`users`."""
+
+    def ensure(self, user_id: str, now: datetime) -> None:
+        self._session.run(_ENSURE[self._session.dialect.name], {"id": user_id, "created_at": now})
+
+
+_c = t.threads.c
+_thread_id = bindparam("of_thread", type_=_c.id.type)
+_its_turns = select(t.turns.c.id).where(t.turns.c.thread_id == _thread_id)
+
+_one = select(t.threads).where(_c.id == _thread_id)
+_change = update(t.threads).where(_c.id == _thread_id)
+_ADD = Statement(insert(t.threads).inline())
+_FIND = Statement(_one)
+_GET = Statement(_one.where(_c.user_id == bindparam("of_user")))
+_LOCK = Statement(_one.where(_c.user_id == bindparam("of_user")).with_for_update())
+_CHANGE = Statement(_change)
+_TOUCH = Statement(_change.values(is_active=true()))
+_COPIES = Statement(select(_c.user_id, _c.thread_id, _c.provider_state).where(_c.id == _thread_id))
+_DELETE_LOGS = Statement(delete(t.turn_log).where(t.turn_log.c.turn_id.in_(_its_turns)))
+_DELETE_MESSAGES = Statement(delete(t.messages).where(t.messages.c.thread_id == _thread_id))
+_DELETE_TURNS = Statement(delete(t.turns).where(t.turns.c.thread_id == _thread_id).returning(t.turns.c.id))
+_DELETE = Statement(delete(t.threads).where(_c.id == _thread_id))
+_BURY = Statement(insert(t.tombstones).inline())
+_TOMBSTONE = Statement(select(t.tombstones).where(t.tombstones.c.thread_id == _thread_id))
+
+
+@cache
+def _list(states: frozenset[ThreadState], *, in_domain: bool, before: bool) -> Statement:
+    query = select(t.threads).where(_c.user_id == bindparam("of_user"))
+    if in_domain:
+        query = query.where(_c.domain == bindparam("in_domain"))
+    if len(states) < len(ThreadState):
+        query = query.where(or_(false(), *(_c.is_active.is_(state is ThreadState.ACTIVE) for state in states)))
+    if before:
+        key = tuple_(bindparam("before_time", type_=t.UtcDateTime), bindparam("before_id", type_=_c.id.type))
+        query = query.where(_key() < key)
+    newest_first = query.order_by(_c.last_message_at.desc(), _c.id.desc())
+    return Statement(newest_first.limit(bindparam("limit", type_=Integer)))
+
+
+class Threads(Repository, threads.Threads):
+    """`assistant_threads` and `tombstones`."""
+
+    def add(self, thread: Thread) -> None:
+        self._session.run(_ADD, m.thread_values(thread))
+
+    def get(self, user_id: str, thread_id: str) -> Thread | None:
+        row = self._session.row(_GET, {"of_user": user_id, "of_thread": thread_id})
+        return None if row is None else m.thread_of(row)
+
+    def lock(self, user_id: str, thread_id: str) -> Thread | None:
+        row = self._session.row(_LOCK, {"of_user": user_id, "of_thread": thread_id})
+        return None if row is None else m.thread_of(row)
+
+    def find(self, thread_id: str) -> Thread | None:
+        row = self._session.row(_FIND, {"of_thread": thread_id})
+        return None if row is None else m.thread_of(row)
+
+    def touch(self, thread_id: str, now: datetime) -> None:
+        self._session.run(_TOUCH, {"of_thread": thread_id, "last_message_at": now})
+
+    def delete(self, thread_id: str, now: datetime) -> None:
+        this = {"of_thread": thread_id}
+        thread = self._session.row(_COPIES, this)
+        state = m.provider_state_of(thread.thread_id, thread.provider_state)
+        self._session.run(_DELETE_LOGS, this)
+        self._session.run(_DELETE_MESSAGES, this)
+        self._session.changed.update(row.id for row in self._session.rows(_DELETE_TURNS, this))
+        self._session.run(_DELETE, this)
+        self._session.run(_BURY, m.tombstone_values(thread_id, thread.user_id, state, now))
+
+    def tombstone(self, thread_id: str) -> Tombstone | None:
+        row = self._session.row(_TOMBSTONE, {"of_thread": thread_id})
+        return None if row is None else m.tombstone_of(row)
+
+    def list(
+        self,
+        user_id: str,
+        domain: Domain | None,
+        states: frozenset[ThreadState],
+        before: ThreadKey | None,
+        limit: int,
+    ) -> Sequence[Thread]:
+        parameters: m.Values = {"of_user": user_id, "limit": limit}
+        if domain is not None:
+            parameters["in_domain"] = domain.value
+        if before is not None:
+            parameters |= {"before_time": before.last_message_at, "before_id": before.id}
+        statement = _list(states, in_domain=domain is not None, before=before is not None)
+        return [m.thread_of(row) for row in self._session.rows(statement, parameters)]
+
+    def describe(self, thread_id: str, *, title: str | None, metadata: Mapping[str, str] | None) -> None:
+        values: m.Values = {}
+        if title is not None:
+            values["title"] = title
+        if metadata is not None:
+            values["metadata_"] = dict(metadata)
+        if values:
+            self._session.run(_CHANGE, {"of_thread": thread_id, **values})
+
+    def provider_state(self, thread_id: str) -> ProviderState | None:
+        row = self._session.row(_COPIES, {"of_thread": thread_id})
+        return m.provider_state_of(row.thread_id, row.provider_state)
+
+    def save_provider_state(self, thread_id: str, state: ProviderState) -> None:
+        self._session.run(_CHANGE, {"of_thread": thread_id, **m.provider_state_values(state)})
+
+    def expire(self, cutoff: datetime, domain: Domain | None, after: ThreadKey | None, limit: int) -> ExpiredBatch:
+        idle = _idle(cutoff, domain)
+        if after is not None:
+            idle = and_(idle, _key() > _values(after))
+        found = self._session.rows(
+            Statement(
+                select(_c.last_message_at, _c.id)
+                .where(idle)
+                .order_by(_c.last_message_at, _c.id)
+                .limit(limit)
+                .with_for_update(skip_locked=True)
+            )
+        )
+        if not found:
+            return ExpiredBatch(0, None)
+        # A turn may have begun between the look and the lock; the row as it is now decides.
+        expire = update(t.threads).where(_c.id == _thread_id, _idle(cutoff, domain)).values(is_active=false())
+        expired = self._session.run_for_each(Statement(expire), [{"of_thread": row.id} for row in found])
+        return ExpiredBatch(expired, ThreadKey(*found[-1]))
+
+    def count_expired(self, cutoff: datetime, domain: Domain | None) -> int:
+        idle = select(func.count().label("count_")).select_from(t.threads).where(_idle(cutoff, domain))
+        return int(self._session.row(Statement(idle)).count_)
+
+
+def _key() -> ColumnElement[tuple[datetime, str]]:
+    return tuple_(_c.last_message_at, _c.id)
+
+
+def _values(key: ThreadKey) -> ColumnElement[tuple[datetime, str]]:
+    return tuple_(literal(key.last_message_at, t.UtcDateTime), literal(key.id))
+
+
+def _idle(cutoff: datetime, domain: Domain | None) -> ColumnElement[bool]:
+    """What expires: active, older than the cutoff, without a turn that has not ended."""
+    unfinished = exists().where(t.turns.c.thread_id == _c.id, t.unfinished(t.turns.c.state))
+    idle = and_(_c.is_active, _c.last_message_at < cutoff, ~unfinished)
+    return idle if domain is None else and_(idle, _c.domain == domain.value)

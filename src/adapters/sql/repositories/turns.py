@@ -1,0 +1,164 @@
+"""The repository of turns."""
+
+from collections.abc import Mapping, Sequence
+
+from sqlalchemy import Integer, and_, bindparam, exists, func, insert, literal_column, select, update
+
+from adapters.sql import mapping as m
+from adapters.sql import tables as t
+from adapters.sql.repositories.base import Repository
+from adapters.sql.statement import Statement
+from adapters.sql.tables import UtcDateTime, accepted, at_work, unfinished
+from core.model.turn import Continuation, Turn, TurnState
+from core.ports import turns
+from core.ports.store import UNCLAIMED
+from core.ports.threads import NewMessage
+from core.ports.turns import Holder, RequestKey
+
+_c = t.turns.c
+_other = t.turns.alias("other")
+_turn_id = bindparam("of_turn", type_=_c.id.type)
+_thread_id = bindparam("of_thread", type_=_c.thread_id.type)
+_owner = bindparam("of_owner", type_=_c.owner.type)
+_now = bindparam("now", type_=UtcDateTime)
+_limit = bindparam("limit", type_=Integer)
+
+_one = select(t.turns).where(_c.id == _turn_id)
+_FIND = Statement(_one)
+_GET = Statement(_one.where(_c.user_id == bindparam("of_user")))
+_LOCK = Statement(_one.with_for_update())
+_LOCK_THREAD = Statement(
+    select(t.threads.c.id)
+    .where(t.threads.c.id == select(_c.thread_id).where(_c.id == _turn_id).scalar_subquery())
+    .with_for_update()
+)
+_BY_REQUEST = Statement(
+    select(t.turns).where(
+        _c.caller == bindparam("caller"),
+        _c.user_id == bindparam("of_user"),
+        _c.request_id == bindparam("request_id"),
+    )
+)
+
+_unfinished = and_(_c.thread_id == _thread_id, unfinished(_c.state))
+_UNFINISHED = Statement(select(t.turns).where(_unfinished).order_by(accepted(_c.state), _c.place))
+_places = select(_c.place).where(_unfinished).subquery()
+_last_place = select(func.coalesce(func.max(_places.c.place), literal_column("0", Integer))).scalar_subquery()
+_ADD = Statement(insert(t.turns).inline())
+_QUEUE = Statement(insert(t.turns).inline().values(place=_last_place + literal_column("1", Integer)))
+
+_HOLDER = Statement(
+    select(_c.owner, (t.leases.c.lease_until > _now).label("alive"))
+    .select_from(t.turns.outerjoin(t.leases, t.leases.c.owner == _c.owner))
+    .where(_c.id == _turn_id)
+)
+_HELD_BY = Statement(select(_c.id, _c.epoch).where(_c.owner == _owner, at_work(_c.state)))
+_ABANDONED = Statement(
+    select(_c.id)
+    .where(at_work(_c.state), ~exists().where(t.leases.c.owner == _c.owner, t.leases.c.lease_until > _now))
+    .order_by(_c.accepted_at, _c.id)
+    .limit(_limit)
+)
+_UNCLAIMED = Statement(
+    select(_c.id)
+    .where(
+        accepted(_c.state),
+        ~exists().where(_other.c.thread_id == _c.thread_id, at_work(_other.c.state)),
+        ~exists().where(_other.c.thread_id == _c.thread_id, accepted(_other.c.state), _other.c.place < _c.place),
+    )
+    .order_by(_c.accepted_at, _c.id)
+    .limit(_limit)
+)
+
+_save = update(t.turns).where(_c.id == _turn_id)
+_next = (
+    select(_other.c.id)
+    .where(_other.c.thread_id == _thread_id, accepted(_other.c.state), _other.c.id != _turn_id)
+    .order_by(_other.c.place)
+    .limit(literal_column("1", Integer))
+    .scalar_subquery()
+)
+_SAVE = Statement(_save)
+_END = Statement(_save.returning(_next.label("next_id")))
+
+
+class Turns(Repository, turns.Turns):
+    """`turns`."""
+
+    def add(self, turn: Turn, request: RequestKey, *, owner: str = "", waiting: NewMessage | None = None) -> None:
+        values: m.Values = {
+            **m.turn_values(turn),
+            "owner": owner,
+            "caller": request.caller,
+            "request_id": request.request_id or None,
+            "fingerprint": request.fingerprint if request.request_id else None,
+            "waiting": None if waiting is None else m.waiting_values(waiting),
+        }
+        if turn.state is TurnState.ACCEPTED:
+            self._session.run(_QUEUE, {**values, "of_thread": turn.thread_id})
+            self._session.changed.add(UNCLAIMED)
+        else:
+            self._session.run(_ADD, {**values, "place": 0})
+        self._session.changed.add(turn.id)
+
+    def get(self, user_id: str, turn_id: str) -> Turn | None:
+        row = self._session.row(_GET, {"of_turn": turn_id, "of_user": user_id})
+        return None if row is None else m.turn_of(row)
+
+    def find(self, turn_id: str) -> Turn | None:
+        row = self._session.row(_FIND, {"of_turn": turn_id})
+        return None if row is None else m.turn_of(row)
+
+    def lock(self, turn_id: str) -> Turn | None:
+        if not self._session.is_server:
+            return self.find(turn_id)  # whoever writes has the whole database
+        # In the order in which everybody locks: two processes never wait for each other.
+        self._session.rows(_LOCK_THREAD, {"of_turn": turn_id})
+        row = self._session.row(_LOCK, {"of_turn": turn_id})
+        return None if row is None else m.turn_of(row)
+
+    def by_request(self, caller: str, user_id: str, request_id: str) -> tuple[Turn, str] | None:
+        key = {"caller": caller, "of_user": user_id, "request_id": request_id}
+        row = self._session.row(_BY_REQUEST, key)
+        return None if row is None else (m.turn_of(row), row.fingerprint)
+
+    def unfinished(self, thread_id: str) -> Sequence[Turn]:
+        return [m.turn_of(row) for row in self._session.rows(_UNFINISHED, {"of_thread": thread_id})]
+
+    def waiting_message(self, turn_id: str) -> NewMessage | None:
+        row = self._session.row(_FIND, {"of_turn": turn_id})
+        return None if row is None or row.waiting is None else m.waiting_of(row)
+
+    def holder(self, turn_id: str) -> Holder:
+        row = self._session.row(_HOLDER, {"of_turn": turn_id, "now": self._session.now()})
+        return Holder("", alive=False) if row is None else Holder(row.owner, alive=bool(row.alive))
+
+    def held_by(self, owner: str) -> Mapping[str, int]:
+        held = self._session.rows(_HELD_BY, {"of_owner": owner})
+        return {row.id: row.epoch for row in held}
+
+    def unclaimed(self, limit: int) -> Sequence[str]:
+        return [row.id for row in self._session.rows(_UNCLAIMED, {"limit": limit})]
+
+    def abandoned(self, limit: int) -> Sequence[str]:
+        return [row.id for row in self._session.rows(_ABANDONED, {"limit": limit, "now": self._session.now()})]
+
+    def save_claim(self, turn: Turn, owner: str) -> None:
+        values = {"of_turn": turn.id, "owner": owner, **m.claim_values(turn)}
+        if turn.state is TurnState.ACCEPTED:
+            self._session.changed.add(UNCLAIMED)
+        else:
+            values["waiting"] = None
+        self._session.run(_SAVE, values)
+        self._session.changed.add(turn.id)
+
+    def save_continuation(self, turn_id: str, continuation: Continuation) -> None:
+        self._session.run(_SAVE, {"of_turn": turn_id, "continuation": m.continuation_values(continuation)})
+
+    def save_ending(self, turn: Turn) -> str | None:
+        self._session.changed.add(turn.id)
+        values = {"of_turn": turn.id, "of_thread": turn.thread_id, "waiting": None, **m.ending_values(turn)}
+        next_id: str | None = self._session.row(_END, values).next_id
+        if next_id is not None:
+            self._session.changed.add(UNCLAIMED)
+        return next_id

@@ -1,0 +1,501 @@
+"""What becomes of turns whose process is gone, on every store."""
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from core.model.errors import StoreUnavailable
+from core.model.events import AttemptRestarted, LogEntry, TextDelta, ToolAnswered, ToolCalled, TurnFinished
+from core.model.message import Role
+from core.model.thread import UNSYNCED, ProviderState
+from core.model.turn import BusyPolicy, Turn, TurnReason, TurnState
+from core.ports.agent import AgentFailed, Begun, CannotResume, Resumption, StateChanged
+from core.ports.store import Store
+from core.ports.tools import ToolOutput
+from core.use_cases.read_threads import MessageQuery
+from core.use_cases.turn_engine import TurnLimits
+from doubles import DONE, Gate, ManualClock, NotedTools, ScriptedAgent, Service, Step, kinds, service, text_of
+from harness import until
+
+LEASE = 0.5
+
+
+def ending(events: list[LogEntry]) -> Turn:
+    """How a followed turn ended."""
+    last = events[-1].event
+    assert isinstance(last, TurnFinished)
+    return last.turn
+
+
+async def left_behind(store: Store, *script: Step, tools: NotedTools | None = None) -> str:
+    """A turn of a process that was killed when the script's last step, a gate, was reached, or its tool's."""
+    async with service(store, ScriptedAgent(script), tools) as it:
+        turn_id = await it.say()
+        gate = script[-1] if isinstance(script[-1], Gate) else tools._gate if tools else None
+        assert gate is not None
+        await gate.reached.wait()
+        if text := "".join(step for step in script if isinstance(step, str)):
+            await it.stream(turn_id, text)
+        await it.kill()
+    return turn_id
+
+
+async def test_a_turn_without_text_begins_again(store: Store) -> None:
+    turn_id = await left_behind(store, Gate())
+    async with service(store, ScriptedAgent(["Here I am.", DONE])) as it:
+        events = await it.events(turn_id)
+        turn = ending(events)
+        assert (turn.state, turn.attempt, turn.reason) == (TurnState.COMPLETED, 2, None)
+        assert text_of(events) == "Here I am."
+        assert AttemptRestarted not in kinds(events)  # there was nothing to drop
+        lines, _ = await it.threads.messages(MessageQuery(user_id="ada", thread_id=turn.thread_id), 0, "")
+        assert [line.role for line in lines] == [Role.USER, Role.ASSISTANT]
+        assert it.agent.requests[0].message.text == "Hello"
+
+
+async def test_text_that_was_committed_is_kept_and_the_turn_ends(store: Store) -> None:
+    turn_id = await left_behind(store, "some", Gate())
+    async with service(store) as it:
+        events = await it.events(turn_id)
+        turn = ending(events)
+        assert (turn.state, turn.attempt, turn.reason) == (TurnState.INCOMPLETE, 1, TurnReason.INTERRUPTED)
+        assert text_of(events) == "some"
+        _, reply = await it.threads.turn("ada", turn_id)
+        assert reply is not None
+        assert (reply.text, reply.partial) == ("some", True)
+        assert not it.agent.requests
+        await it.events(await it.say(thread_id=turn.thread_id))  # the thread is free
+
+
+async def test_where_configured_the_reply_begins_again_and_says_so(store: Store) -> None:
+    copy = ProviderState(provider="scripted", conversation_id="conv", synced_to=0)
+    turn_id = await left_behind(store, StateChanged(copy), "some", Gate())
+    async with service(store, ScriptedAgent(["other", DONE]), limits=TurnLimits(restart=True)) as it:
+        events = await it.events(turn_id)
+        assert ending(events).state is TurnState.COMPLETED
+        restart = events[2].event
+        assert restart == AttemptRestarted(2, "INTERRUPTED")
+        assert text_of(events[:2]) == "some"
+        assert text_of(events[3:]) == "other"
+        turn, reply = await it.threads.turn("ada", turn_id)
+        assert turn.attempt == 2
+        assert reply is not None
+        assert reply.text == "other"
+        state = it.agent.requests[0].state
+        assert state is not None
+        assert (state.conversation_id, state.synced_to) == ("conv", UNSYNCED)
+
+
+async def test_a_failure_of_the_provider_after_text_begins_again_only_where_configured(store: Store) -> None:
+    broken: list[Step] = ["so", AgentFailed(TurnReason.PROVIDER_TRUNCATED)]
+    async with service(store, ScriptedAgent(broken, ["so be it", DONE]), limits=TurnLimits(restart=True)) as it:
+        events = await it.events(await it.say())
+        turn = ending(events)
+        assert (turn.state, turn.attempt) == (TurnState.COMPLETED, 2)
+        assert AttemptRestarted(2, "PROVIDER_TRUNCATED") in [entry.event for entry in events]
+        turn, reply = await it.threads.turn("ada", turn.id)
+        assert reply is not None
+        assert reply.text == "so be it"
+    async with service(store, ScriptedAgent(default=broken), limits=TurnLimits(restart=True)) as it:
+        events = await it.events(await it.say())
+        turn = ending(events)
+        assert (turn.state, turn.attempt) == (TurnState.INCOMPLETE, 3)
+        assert len(it.agent.requests) == 3
+    refused = AgentFailed(TurnReason.PROVIDER_CONFIG)
+    async with service(store, ScriptedAgent(["so", refused]), limits=TurnLimits(restart=True)) as it:
+        assert ending(await it.events(await it.say())).reason is TurnReason.PROVIDER_CONFIG
+
+
+async def test_an_idempotent_call_without_an_answer_is_made_again_with_the_same_key(store: Store) -> None:
+    call = ToolCalled("c1", "note", "{}")
+    before = NotedTools(idempotent=True, gate=Gate())
+    turn_id = await left_behind(store, call, DONE, tools=before)
+    tools = NotedTools(idempotent=True)
+    async with service(store, ScriptedAgent(["Noted.", DONE]), tools) as it:
+        events = await it.events(turn_id)
+        turn = ending(events)
+        assert (turn.state, turn.attempt) == (TurnState.COMPLETED, 2)
+        keys = [context.idempotency_key for _, _, context in (*before.calls, *tools.calls)]
+        assert keys == [f"{turn_id}:c1"] * 2
+        assert [type(entry.event) for entry in events[1:]] == [
+            ToolCalled, AttemptRestarted, ToolCalled, ToolAnswered, TextDelta, TurnFinished,
+        ]  # fmt: skip
+        (done,) = it.agent.requests[0].rounds
+        assert [exchange.call_id for exchange in done.exchanges] == ["c1"]
+        lines, _ = await it.threads.messages(MessageQuery(user_id="ada", thread_id=turn.thread_id), 0, "")
+        assert [line.role for line in lines] == [Role.USER, Role.TOOL, Role.ASSISTANT]
+
+
+@pytest.mark.parametrize("text", ["", "Let me see. "])
+async def test_what_a_call_did_that_may_not_be_repeated_is_unknown(store: Store, text: str) -> None:
+    said = [text] if text else []
+    before = NotedTools(gate=Gate())
+    turn_id = await left_behind(store, *said, ToolCalled("c1", "note", "{}"), DONE, tools=before)
+    tools = NotedTools()
+    async with service(store, tools=tools, limits=TurnLimits(restart=True)) as it:
+        events = await it.events(turn_id)
+        turn = ending(events)
+        assert turn.reason is TurnReason.TOOL_OUTCOME_UNKNOWN
+        assert turn.state is (TurnState.INCOMPLETE if text else TurnState.FAILED)
+        assert text_of(events) == text
+        assert not tools.calls
+        assert not it.agent.requests
+
+
+@pytest.mark.parametrize("idempotent", [True, False])
+async def test_a_call_that_was_answered_is_never_made_again(store: Store, idempotent: bool) -> None:
+    call, gate = ToolCalled("c1", "note", "{}"), Gate()
+    agent, before = ScriptedAgent([call, DONE], [gate]), NotedTools(idempotent=idempotent)
+    async with service(store, agent, before) as it:
+        turn_id = await it.say()
+        await gate.reached.wait()
+        await it.kill()
+    tools = NotedTools(lambda *_: ToolOutput("another answer"), idempotent=idempotent)
+    async with service(store, ScriptedAgent(["Noted.", DONE]), tools) as it:
+        turn = ending(await it.events(turn_id))
+        assert not tools.calls
+        if idempotent:
+            assert turn.state is TurnState.COMPLETED
+            assert it.agent.requests[0].rounds[0].exchanges[0].output == "noted {}"
+        else:
+            assert (turn.state, turn.reason) == (TurnState.FAILED, TurnReason.INTERRUPTED)
+
+
+async def test_a_second_crash_forgets_no_effect(store: Store) -> None:
+    call = ToolCalled("c1", "note", "{}")
+    turn_id = await left_behind(store, call, DONE, tools=NotedTools(idempotent=True, gate=Gate()))
+    again = NotedTools(idempotent=True, gate=Gate())
+    async with service(store, ScriptedAgent(), again) as it:
+        assert again._gate is not None
+        await again._gate.reached.wait()
+        await it.kill()
+    tools = NotedTools(idempotent=True)
+    async with service(store, ScriptedAgent(["Noted.", DONE]), tools) as it:
+        turn = ending(await it.events(turn_id))
+        assert (turn.state, turn.attempt) == (TurnState.COMPLETED, 3)
+        assert [context.call_id for _, _, context in tools.calls] == ["c1"]
+
+
+async def test_attempts_are_bounded(store: Store) -> None:
+    turn_id = await left_behind(store, Gate())
+    for attempt in (2, 3):
+        gate = Gate()
+        async with service(store, ScriptedAgent([gate])) as it:
+            await gate.reached.wait()
+            assert (await it.threads.turn("ada", turn_id))[0].attempt == attempt
+            await it.kill()
+    async with service(store) as it:
+        turn = ending(await it.events(turn_id))
+        assert (turn.state, turn.attempt, turn.reason) == (TurnState.FAILED, 3, TurnReason.INTERRUPTED)
+        assert not it.agent.requests
+
+
+async def test_the_budget_runs_from_the_first_claim(store: Store, clock: ManualClock) -> None:
+    turn_id = await left_behind(store, Gate())
+    clock.advance(seconds=10)
+    async with service(store, limits=TurnLimits(budget=0.001)) as it:
+        turn = ending(await it.events(turn_id))
+        assert (turn.state, turn.reason) == (TurnState.FAILED, TurnReason.BUDGET_EXCEEDED)
+        assert not it.agent.requests
+
+
+async def test_one_broken_turn_does_not_keep_the_others_waiting(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gates = [Gate(), Gate()]
+    async with service(store, ScriptedAgent([gates[0]], [gates[1]])) as it:
+        broken, fine = await it.say(), await it.say()
+        for gate in gates:
+            await gate.reached.wait()
+        await it.kill()
+    log_type: Any = type(await store.read(lambda tx: tx.log))
+    read = log_type.read
+
+    def unreadable(log: Any, turn_id: str, after: int = 0) -> Any:
+        if turn_id == broken:
+            raise ValueError("not what was written")
+        return read(log, turn_id, after)
+
+    monkeypatch.setattr(log_type, "read", unreadable)
+    async with service(store) as it:
+        assert ending(await it.events(fine)).state is TurnState.COMPLETED
+        assert not it.engine.knows(broken)
+    monkeypatch.undo()
+    async with service(store) as it:
+        assert ending(await it.events(broken)).state is TurnState.COMPLETED
+
+
+async def test_a_turn_whose_acceptance_was_not_answered_is_run(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with service(store, ScriptedAgent(["Here.", DONE])) as it:
+        write = store.write
+
+        async def unanswered(change: Callable[..., Any]) -> Any:
+            await write(change)
+            raise StoreUnavailable
+
+        monkeypatch.setattr(store, "write", unanswered)
+        with pytest.raises(StoreUnavailable):
+            await it.say(request_id="r")
+        monkeypatch.undo()
+        turn_id = await it.say(request_id="r")
+        assert ending(await it.events(turn_id)).state is TurnState.COMPLETED
+        assert len(it.agent.requests) == 1
+        assert not it.engine._expected
+
+
+# Several processes on one database
+
+
+@contextlib.asynccontextmanager
+async def pair(store: Store, one: ScriptedAgent, two: ScriptedAgent, **more: Any) -> Any:
+    """Two processes."""
+    async with service(store, one, lease=LEASE, **more) as first, service(store, two, lease=LEASE) as second:
+        yield first, second
+
+
+async def expire(it: Service, clock: ManualClock) -> None:
+    """Time in which a process does not renew its lease; a server database has its own clock."""
+    assert it.recover._task is not None
+    it.recover._task.cancel()
+    await asyncio.gather(it.recover._task, return_exceptions=True)
+    clock.advance(seconds=2 * LEASE)
+
+
+async def test_another_process_takes_over_and_the_zombie_writes_nothing(store: Store, clock: ManualClock) -> None:
+    silent, spoken = Gate(), Gate()
+    copy = StateChanged(ProviderState(provider="scripted", conversation_id="zombie"))
+    zombie = ScriptedAgent(["kept", spoken, " lost", DONE], [silent, copy, "lost", DONE])
+    async with pair(store, zombie, ScriptedAgent(["Taken over.", DONE])) as (one, two):
+        with_text = await one.say()
+        await one.stream(with_text, "kept")
+        without = await one.say(user="eve")
+        await silent.reached.wait()
+        await expire(one, clock)
+        taken = await two.events(without)
+        assert (ending(taken).state, ending(taken).attempt) == (TurnState.COMPLETED, 2)
+        kept = await two.events(with_text)
+        assert (ending(kept).state, ending(kept).reason) == (TurnState.INCOMPLETE, TurnReason.INTERRUPTED)
+        silent.open()
+        spoken.open()
+        await until(lambda: not one.engine._running)
+        assert one.agent.closed == 2
+        assert await one.events(without) == taken
+        assert await one.events(with_text) == kept
+        thread_id = ending(taken).thread_id
+        assert await store.read(lambda tx: tx.threads.provider_state(thread_id)) is None
+
+
+async def test_a_process_that_lost_its_lease_calls_no_tool_before_it_knows(
+    store: Store, clock: ManualClock
+) -> None:
+    gate, tools = Gate(), NotedTools()
+    agent = ScriptedAgent([gate, ToolCalled("c1", "note", "{}"), DONE])
+    async with pair(store, agent, ScriptedAgent(), tools=tools) as (one, _):
+        turn_id = await one.say()
+        await gate.reached.wait()
+        one.engine.leased(0.0)  # as after a pause: the loop's time went on
+        gate.open()
+        await until(lambda: one.engine._running[turn_id].log.position > 1)
+        assert not tools.calls
+        await until(lambda: tools.calls)  # it has renewed its lease, and the turn is still its own
+        assert ending(await one.events(turn_id)).attempt == 1
+
+
+async def test_nobody_takes_the_turns_of_a_living_process(store: Store, clock: ManualClock) -> None:
+    gate = Gate()
+    async with pair(store, ScriptedAgent(["a", gate, "b", DONE]), ScriptedAgent()) as (one, two):
+        turn_id = await one.say()
+        loop = asyncio.get_running_loop()
+        end = loop.time() + 3 * LEASE
+        await until(lambda: loop.time() > end)
+        gate.open()
+        turn = ending(await two.events(turn_id))
+        assert (turn.state, turn.attempt, turn.epoch) == (TurnState.COMPLETED, 1, 2)
+        assert not two.agent.requests
+
+
+async def test_after_an_outage_everybody_keeps_what_is_theirs(
+    store: Store, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate()
+    async with pair(store, ScriptedAgent(["a", gate, "b", DONE]), ScriptedAgent()) as (one, two):
+        turn_id = await one.say()
+        await one.stream(turn_id, "a")
+        asked = 0
+
+        async def away(_: object) -> Any:
+            nonlocal asked
+            asked += 1
+            raise StoreUnavailable
+
+        for method in ("read", "write"):
+            monkeypatch.setattr(store, method, away)
+        clock.advance(seconds=10 * LEASE)
+        loop = asyncio.get_running_loop()
+        end = loop.time() + 1.5 * LEASE
+        await until(lambda: loop.time() > end)
+        assert asked > 2
+        monkeypatch.undo()
+        await two.recover._renew()  # the other is the first to be back
+        await two.recover._take_stock()
+        gate.open()
+        turn = ending(await two.events(turn_id))
+        assert (turn.state, turn.epoch) == (TurnState.COMPLETED, 2)
+
+
+async def test_a_turn_is_cancelled_and_followed_from_another_process(store: Store, clock: ManualClock) -> None:
+    gate = Gate()
+    async with pair(store, ScriptedAgent(["half", gate, DONE]), ScriptedAgent()) as (one, two):
+        turn_id = await one.say()
+        here, there = asyncio.create_task(one.events(turn_id)), asyncio.create_task(two.events(turn_id))
+        await two.stream(turn_id, "half")
+        assert (await two.cancel("ada", turn_id)).state is TurnState.CANCELLED
+        assert await here == await there
+        await until(lambda: not one.engine._running)
+        assert one.agent.closed == 1
+
+
+async def test_a_stop_hands_over_what_has_no_text(store: Store, clock: ManualClock) -> None:
+    spoken, silent = Gate(), Gate()
+    leaving = ScriptedAgent(["My ", spoken, "text.", DONE], [silent, "never", DONE])
+    async with pair(store, leaving, ScriptedAgent(["Elsewhere.", DONE])) as (one, two):
+        with_text = await one.say()
+        await one.stream(with_text, "My ")
+        without = await one.say(user="eve")
+        await silent.reached.wait()
+        follower = asyncio.create_task(one.events(without))
+        drain = asyncio.create_task(one.engine.drain(20))
+        moved = await follower
+        assert not drain.done()
+        assert text_of(moved) == "Elsewhere."
+        assert (ending(moved).state, ending(moved).attempt) == (TurnState.COMPLETED, 2)
+        spoken.open()
+        await drain
+        kept = await two.events(with_text)
+        assert (ending(kept).state, ending(kept).attempt) == (TurnState.COMPLETED, 1)
+        assert text_of(kept) == "My text."
+
+
+async def test_a_stop_without_another_process_waits_and_then_leaves_turns_to_the_next_start(store: Store) -> None:
+    quick, silent, spoken = Gate(), Gate(), Gate()
+    async with service(store, ScriptedAgent([quick, "a", DONE], [silent, DONE], ["b", spoken])) as it:
+        first = await it.say()
+        second = await it.say(user="eve")
+        third = await it.say(user="bob")
+        for gate in (quick, silent, spoken):
+            await gate.reached.wait()
+        await it.stream(third, "b")
+        drain = asyncio.create_task(it.engine.drain(0.2))
+        quick.open()
+        assert ending(await it.events(first)).state is TurnState.COMPLETED
+        await drain
+        assert (await it.threads.turn("eve", second))[0].state is TurnState.ACCEPTED
+        turn, _ = await it.threads.turn("bob", third)
+        assert (turn.state, turn.reason) == (TurnState.INCOMPLETE, TurnReason.INTERRUPTED)
+        assert it.agent.closed == 3
+    async with service(store, ScriptedAgent(["Later.", DONE])) as it:
+        events = await it.events(second)
+        assert (text_of(events), ending(events).attempt) == ("Later.", 2)
+
+
+async def test_a_queue_goes_on_in_another_process(store: Store, clock: ManualClock) -> None:
+    gate = Gate()
+    async with service(store, ScriptedAgent(["one", gate])) as it:
+        first = await it.say()
+        await it.stream(first, "one")
+        turn, _ = await it.threads.turn("ada", first)
+        more = {"thread_id": turn.thread_id, "on_busy": BusyPolicy.QUEUE}
+        waiting = [await it.say(f"question {number}", **more) for number in range(3)]
+        await it.kill()
+    async with service(store, ScriptedAgent(["a1", DONE], ["a2", DONE], ["a3", DONE])) as it:
+        assert ending(await it.events(first)).reason is TurnReason.INTERRUPTED
+        assert [text_of(await it.events(turn_id)) for turn_id in waiting] == ["a1", "a2", "a3"]
+        assert [ending(await it.events(turn_id)).attempt for turn_id in waiting] == [1, 1, 1]
+
+
+# A provider that goes on by itself
+
+
+async def test_a_round_that_the_provider_goes_on_with_is_read_on(store: Store) -> None:
+    copy = ProviderState(provider="scripted", conversation_id="conv", synced_to=0)
+    turn_id = await left_behind(store, StateChanged(copy), Begun("h1"), "half", Gate())
+    async with service(store, ScriptedAgent([" and half", DONE])) as it:
+        events = await it.events(turn_id)
+        turn = ending(events)
+        assert (turn.state, turn.attempt) == (TurnState.COMPLETED, 1)
+        assert text_of(events) == "half and half"
+        assert AttemptRestarted not in kinds(events)
+        (request,) = it.agent.requests
+        assert request.resume == Resumption("h1", "half")
+        assert request.state == copy
+        _, reply = await it.threads.turn("ada", turn_id)
+        assert reply is not None
+        assert reply.text == "half and half"
+        assert not it.agent.stopped
+
+
+async def test_a_round_behind_a_tool_that_may_not_be_repeated_is_read_on(store: Store) -> None:
+    gate, call = Gate(), ToolCalled("c1", "note", "{}")
+    agent = ScriptedAgent([Begun("h1"), "Noting. ", call, DONE], [Begun("h2"), gate])
+    async with service(store, agent) as it:
+        turn_id = await it.say()
+        await gate.reached.wait()
+        await it.kill()
+    async with service(store, ScriptedAgent(["Noted.", DONE])) as it:
+        events = await it.events(turn_id)
+        assert (ending(events).state, ending(events).attempt) == (TurnState.COMPLETED, 1)
+        assert text_of(events) == "Noting. Noted."
+        (request,) = it.agent.requests
+        assert request.resume == Resumption("h2", "")
+        assert [done.text for done in request.rounds] == ["Noting. "]
+        assert not it.tools.calls
+
+
+async def test_a_round_that_is_over_is_not_read_again(store: Store) -> None:
+    tools = NotedTools(idempotent=True, gate=Gate())
+    turn_id = await left_behind(store, Begun("h1"), ToolCalled("c1", "note", "{}"), DONE, tools=tools)
+    async with service(store, ScriptedAgent(["Noted.", DONE]), NotedTools(idempotent=True)) as it:
+        assert ending(await it.events(turn_id)).attempt == 2
+        assert it.agent.requests[0].resume is None
+
+
+@pytest.mark.parametrize("text", ["", "half"])
+async def test_a_round_that_can_not_be_read_on_counts_as_lost(store: Store, text: str) -> None:
+    said = [text] if text else []
+    turn_id = await left_behind(store, Begun("h1"), *said, Gate())
+    async with service(store, ScriptedAgent([CannotResume()], ["Anew.", DONE])) as it:
+        events = await it.events(turn_id)
+        turn = ending(events)
+        if text:
+            assert (turn.state, turn.reason) == (TurnState.INCOMPLETE, TurnReason.INTERRUPTED)
+            assert text_of(events) == "half"
+        else:
+            assert (turn.state, turn.attempt) == (TurnState.COMPLETED, 2)
+            assert text_of(events) == "Anew."
+            assert it.agent.requests[1].resume is None
+
+
+async def test_what_nobody_will_read_is_stopped(store: Store) -> None:
+    gates = [Gate(), Gate(), Gate()]
+    scripts: list[list[Step]] = [[Begun(f"h{n}"), "x", gate, DONE] for n, gate in enumerate(gates)]
+    agent = ScriptedAgent(*scripts)
+    async with service(store, agent) as it:
+        cancelled = await it.say()
+        await gates[0].reached.wait()
+        await it.cancel("ada", cancelled)
+        interrupted = await it.say()
+        await gates[1].reached.wait()
+        thread_id = (await it.threads.turn("ada", interrupted))[0].thread_id
+        deleted = await it.say(thread_id=thread_id, on_busy=BusyPolicy.INTERRUPT)
+        await gates[2].reached.wait()
+        await it.delete("ada", thread_id)
+        await until(lambda: not it.engine.knows(deleted))
+        await until(lambda: len(it.agent.stopped) == 3)
+        assert it.agent.stopped == ["h0", "h1", "h2"]
+        await it.events(await it.say())
+        assert len(it.agent.stopped) == 3

