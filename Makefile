@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PYTHONDONTWRITEBYTECODE := 1
 
-.PHONY: help chat test check lint types proto proto-check fmt lock clean
+.PHONY: help chat test faults-small faults check lint types proto proto-check fmt lock clean
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
@@ -26,6 +26,12 @@ chat: $(VENV)/run.stamp ## talk to a coach; with piped lines, answer each
 
 test: $(VENV)/dev.stamp ## run the tests
 	@$(BIN)/python -m pytest
+
+faults-small: $(VENV)/dev.stamp ## kill, freeze and cut everything, for about ten minutes
+	@VIDA_TEST_SIZE=small $(BIN)/python -m pytest -q -s tests/faults tests/simulation
+
+faults: $(VENV)/dev.stamp ## the same at the large size, for hours
+	@VIDA_TEST_SIZE=large $(BIN)/python -m pytest -q -s tests/faults tests/simulation
 
 check: lint types proto-check test ## everything that must pass before a change lands
 

@@ -63,7 +63,7 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
     """PostgreSQL from a wheel, or the server of VIDA_TEST_POSTGRES_URL."""
     given = os.environ.get("VIDA_TEST_POSTGRES_URL")
     if given:
-        yield _templated(given)
+        yield templated(given)
         return
     # The wheel looks at this when it is imported, and warns where it is missing.
     os.environ.setdefault("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("runtime")))
@@ -73,12 +73,13 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
     with tempfile.TemporaryDirectory(prefix="vida-pg-", ignore_cleanup_errors=True) as folder:
         server = get_server(folder, cleanup_mode="stop")
         try:
-            yield _templated(server.get_uri())
+            yield templated(server.get_uri())
         finally:
             server.cleanup()
 
 
-def _templated(url: str) -> Postgres:
+def templated(url: str) -> Postgres:
+    """A server with a migrated database for copies."""
     postgres = Postgres(url, f"vida_template_{os.getpid()}")
     postgres.drop(postgres.template)
     migrate(postgres.empty(postgres.template))

@@ -478,6 +478,7 @@ async def test_a_round_that_can_not_be_read_on_counts_as_lost(store: Store, text
             assert (turn.state, turn.attempt) == (TurnState.COMPLETED, 2)
             assert text_of(events) == "Anew."
             assert it.agent.requests[1].resume is None
+        await until(lambda: it.agent.stopped == ["h1"])
 
 
 async def test_what_nobody_will_read_is_stopped(store: Store) -> None:

@@ -1,19 +1,20 @@
-"""A real server process: started, watched until SERVING, killed."""
+"""Real server processes: started, watched until SERVING, stopped in every way there is."""
 
 import asyncio
 import os
+import resource
 import signal
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
-_SERVE = "import sys; from entrypoints.cli.main import main; sys.exit(main(['serve', '--listen', '127.0.0.1:0']))"
-_SOURCE = Path(__file__).resolve().parents[2] / "src"
+import entrypoints
+import faults
+
+_PYTHONPATH = os.pathsep.join(str(Path(package.__path__[0]).parent) for package in (entrypoints, faults))
 
 
 class ServerProcess:
-    """`vida-coach serve` in a process of its own."""
+    """`vida-coach serve` with the scripted coach, in a process of its own."""
 
     def __init__(self, process: asyncio.subprocess.Process, address: str) -> None:
         self._process = process
@@ -24,49 +25,64 @@ class ServerProcess:
         """The process's id."""
         return self._process.pid
 
-    async def kill(self) -> None:
-        """kill -9."""
-        self._process.send_signal(signal.SIGKILL)
-        await self._process.wait()
-
-    async def terminate(self) -> int:
-        """SIGTERM; returns the exit code."""
-        if self._process.returncode is None:
-            self._process.send_signal(signal.SIGTERM)
-        return await self._process.wait()
-
     @property
     def alive(self) -> bool:
         """Whether it still runs."""
         return self._process.returncode is None
 
+    def pause(self) -> None:
+        """SIGSTOP."""
+        self._process.send_signal(signal.SIGSTOP)
 
-async def start(log: Path, **settings: str) -> ServerProcess:
-    """Starts a server and waits until it says where it listens. Its log lines go to a file."""
+    def go_on(self) -> None:
+        """SIGCONT."""
+        self._process.send_signal(signal.SIGCONT)
+
+    def limit_file_size(self, size: int) -> None:
+        """Lets no file of the process grow beyond `size` bytes: the disk is full; -1 makes room again."""
+        hard = resource.prlimit(self.pid, resource.RLIMIT_FSIZE)[1]
+        resource.prlimit(self.pid, resource.RLIMIT_FSIZE, (size, hard))
+
+    def ask_to_stop(self) -> None:
+        """SIGTERM."""
+        if self.alive:
+            self._process.send_signal(signal.SIGTERM)
+
+    async def gone(self) -> int:
+        """Waits until the process is gone; returns the exit code, negative for a signal."""
+        return await self._process.wait()
+
+    async def kill(self) -> None:
+        """kill -9."""
+        if self.alive:
+            self._process.send_signal(signal.SIGKILL)
+        await self._process.wait()
+
+    async def terminate(self) -> int:
+        """SIGTERM; returns the exit code."""
+        self.ask_to_stop()
+        return await self.gone()
+
+
+async def start(folder: Path, point: str = "", **settings: str) -> ServerProcess:
+    """Starts a server and waits until it says where it listens. Its log lines go to `folder`/log.
+
+    With `point` it kills itself there; one that does so before it listens has the address "".
+    """
     environ = {name: value for name, value in os.environ.items() if not name.startswith(("OPENAI_", "VIDA_"))}
-    with log.open("ab") as sink:
+    faulty = {"FAULT_FOLDER": str(folder), "FAULT_POINT": point, "PYTHONPATH": _PYTHONPATH}
+    with (folder / "log").open("ab") as sink:
         process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-c",
-            _SERVE,
+            *(sys.executable, "-m", "faults.points", "serve", "--listen", "127.0.0.1:0"),
             stdout=asyncio.subprocess.PIPE,
             stderr=sink,
-            env={**environ, "PYTHONPATH": str(_SOURCE), **settings},
+            env={**environ, **faulty, **settings},
         )
     assert process.stdout is not None
+    # The only line that it ever prints: the pipe can't fill up, and the process never waits for us to read.
     line = (await process.stdout.readline()).decode().strip()
     if not line.startswith("listening on "):
-        await process.wait()
-        raise AssertionError(f"the server did not start, see {log}")
+        code = await process.wait()
+        if not point or code != -signal.SIGKILL:
+            raise AssertionError(f"the server did not start: {(folder / 'log').read_text()[-2000:]}")
     return ServerProcess(process, line.removeprefix("listening on "))
-
-
-@asynccontextmanager
-async def server(log: Path, **settings: str) -> AsyncIterator[ServerProcess]:
-    """A server that is gone afterwards."""
-    running = await start(log, **settings)
-    try:
-        yield running
-    finally:
-        if running.alive:
-            await running.kill()

@@ -114,8 +114,8 @@ class TurnColumns(TypedColumns):
     """Turns. A write to a running turn is conditional on `epoch`. `owner` is empty where nobody has claimed it.
 
     `place` orders the turns that wait in a thread. `waiting` is the id and the content of a user message that
-    is not in the transcript yet. `continuation` are the provider's name for a round that it writes by itself, and
-    the round's number.
+    is not in the transcript yet. `continuation` names a round that the provider writes by itself: its handle, the
+    attempt and the round's number.
     """
 
     id = Column(String(36), primary_key=True)

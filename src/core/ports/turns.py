@@ -74,8 +74,8 @@ class Turns(Protocol):
 
     @abstractmethod
     def add(self, turn: Turn, request: RequestKey, *, owner: str = "", waiting: NewMessage | None = None) -> None:
-        """Stores a new turn: RUNNING and claimed by process `owner`, or ACCEPTED at the end of its thread's queue
-        with the message that it is to answer.
+        """Stores a new turn that has not ended: RUNNING and claimed by process `owner`, or ACCEPTED at the end of
+        its thread's queue with the message that it is to answer.
 
         (caller, user, request id) is unique where there is a request id.
         """
@@ -107,7 +107,7 @@ class Turns(Protocol):
 
     @abstractmethod
     def holder(self, turn_id: str) -> Holder:
-        """Who has claimed the turn."""
+        """Who has claimed a turn that has not ended."""
 
     @abstractmethod
     def held_by(self, owner: str) -> Mapping[str, int]:

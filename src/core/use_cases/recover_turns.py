@@ -114,15 +114,16 @@ class RecoverTurns:
             self._engine.waiting.set()
 
     async def _renew(self) -> None:
-        begun = asyncio.get_running_loop().time()
         if self._alone and self._has_lease:
             return
+        loop = asyncio.get_running_loop()
+        begun = loop.time()
         valid = await self._store.write(lambda tx: tx.leases.renew(self._owner, self._lease))
-        if not valid or begun - self._renewed >= 2 * self._period:
-            # New, or back after a pause or an outage, which the others may have had as well: each gets the time
-            # to renew its lease before anybody takes its turns.
-            self._watched_since = begun
-        self._renewed = begun
+        if not valid or loop.time() - self._renewed >= 2 * self._period:
+            # New, or back after a pause, an outage or a halt of the store, which the others may have had as well:
+            # each gets the time to renew its lease before anybody takes its turns.
+            self._watched_since = loop.time()
+        self._renewed = loop.time()
         self._has_lease = True
         self._engine.leased(begun + self._lease)
 
@@ -131,20 +132,21 @@ class RecoverTurns:
         turn may whose acceptance was not answered; then what processes have left that are gone."""
         loop = asyncio.get_running_loop()
         ours = self._engine.held()
-        sure = self._alone or loop.time() >= self._watched_since + self._lease
 
         def query(tx: Transaction) -> tuple[Mapping[str, int], Sequence[Turn], Sequence[Turn]]:
             held = tx.turns.held_by(self._owner)
             orphans = [turn_id for turn_id in held if not self._engine.knows(turn_id)]
-            abandoned = tx.turns.abandoned(_BATCH) if sure else ()
-            return held, _read(tx, orphans), _read(tx, abandoned)
+            return held, _read(tx, orphans), _read(tx, tx.turns.abandoned(_BATCH))
 
         held, orphans, abandoned = await self._store.read(query)
         for turn_id, epoch in ours.items():
             if held.get(turn_id) != epoch and self._engine.held().get(turn_id) == epoch:
                 self._engine.abandon(turn_id)
         await self._claim_all(orphans, Why.ORPHANED)
-        await self._claim_all(abandoned, Why.ABANDONED)
+        # A store that was slow to answer just now may have kept others from renewing.
+        in_time = loop.time() - self._renewed < self._period
+        if self._alone or (in_time and loop.time() >= self._watched_since + self._lease):
+            await self._claim_all(abandoned, Why.ABANDONED)
 
     async def _check_suspects(self) -> None:
         """Looks at turns that another process has touched."""

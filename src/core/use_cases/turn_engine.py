@@ -54,7 +54,9 @@ MAX_ARGUMENTS = 65_536
 MAX_OUTPUT = 131_072
 """Code points of text in one reply."""
 
-_LAST_WRITES = 10.0
+_LOOK = 1.0
+"""Seconds that a stop gives to the question whether there is another process."""
+_LAST_WRITES = 5.0
 """Seconds that a stop gives to what must still be written."""
 
 _RETRY_FIRST = 0.05
@@ -229,10 +231,13 @@ class TurnEngine:
     def stop_reply(self, turn: Turn) -> None:
         """Stops what the provider still writes for a turn that has ended or is gone."""
         if turn.continuation is not None and turn.provider == self._agent.provider:
-            task = asyncio.create_task(self._agent.stop(turn.continuation.handle), name=f"stop-{turn.id}")
-            task.add_done_callback(_retrieve)
-            task.add_done_callback(self._stopping.discard)
-            self._stopping.add(task)
+            self._stop_round(turn.continuation.handle)
+
+    def _stop_round(self, handle: str) -> None:
+        task = asyncio.create_task(self._agent.stop(handle), name="stop-round")
+        task.add_done_callback(_retrieve)
+        task.add_done_callback(self._stopping.discard)
+        self._stopping.add(task)
 
     def refuse(self) -> None:
         """Takes no more turns."""
@@ -266,8 +271,9 @@ class TurnEngine:
 
     async def _has_peers(self) -> bool:
         try:
-            return await self._store.read(lambda tx: tx.leases.others(self.claimant.owner))
-        except StoreUnavailable:
+            async with asyncio.timeout(_LOOK):
+                return await self._store.read(lambda tx: tx.leases.others(self.claimant.owner))
+        except (StoreUnavailable, TimeoutError):
             return False
 
     async def _stop(self, chosen: Callable[["_Run"], bool]) -> None:
@@ -352,6 +358,8 @@ class TurnEngine:
         for event in again:
             log.add(event)
         await log.flush()
+        if work.handle is not None:
+            self._stop_round(work.handle)
         work.begin_again(kept_rounds(events))
         return True
 
@@ -395,6 +403,7 @@ class TurnEngine:
                         case ToolCalled():
                             calls.append(_checked(event, seen))
                         case Begun(handle):
+                            work.handle = handle
                             begun = Continuation(handle, work.attempt, len(request.rounds))
                             await _patiently(partial(self._store.write, partial(_save_continuation, turn, begun)))
                         case StateChanged(state):
@@ -403,6 +412,7 @@ class TurnEngine:
                             save = partial(_save_state, turn, state)
                             await _patiently(partial(self._store.write, save))
                         case RoundFinished():
+                            work.handle = None
                             finished = event
             if finished is None:
                 raise AgentFailed(TurnReason.PROVIDER_TRUNCATED)
@@ -544,12 +554,14 @@ class _Work:
         self.attempt = claimed.turn.attempt
         self.kept = claimed.rounds
         self.resume = claimed.resume
+        self.handle = claimed.resume.handle if claimed.resume else None
         self.state = claimed.state if claimed.state and claimed.state.provider == provider else None
 
     def begin_again(self, kept: tuple[Round, ...]) -> None:
         """The provider's copy may hold anything of the attempt before."""
         self.attempt += 1
         self.kept = kept
+        self.handle = None
         if self.state is not None:
             self.state = replace(self.state, synced_to=UNSYNCED)
 

@@ -1,0 +1,59 @@
+"""What the suites of faults share: a PostgreSQL that may be broken, and the figures at the end."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+
+from faults.cluster import Cluster
+from faults.figures import FIGURES, SIZE
+from faults.postgres import BreakablePostgres
+
+LONG = {"test_a_release_at_a_stop", "test_a_claim_by_recovery", "test_a_stop_without_a_database"}
+"""Tests that a tiny run does without."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves the long tests out of a tiny run, and says so."""
+    if SIZE == "tiny":
+        left_out = [
+            item for item in items if getattr(item, "originalname", "") in LONG and "faults" in item.path.parts
+        ]
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)
+
+
+@pytest.fixture(scope="module")
+def breakable() -> Iterator[BreakablePostgres]:
+    """A PostgreSQL server of this module's own."""
+    server = BreakablePostgres()
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+@pytest.fixture
+async def broken_url(breakable: BreakablePostgres, request: pytest.FixtureRequest) -> AsyncIterator[str]:
+    """A database of this test's own in the PostgreSQL server that may be broken. It runs again afterwards."""
+    name = f"vida_{abs(hash(request.node.nodeid)):x}"
+    yield await asyncio.to_thread(breakable.create, name)
+    await asyncio.to_thread(breakable.mend)
+    await asyncio.to_thread(breakable.drop, name)
+
+
+@pytest.fixture
+async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Cluster]:
+    """Server processes, all gone afterwards."""
+    made = Cluster(tmp_path_factory.mktemp("cluster"))
+    try:
+        yield made
+    finally:
+        await made.aclose()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Prints what was found."""
+    if FIGURES.suites and SIZE != "tiny":
+        for line in FIGURES.report():
+            terminalreporter.write_line(line)

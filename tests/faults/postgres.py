@@ -1,0 +1,102 @@
+"""A PostgreSQL server that can be stopped, started and frozen."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import psycopg
+
+from conftest import Postgres, templated
+
+_CONTROL = str(Path(__file__).with_name("control_postgres.py"))
+
+
+class BreakablePostgres:
+    """PostgreSQL from the wheel in a folder of its own, with fsync on."""
+
+    def __init__(self) -> None:
+        # Not below pytest's own folder, which other test runs on the machine tidy.
+        self._place = tempfile.TemporaryDirectory(prefix="vida-pg-", ignore_cleanup_errors=True)
+        self._folder = Path(self._place.name)
+        self._frozen: list[int] = []
+        self._running = False
+        self._control("init")
+        self.start()
+        self._databases: Postgres = templated(f"postgresql://postgres:@/postgres?host={self._folder}")
+        with psycopg.connect(self._databases.url) as connection:
+            assert connection.execute("SHOW fsync").fetchone() == ("on",)
+
+    def create(self, name: str) -> str:
+        """A new database with the current schema; returns its URL."""
+        return self._databases.create(name)
+
+    def drop(self, name: str) -> None:
+        """Removes a database."""
+        self._databases.drop(name)
+
+    def start(self) -> None:
+        """Starts the server, after recovery if it crashed."""
+        self._control("start", "-o", f'-h "" -k {self._folder}', "-l", str(self._folder / "log"))
+        self._running = True
+
+    def stop(self, mode: str) -> None:
+        """Stops the server: `fast` ends all sessions, `immediate` is a crash."""
+        self._control("stop", "-m", mode)
+        self._running = False
+
+    def freeze(self) -> None:
+        """SIGSTOP to all its processes, the one that makes new ones first: nothing answers, nothing breaks."""
+        head = int((self._folder / "postmaster.pid").read_text().splitlines()[0])
+        os.kill(head, signal.SIGSTOP)
+        self._frozen = [head, *_children(head)]
+        for pid in self._frozen[1:]:
+            os.kill(pid, signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """SIGCONT."""
+        for pid in reversed(self._frozen):
+            os.kill(pid, signal.SIGCONT)
+        self._frozen = []
+
+    def mend(self) -> None:
+        """Makes it run, whatever was done to it."""
+        self.thaw()
+        if not self._running:
+            self.start()
+
+    def close(self) -> None:
+        """Removes it."""
+        self.thaw()
+        if self._running:
+            self.stop("immediate")
+        self._place.cleanup()
+
+    def _control(self, *arguments: str) -> None:
+        with (self._folder.parent / f"{self._folder.name}.out").open("w+") as output:
+            try:
+                done = subprocess.run(
+                    [sys.executable, _CONTROL, str(self._folder), *arguments],
+                    check=False,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                )
+                output.seek(0)
+                assert done.returncode == 0, output.read()
+            finally:
+                Path(output.name).unlink()
+
+
+def _children(parent: int) -> list[int]:
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue  # it has just gone
+        if int(fields[1]) == parent:
+            found.append(int(stat.parent.name))
+    return found

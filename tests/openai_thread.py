@@ -1,0 +1,169 @@
+"""A thread of the OpenAI agent as the engine would keep it, for tests of the agent alone."""
+
+from collections.abc import Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+from adapters.openai.agent import OpenAIAgent
+from core.model.agent import AgentDefinition, Domain
+from core.model.events import TextDelta, ToolCalled
+from core.model.message import Message, Role, TextPart, ToolExchange
+from core.model.thread import ProviderState
+from core.model.turn import TurnReason
+from core.ports.agent import AgentEvent, AgentFailed, Begun, ReplyRequest, RoundFinished, StateChanged, ToolRound
+from core.ports.tools import ToolSpec
+
+KEY = "sk-very-secret"
+USER_KEY = "key-of-users"
+COACH = AgentDefinition(
+    slug="career",
+    version=1,
+    domain=Domain.CAREER,
+    name="Career coach",
+    instructions="Be kind.",
+    effort="none",
+    verbosity="low",
+    tools=("goals",),
+)
+GOALS = ToolSpec(name="goals", description="Lists goals.", parameters={"type": "object", "properties": {}})
+
+
+class Naps:
+    """Stands in for asyncio.sleep and takes no time."""
+
+    def __init__(self) -> None:
+        self.taken: list[float] = []
+
+    async def __call__(self, seconds: float) -> None:
+        self.taken.append(seconds)
+
+
+@dataclass
+class ThreadOfTest:
+    """A thread as the engine would keep it: the transcript, what the agent last said of its copy, and the handles
+    of what was begun."""
+
+    agent: OpenAIAgent
+    messages: list[Message] = field(default_factory=list)
+    state: ProviderState | None = None
+    begun: list[str] = field(default_factory=list)
+    turns: int = 0
+    definition: AgentDefinition = COACH
+    tools: Sequence[ToolSpec] = (GOALS,)
+
+    def add(self, role: Role, text: str, tool: ToolExchange | None = None, **more: Any) -> Message:
+        index = len(self.messages) + 1
+        message = Message(
+            id=f"m{index}",
+            thread_id="thread-1",
+            turn_id=f"turn-{self.turns}",
+            index=index,
+            role=role,
+            content=more.pop("content", (TextPart(text),) if text else ()),
+            partial=more.pop("partial", False),
+            created_at=datetime(2026, 11, 22, tzinfo=UTC),
+            tool=tool,
+        )
+        self.messages.append(message)
+        return message
+
+    def begin(self, text: str) -> ReplyRequest:
+        """Accepts a user's message."""
+        self.turns += 1
+        message = self.add(Role.USER, text)
+        before = tuple(self.messages[:-1])
+
+        async def history() -> Sequence[Message]:
+            return before
+
+        return ReplyRequest(
+            turn_id=f"turn-{self.turns}",
+            thread_id="thread-1",
+            user_id="ann@example.org",
+            domain=Domain.CAREER,
+            definition=self.definition,
+            message=message,
+            history=history,
+            tools=self.tools,
+            state=self.state,
+        )
+
+    async def round(self, request: ReplyRequest) -> list[AgentEvent]:
+        """Runs one round to its end, storing what the agent says of its copy."""
+        events: list[AgentEvent] = []
+        async with aclosing(self.agent.reply(replace(request, state=self.state))) as reply:
+            async for event in reply:
+                self.note(event)
+                events.append(event)
+        return events
+
+    def note(self, event: AgentEvent) -> None:
+        """Keeps what the engine would store at once."""
+        if isinstance(event, StateChanged):
+            self.state = event.state
+        elif isinstance(event, Begun):
+            self.begun.append(event.handle)
+
+    async def say(self, text: str) -> str:
+        """Runs a turn to its end and returns the reply."""
+        request = self.begin(text)
+        said = ""
+        while True:
+            events = await self.round(request)
+            text_of_round = "".join(event.text for event in events if isinstance(event, TextDelta))
+            said += text_of_round
+            calls = [event for event in events if isinstance(event, ToolCalled)]
+            if not calls:
+                break
+            exchanges = tuple(
+                ToolExchange(c.call_id, c.name, c.arguments_json, f"answer to {c.name}", False) for c in calls
+            )
+            for exchange in exchanges:
+                self.add(Role.TOOL, "", exchange)
+            request = replace(request, rounds=(*request.rounds, ToolRound(text_of_round, exchanges)))
+        self.add(Role.ASSISTANT, said)
+        finished = events[-1]
+        assert isinstance(finished, RoundFinished)
+        if finished.keeps_copy:
+            assert self.state is not None
+            self.state = replace(self.state, synced_to=len(self.messages))
+        return said
+
+
+def said(events: Sequence[AgentEvent]) -> str:
+    """The text of a round."""
+    return "".join(event.text for event in events if isinstance(event, TextDelta))
+
+
+async def fails(thread: ThreadOfTest, text: str = "Hello") -> tuple[TurnReason, str]:
+    """Runs a round that must fail; returns why, and the text that came before."""
+    events: list[AgentEvent] = []
+
+    async def run() -> None:
+        async with aclosing(thread.agent.reply(thread.begin(text))) as reply:
+            async for event in reply:
+                thread.note(event)
+                events.append(event)
+
+    with pytest.raises(AgentFailed) as caught:
+        await run()
+    return caught.value.reason, said(events)
+
+
+def words(items: Sequence[dict[str, Any]]) -> list[str]:
+    """Conversation items in short."""
+    short = []
+    for item in items:
+        match item["type"]:
+            case "message":
+                parts = [part.get("text", part.get("refusal")) for part in item["content"]]
+                short.append(f"{item['role']}: {' | '.join(parts)}")
+            case "function_call":
+                short.append(f"call {item['call_id']}: {item['name']}")
+            case "function_call_output":
+                short.append(f"answer {item['call_id']}: {item['output']}")
+    return short
