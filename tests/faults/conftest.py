@@ -7,7 +7,7 @@ import pytest
 
 from faults.cluster import Cluster
 from faults.figures import FIGURES, SIZE
-from faults.postgres import BreakablePostgres
+from own_postgres import OwnPostgres
 
 LONG = {"test_a_release_at_a_stop", "test_a_claim_by_recovery", "test_a_stop_without_a_database"}
 """Tests that a tiny run does without."""
@@ -24,9 +24,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(scope="module")
-def breakable() -> Iterator[BreakablePostgres]:
+def breakable() -> Iterator[OwnPostgres]:
     """A PostgreSQL server of this module's own."""
-    server = BreakablePostgres()
+    server = OwnPostgres()
     try:
         yield server
     finally:
@@ -34,7 +34,7 @@ def breakable() -> Iterator[BreakablePostgres]:
 
 
 @pytest.fixture
-async def broken_url(breakable: BreakablePostgres, request: pytest.FixtureRequest) -> AsyncIterator[str]:
+async def broken_url(breakable: OwnPostgres, request: pytest.FixtureRequest) -> AsyncIterator[str]:
     """A database of this test's own in the PostgreSQL server that may be broken. It runs again afterwards."""
     name = f"vida_{abs(hash(request.node.nodeid)):x}"
     yield await asyncio.to_thread(breakable.create, name)

@@ -18,8 +18,8 @@ from faults.client import Client, Told, chat_request, stubs, why
 from faults.cluster import DEADLINE, Cluster
 from faults.figures import FIGURES, SIZE, chance, chosen, sized, stores
 from faults.load import CLIENTS, Load, some_message
-from faults.postgres import BreakablePostgres
 from harness import until
+from own_postgres import OwnPostgres
 
 SUITE = "database faults"
 CYCLES = sized("DATABASE_CYCLES", 1, 5, 500)
@@ -90,7 +90,7 @@ def _reasons(tolds: list[Told]) -> set[str]:
 
 @pytest.mark.parametrize("replicas", chosen((1, 2)))
 async def test_postgresql_crashes(
-    replicas: int, breakable: BreakablePostgres, broken_url: str, cluster: Cluster
+    replicas: int, breakable: OwnPostgres, broken_url: str, cluster: Cluster
 ) -> None:
     suite = f"{SUITE}: PostgreSQL stopped, {replicas} replicas"
     draw = chance(suite)
@@ -111,9 +111,7 @@ async def test_postgresql_crashes(
 
 
 @pytest.mark.parametrize("replicas", chosen((1, 2)))
-async def test_postgresql_hangs(
-    replicas: int, breakable: BreakablePostgres, broken_url: str, cluster: Cluster
-) -> None:
+async def test_postgresql_hangs(replicas: int, breakable: OwnPostgres, broken_url: str, cluster: Cluster) -> None:
     suite = f"{SUITE}: PostgreSQL frozen, {replicas} replicas"
     draw = chance(suite)
     for _ in range(replicas):
@@ -132,7 +130,7 @@ async def test_postgresql_hangs(
 
 @pytest.mark.parametrize("how", ["stopped", "frozen"])
 async def test_a_stop_without_a_database(
-    how: str, breakable: BreakablePostgres, broken_url: str, cluster: Cluster
+    how: str, breakable: OwnPostgres, broken_url: str, cluster: Cluster
 ) -> None:
     draw = chance(SUITE, "stop", how)
     server = await cluster.start(broken_url, VIDA_DRAIN="1")

@@ -20,10 +20,10 @@ from adapters.sql.errors import SchemaTooNewError
 from adapters.sql.schema import SchemaState, drift, migrate, schema_state
 from adapters.sql.store import SqlStore
 from adapters.sql.tables import metadata
-from conftest import Postgres
 from core.model.turn import TurnState
 from core.ports.store import Transaction
 from doubles import ManualClock
+from own_postgres import Postgres
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

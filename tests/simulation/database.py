@@ -248,6 +248,8 @@ class View(Store):
         self.owner = owner
         self.cut = False
         """Whether the network between this process and the database is broken."""
+        self.patient_until = 0.0
+        """Until when turns that can't move may finish here, for a process that leaves."""
         self.writes: deque[_Job] = deque()
         self.failures: list[float] = []
         self._last = 0.0

@@ -1,5 +1,6 @@
 """What must hold whatever happens: judged after every change of the record, and once more at the end."""
 
+import asyncio
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -59,7 +60,7 @@ class Seen:
     owners: list[View] = field(default_factory=list)
     units: list[Unit] = field(default_factory=list)
     deleted: bool = False
-    ended_by: View | None = None
+    changed_by: View | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +123,7 @@ class Judge:
             new = tables.turns.get(turn_id)
             if new is None:
                 self._deleted(turn_id, tables)
+                self.seen[turn_id].changed_by = view
             elif old is None:
                 self._accepted(view, new, tables)
             elif old != new:
@@ -131,6 +133,7 @@ class Judge:
             if turn_id in tables.turns:
                 self._logged(turn_id, tables)
                 self.seen[turn_id].turn = tables.turns[turn_id]
+                self.seen[turn_id].changed_by = view
         for thread_id in {self.seen[turn_id].turn.thread_id for turn_id in before}:
             turns = [tables.turns[turn_id] for turn_id in tables.turns_of.get(thread_id, ())]
             self.demand(sum(turn.state in _AT_WORK for turn in turns) <= 1, f"{thread_id}: two turns at work")
@@ -185,6 +188,7 @@ class Judge:
             self.demand(ours, f"{view.owner} releases {turn_id} of {claim.owner}")
             self.demand(old.claimed_at is not None, f"{turn_id} is released, and never was claimed")
             self.counts["hand-overs"] += 1
+            self.counts["hand-overs at once"] += self.now < view.patient_until - 1.0
         else:
             self._ended(view, old, new, ours=ours)
 
@@ -205,7 +209,6 @@ class Judge:
 
     def _ended(self, view: View, old: Turn, new: Turn, *, ours: bool) -> None:
         seen = self.seen[new.id]
-        seen.ended_by = view
         self.counts[f"{new.state}"] += 1
         self.demand(new.finished_at is not None, f"{new.id} has no end")
         self.demand((new.reason is None) is (new.state is TurnState.COMPLETED), f"{new.id}: {new.reason}")
@@ -289,6 +292,13 @@ class Judge:
     def said(self, turn_id: str, text: str) -> None:
         """An agent has said that a reply is complete."""
         self.finals.setdefault(turn_id, set()).add(text)
+
+    def leased(self, owner: str, turn_id: str) -> None:
+        """A process calls a tool: it knows that its turns are its own."""
+        assert self.tables is not None
+        until = self.tables.leases.get(owner)
+        now = asyncio.get_running_loop().time()
+        self.demand(until is not None and seconds(until) > now, f"{turn_id}: {owner} calls a tool without a lease")
 
     def took_effect(self, effect: Effect) -> None:
         """A tool has changed the world."""

@@ -428,9 +428,15 @@ class Lifecycles(RuleBasedStateMachine):
         assert units(entry.event for entry in outcome.log) == units(turn.log)
         assert [done.calls for done in outcome.rounds] == [done.calls for done in self.rounds(turn)]
 
-    @rule(owner=owners, pick=picks, crash=st.booleans(), events=fresh_events)
+    @rule(
+        owner=owners,
+        pick=picks,
+        crash=st.booleans(),
+        begun=st.sampled_from(("", "before", "after")),
+        events=fresh_events,
+    )
     @precondition(lambda self: any(thread.queue for thread in self.threads.values()))
-    def work_and_lose(self, owner: str, pick: int, crash: bool, events: Sequence[Any]) -> None:
+    def work_and_lose(self, owner: str, pick: int, crash: bool, begun: str, events: Sequence[Any]) -> None:
         """A process claims a turn, or has claimed one, writes, and is lost; another takes over."""
         first = [thread.queue[0] for thread in self.threads.values() if thread.queue]
         turn = first[pick % len(first)]
@@ -438,7 +444,11 @@ class Lifecycles(RuleBasedStateMachine):
             self.claim_this(turn, owner, Why.WAITING, has_place=True)
         if not turn.at_work:
             return
+        if begun == "before":
+            self.begin_background(turn)
         self.append_to(turn, events)
+        if begun == "after":
+            self.begin_background(turn)
         holder = turn.owner
         if crash:
             self.stop(holder)
@@ -539,7 +549,10 @@ class Lifecycles(RuleBasedStateMachine):
     @rule(pick=picks, stale=st.sampled_from((0, 0, 1)))
     @precondition(lambda self: self.turns)
     def background(self, pick: int, stale: int) -> None:
-        turn = self.some_turn(pick)
+        self.begin_background(self.some_turn(pick), stale)
+
+    def begin_background(self, turn: ATurn, stale: int = 0) -> None:
+        """Notes a round that the provider writes by itself, and expects what must come of it."""
         there = Continuation(f"h{self.count}", turn.attempt, len(self.rounds(turn)))
         claimed = self.a_turn(turn, turn.epoch - stale)
         if turn.at_work and not stale:

@@ -126,7 +126,9 @@ class WhimsicalAgent(Agent):
                 judge.unresumable.add(turn_id)
                 raise CannotResume
             world.invocations["resumed"] += 1
-            invocation = int(request.resume.handle.rpartition(":")[2])
+            _, round_number, begun = request.resume.handle.split(":")
+            judge.demand(int(round_number) == len(request.rounds), f"{turn_id}: resumes round {round_number}")
+            invocation = int(begun)
         else:
             world.invocations[turn_id] += 1
             invocation = world.invocations[turn_id]
@@ -135,13 +137,17 @@ class WhimsicalAgent(Agent):
         whole = [line.index for line in lines] == list(range(1, request.message.index))
         judge.demand(whole or judge.seen[turn_id].deleted, f"{turn_id}: a history of {lines}")
         if chance.random() < world.manners.background and not request.resume:
-            yield Begun(f"{turn_id}:{invocation}")
+            yield Begun(f"{turn_id}:{len(request.rounds)}:{invocation}")
         if chance.random() < 0.3:
             yield StateChanged(ProviderState(provider="whim", conversation_id=f"{turn_id}-{invocation}"))
         said, calls = "", self._plan(request)
         for number in range(chance.choice((0, 1, 2, 4)) if calls else chance.choice((0, 1, 2, 3, 6, 12))):
             piece = f"{invocation}.{number} "
             await self._whim(chance, turn_id, known=known[len(said) :][: len(piece)] == piece)
+            seen = judge.seen[turn_id]
+            over = seen.deleted or seen.turn.state.is_terminal
+            stopped = f"{turn_id}:{len(request.rounds)}:{invocation}" in world.stopped
+            judge.demand(over or not stopped, f"{turn_id}: its reply is stopped while it is read")
             said += piece
             if len(said) > len(known):
                 yield TextDelta(said[max(len(known), len(said) - len(piece)) :])
@@ -211,6 +217,7 @@ class WorldlyTools(Tools):
 
     async def call(self, name: str, arguments_json: str, context: ToolContext) -> ToolOutput:
         world, key = self._world, context.idempotency_key
+        world.judge.leased(self._host.name, context.turn_id)
         await asyncio.sleep(world.chance.random() ** 2 * 2)
         if self._host.dead:
             raise asyncio.CancelledError
@@ -305,6 +312,7 @@ class Process:
     async def leave(self, grace: float) -> None:
         """Stops it as SIGTERM does."""
         self.leaving = True
+        self.view.patient_until = asyncio.get_running_loop().time() + grace
         self.well(False)
         if grace < BUDGET + 5:
             self.gentle = False

@@ -197,6 +197,7 @@ class Scenario:
             for client in clients:
                 group.create_task(client.act())
             group.create_task(self._befall())
+            group.create_task(self._watch())
         # Everything heals. What is left must end by itself, in time.
         self.note("calm")
         deadline = loop.time() + _CALM
@@ -243,6 +244,25 @@ class Scenario:
                     group.create_task(getattr(self, f"_{fault}")())
             self.storming = False
         self.database.calm = True
+
+    async def _watch(self) -> None:
+        """Nobody works for long on a turn that is no longer its own."""
+        since: dict[tuple[str, str, int], float] = {}
+        while self.storming:
+            await asyncio.sleep(0.2)
+            now, told = asyncio.get_running_loop().time(), {}
+            for process in self.processes:
+                troubled = max([process.troubled_until, self.outage_until, *process.view.failures[-1:]])
+                if not process.is_well or self.database.down or now - troubled < LEASE or self.weather.store.slow:
+                    continue
+                for turn_id, epoch in process.engine.held().items():
+                    seen = self.judge.seen[turn_id]
+                    if seen.deleted or seen.turn.epoch != epoch:
+                        key = (process.name, turn_id, epoch)
+                        told[key] = since.get(key, now)
+                        limit = 0.7 if seen.changed_by is process.view else 2.7
+                        self.judge.demand(now - told[key] < limit, f"{process.name} still works on {turn_id}")
+            since = told
 
     def _victim(self) -> Process | None:
         well = [process for process in self.processes if process.is_well]
@@ -455,6 +475,9 @@ class Client:
             except TurnInProgress as busy:
                 counts["TurnInProgress"] += 1
                 self.judge.demand(message.on_busy is BusyPolicy.REJECT, f"{message}: {busy}")
+                key = ("local", message.user_id, message.request_id)
+                own, _ = self.scenario.database.tables.requests.get(key, ("", ""))
+                self.judge.demand(own != busy.turn_id, f"{message} is in its own way: {own}")
                 if self.chance.random() < 0.6:
                     return None
                 await asyncio.sleep(self.chance.random() * 2)

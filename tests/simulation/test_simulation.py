@@ -23,6 +23,7 @@ LEAST = {
     "outages": 20,
     "drains": 40,
     "hand-overs": 10,
+    "hand-overs at once": 5,
     "take-overs": 20,
     "further attempts": 30,
     "restarts": 20,

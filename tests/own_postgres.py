@@ -1,20 +1,61 @@
-"""A PostgreSQL server that can be stopped, started and frozen."""
+"""PostgreSQL for tests: databases with the schema, and a server that can be stopped, started and frozen."""
 
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import psycopg
 
-from conftest import Postgres, templated
+from adapters.sql.schema import migrate
 
 _CONTROL = str(Path(__file__).with_name("control_postgres.py"))
 
 
-class BreakablePostgres:
+@dataclass(frozen=True)
+class Postgres:
+    """A PostgreSQL server and a migrated database in it that others are copied from."""
+
+    url: str
+    template: str
+
+    def create(self, name: str) -> str:
+        """A new database with the current schema."""
+        with psycopg.connect(self.url, autocommit=True) as connection:
+            connection.execute(f'CREATE DATABASE "{name}" TEMPLATE "{self.template}"'.encode())
+        return self.sibling(name)
+
+    def drop(self, name: str) -> None:
+        """Removes a database, whoever is still connected."""
+        with psycopg.connect(self.url, autocommit=True) as connection:
+            connection.execute(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)'.encode())
+
+    def empty(self, name: str) -> str:
+        """A new database without a schema."""
+        with psycopg.connect(self.url, autocommit=True) as connection:
+            connection.execute(f'CREATE DATABASE "{name}"'.encode())
+        return self.sibling(name)
+
+    def sibling(self, name: str) -> str:
+        """The URL of another database of the server."""
+        head, _, query = self.url.partition("?")
+        return f"{head.rpartition('/')[0]}/{name}" + (f"?{query}" if query else "")
+
+
+def templated(url: str) -> Postgres:
+    """A server with a migrated database for copies."""
+    postgres = Postgres(url, f"vida_template_{os.getpid()}")
+    postgres.drop(postgres.template)
+    migrate(postgres.empty(postgres.template))
+    return postgres
+
+
+class OwnPostgres:
     """PostgreSQL from the wheel in a folder of its own, with fsync on."""
 
     def __init__(self) -> None:
@@ -25,17 +66,17 @@ class BreakablePostgres:
         self._running = False
         self._control("init")
         self.start()
-        self._databases: Postgres = templated(f"postgresql://postgres:@/postgres?host={self._folder}")
-        with psycopg.connect(self._databases.url) as connection:
+        self.databases: Postgres = templated(f"postgresql://postgres:@/postgres?host={self._folder}")
+        with psycopg.connect(self.databases.url) as connection:
             assert connection.execute("SHOW fsync").fetchone() == ("on",)
 
     def create(self, name: str) -> str:
         """A new database with the current schema; returns its URL."""
-        return self._databases.create(name)
+        return self.databases.create(name)
 
     def drop(self, name: str) -> None:
         """Removes a database."""
-        self._databases.drop(name)
+        self.databases.drop(name)
 
     def start(self) -> None:
         """Starts the server, after recovery if it crashed."""
@@ -60,6 +101,15 @@ class BreakablePostgres:
         for pid in reversed(self._frozen):
             os.kill(pid, signal.SIGCONT)
         self._frozen = []
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Frozen for a while."""
+        self.freeze()
+        try:
+            yield
+        finally:
+            self.thaw()
 
     def mend(self) -> None:
         """Makes it run, whatever was done to it."""
