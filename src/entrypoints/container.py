@@ -208,10 +208,10 @@ async def running(settings: Settings) -> AsyncIterator[Container]:
         catalog = _checked(container)
         stack.push_async_callback(container.agent().aclose)
         await _publish(container.store(), catalog)
-        stack.push_async_callback(container.recover().stop)
         container.engine().start()
         stack.push_async_callback(container.engine().drain, 0)
         stack.push_async_callback(container.accept().settle)
+        stack.push_async_callback(container.recover().stop)
         await container.recover().start()
         yield container
 
