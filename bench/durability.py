@@ -126,17 +126,16 @@ def count_commits(store: str) -> Callable[[], int]:
 
         dbapi2.connect = counted  # type: ignore[assignment] # without its overloads
     else:
-        from psycopg import Connection
-        from psycopg.pq import TransactionStatus
+        from adapters.sql.pipeline import Pipeline
 
-        commit = Connection.commit
+        commit = Pipeline.commit
 
-        def counted_commit(connection: Connection[Any]) -> None:
+        def counted_commit(pipeline: Pipeline) -> None:
             nonlocal count
-            count += connection.info.transaction_status == TransactionStatus.INTRANS
-            commit(connection)
+            count += 1
+            commit(pipeline)
 
-        Connection.commit = counted_commit  # type: ignore[method-assign, assignment]
+        Pipeline.commit = counted_commit  # type: ignore[method-assign]
     return lambda: count
 
 

@@ -172,11 +172,12 @@ class Service:
     async def kill(self) -> None:
         """Stops everything as kill -9 would: no goodbye to the store, and nobody is told."""
         self.killed = True
-        tasks = [self.recover._task, self.engine._writing, *(run.task for run in self.engine._running.values())]
+        tasks = [*self.recover._tasks, *(run.task for run in self.engine._running.values())]
+        if self.engine._writing is not None:
+            tasks.append(self.engine._writing)
         for task in tasks:
-            if task is not None:
-                task.cancel()
-        await asyncio.gather(*(task for task in tasks if task is not None), return_exceptions=True)
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def stream(self, turn_id: str, text: str) -> None:
         """Waits until so much of a reply is committed."""

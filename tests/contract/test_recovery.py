@@ -260,9 +260,9 @@ async def pair(store: Store, one: ScriptedAgent, two: ScriptedAgent, **more: Any
 
 async def expire(it: Service, clock: ManualClock) -> None:
     """Time in which a process does not renew its lease; a server database has its own clock."""
-    assert it.recover._task is not None
-    it.recover._task.cancel()
-    await asyncio.gather(it.recover._task, return_exceptions=True)
+    for task in it.recover._tasks:
+        task.cancel()
+    await asyncio.gather(*it.recover._tasks, return_exceptions=True)
     clock.advance(seconds=2 * LEASE)
 
 

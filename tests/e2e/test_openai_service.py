@@ -121,7 +121,7 @@ def background(monkeypatch: pytest.MonkeyPatch) -> None:
 async def kill(container: Container) -> None:
     """Stops everything that works on turns as kill -9 would: no goodbye to the store, and nobody is told."""
     recover, engine = container.recover(), container.engine()
-    tasks = [recover._task, engine._writing, *(run.task for run in engine._running.values())]
+    tasks = [*recover._tasks, engine._writing, *(run.task for run in engine._running.values())]
     for task in filter(None, tasks):
         task.cancel()
     await asyncio.gather(*filter(None, tasks), return_exceptions=True)

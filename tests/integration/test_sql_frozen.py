@@ -59,9 +59,12 @@ async def opened(server: Server) -> AsyncIterator[SqlStore]:
 
 
 def ensure(*users: str) -> Callable[[Transaction], None]:
+    """A change that asks for something: without an answer it is not committed."""
+
     def change(tx: Transaction) -> None:
         for user in users:
             tx.users.ensure(user, NOW)
+        tx.now()
 
     return change
 
@@ -85,10 +88,10 @@ async def test_a_transaction_that_is_cut_in_the_middle_leaves_nothing(server: Se
         half_way, go_on = threading.Event(), threading.Event()
 
         def change(tx: Transaction) -> None:
-            tx.users.ensure("first half", NOW)
+            ensure("first half")(tx)
             half_way.set()
             assert go_on.wait(20)
-            tx.users.ensure("second half", NOW)
+            ensure("second half")(tx)
 
         writing = asyncio.create_task(store.write(change))
         await until(half_way.is_set)
@@ -100,16 +103,25 @@ async def test_a_transaction_that_is_cut_in_the_middle_leaves_nothing(server: Se
     assert server.users() & {"first half", "second half", "after it"} == {"after it"}
 
 
+async def test_a_change_that_asks_for_nothing_is_done_as_a_whole_or_not_at_all(server: Server) -> None:
+    """It is sent with its commit: without an answer nobody knows what has become of it."""
+    async with opened(server) as store:
+        with server.frozen(), pytest.raises(StoreUnavailable):
+            await store.write(lambda tx: [tx.users.ensure(f"whole {number}", NOW) for number in range(3)])
+        await store.write(ensure("after the whole"))
+    assert len([user for user in server.users() if user.startswith("whole ")]) in {0, 3}
+
+
 async def test_work_of_its_own_is_no_reason_to_cut(server: Server) -> None:
     """Only waiting for the server counts, not how long a transaction is open."""
     async with opened(server) as store:
         reached, go_on = threading.Event(), threading.Event()
 
         def change(tx: Transaction) -> None:
-            tx.users.ensure("patient", NOW)
+            ensure("patient")(tx)
             reached.set()
             go_on.wait(3 * PATIENCE)
-            tx.users.ensure("patient too", NOW)
+            ensure("patient too")(tx)
 
         await store.write(change)
     assert server.users() >= {"patient", "patient too"}

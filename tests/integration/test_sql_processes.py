@@ -242,13 +242,14 @@ async def test_changes_are_heard_by_other_processes_once_they_can_be_read(
     postgres_url: str, clock: ManualClock
 ) -> None:
     async with processes(postgres_url, clock, clock) as (one, two):
-        thread, turn = await begun(one)
-        queued, claimed = a_turn(thread, TurnState.ACCEPTED), replace(turn, epoch=2)
-        released = replace(turn, state=TurnState.ACCEPTED, epoch=3)
         heard, own = Heard(two), Heard(one)
         await heard.connected()
         await own.connected()
         assert heard.sets == [frozenset()]
+        thread, turn = await begun(one)
+        await until(lambda: heard.ids == {turn.id})
+        queued, claimed = a_turn(thread, TurnState.ACCEPTED), replace(turn, epoch=2)
+        released = replace(turn, state=TurnState.ACCEPTED, epoch=3)
         changes: list[tuple[Callable[[Transaction], object], set[str]]] = [
             (lambda tx: tx.log.append([LogAppend(turn.id, 1, 1, TEXT)]), {turn.id}),
             (lambda tx: tx.log.append([LogAppend(turn.id, 7, 1, TEXT)]), set()),
@@ -417,9 +418,9 @@ async def test_turns_that_have_ended_are_in_nobodys_way(
             form = statement.form(self.dialect, parameters)
             if " turns" in form.sql:
                 if self.is_server:
-                    self._driver.execute("SET enable_seqscan = off")
+                    self._driver.run("SET enable_seqscan = off")
                 explain = "EXPLAIN " if self.is_server else "EXPLAIN QUERY PLAN "
-                found = self._driver.execute(explain + form.sql, form.bind(parameters)).fetchall()
+                found = self._driver.rows(explain + form.sql, form.bind(parameters))
                 plans.append("\n".join(str(line) for line in found))
             return original(self, statement, parameters)
 

@@ -345,7 +345,8 @@ class Judge:
         """Judges the record once everything is over."""
         assert self.tables is not None
         tables = self.tables
-        asked = {text: turn_id for told in self.acknowledged.values() for turn_id, text in told}
+        told = [answer for answers in self.acknowledged.values() for answer in answers]
+        asked = {text: turn_id for turn_id, text in told if not self.seen[turn_id].deleted}
         questions: Counter[str] = Counter()
         for thread_id, lines in tables.messages.items():
             self._transcript(thread_id, lines)

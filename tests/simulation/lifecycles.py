@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 from hypothesis import strategies as st
@@ -63,6 +64,7 @@ picks = st.integers(0, 1_000_000)
 owners = st.sampled_from(OWNERS)
 policies = st.sampled_from(BusyPolicy)
 refusals = st.sampled_from((*[None] * 9, Overloaded, QuotaExceeded, Draining))
+beginnings = st.sampled_from(("", "before", "after"))
 fresh_events = st.lists(
     st.one_of(
         st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=5).map(TextDelta),
@@ -159,6 +161,8 @@ class Lifecycles(RuleBasedStateMachine):
             )
             for owner in OWNERS
         }
+        for owner, engine in self.engines.items():
+            engine.knows = partial(self.runs, owner=owner)  # type: ignore[method-assign] # nothing really runs here
         self.acceptors = {
             owner: AcceptMessage(
                 store=self.store, engine=engine, catalog=CATALOG, definitions=definitions, ids=self.ids
@@ -340,7 +344,7 @@ class Lifecycles(RuleBasedStateMachine):
             assert isinstance(busy, TurnInProgress)
             assert busy.turn_id == queue[0].id
             return
-        replaces = policy is BusyPolicy.INTERRUPT and any(turn.at_work for turn in queue)
+        replaces = policy is BusyPolicy.INTERRUPT and any(self.runs(turn.id, owner) for turn in queue)
         tolerated = (queue and policy is BusyPolicy.QUEUE) or replaces
         if refusal is not None and (refusal is Draining or not tolerated):
             self.refused(change, refusal)
@@ -370,6 +374,10 @@ class Lifecycles(RuleBasedStateMachine):
         else:
             turn.claimed_at = self.clock._now
             thread.lines.append((Role.USER, turn_id, text))
+
+    def runs(self, turn_id: str, owner: str) -> bool:
+        """Whether a process works on a turn."""
+        return self.turns[turn_id].at_work and self.turns[turn_id].owner == owner
 
     def touch(self, thread: AThread) -> None:
         """A message has come."""
@@ -522,14 +530,24 @@ class Lifecycles(RuleBasedStateMachine):
     def append_to(self, turn: ATurn, events: Sequence[Any], stale: int = 0, off: int = 0) -> None:
         """Appends to a log, and expects what must come of it."""
         added: list[TurnEvent] = []
+
+        def answer(most: int) -> None:
+            """Answers calls: so many, or all."""
+            calls = [c for c in turn.open_calls if not any(_answers(e, c) for e in added)]
+            calls += [c for c in added if isinstance(c, ToolCalled) and not any(_answers(e, c) for e in added)]
+            added.extend(ToolAnswered(call.call_id, "done", is_error=False) for call in calls[: most or None])
+
         for event in events:
+            begun = isinstance(([*turn.current, *added])[-1], ToolAnswered)
             if event == "answer":
-                calls = [c for c in turn.open_calls if not any(_answers(e, c) for e in added)]
-                added += [ToolAnswered(calls[0].call_id, "done", is_error=False)] if calls else []
+                answer(1)
             elif isinstance(event, str):
+                if begun:
+                    answer(0)  # a round is answered before the next one calls
                 self.count += 1
                 added.append(ToolCalled(f"c{self.count}", event, "{}"))
             else:
+                answer(0)
                 added.append(event)
         if not added:
             return

@@ -121,7 +121,8 @@ class WhimsicalAgent(Agent):
         world, judge, turn_id = self._world, self._world.judge, request.turn_id
         known = request.resume.text if request.resume else ""
         if request.resume:
-            judge.demand(request.resume.handle not in world.stopped, f"{turn_id}: its reply was stopped")
+            stopped = request.resume.handle in world.stopped
+            judge.demand(self._is_over(turn_id) or not stopped, f"{turn_id}: its reply was stopped")
             if world.chance.random() < 0.2:
                 judge.unresumable.add(turn_id)
                 raise CannotResume
@@ -144,10 +145,10 @@ class WhimsicalAgent(Agent):
         for number in range(chance.choice((0, 1, 2, 4)) if calls else chance.choice((0, 1, 2, 3, 6, 12))):
             piece = f"{invocation}.{number} "
             await self._whim(chance, turn_id, known=known[len(said) :][: len(piece)] == piece)
-            seen = judge.seen[turn_id]
-            over = seen.deleted or seen.turn.state.is_terminal
             stopped = f"{turn_id}:{len(request.rounds)}:{invocation}" in world.stopped
-            judge.demand(over or not stopped, f"{turn_id}: its reply is stopped while it is read")
+            judge.demand(
+                self._is_over(turn_id) or not stopped, f"{turn_id}: its reply is stopped while it is read"
+            )
             said += piece
             if len(said) > len(known):
                 yield TextDelta(said[max(len(known), len(said) - len(piece)) :])
@@ -163,6 +164,11 @@ class WhimsicalAgent(Agent):
         if not calls:
             judge.said(turn_id, "".join(done.text for done in request.rounds) + said)
         yield RoundFinished(Usage(input_tokens=1, output_tokens=len(said)), keeps_copy=chance.random() < 0.5)
+
+    def _is_over(self, turn_id: str) -> bool:
+        """Whether nothing is to be written here any more, as this process may not know yet."""
+        seen = self._world.judge.seen[turn_id]
+        return seen.deleted or seen.turn.state.is_terminal or seen.owners[-1].host is not self._host
 
     async def _whim(self, chance: random.Random, turn_id: str, *, known: bool) -> None:
         """What comes before a piece: time, a halt, a failure; nothing of it where the piece is on record."""
@@ -336,8 +342,9 @@ class Process:
         self.engine.refuse()
         await self.accept.settle()
         await self.engine.drain(grace)
-        await self.engine.drain(0)
         await self.recover.stop()
+        await self.accept.settle()
+        await self.engine.drain(0)
 
     def leftovers(self) -> list[str]:
         """What is still held of turns; empty where none runs here."""

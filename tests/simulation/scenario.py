@@ -210,7 +210,9 @@ class Scenario:
         for process in self.processes:
             self.judge.demand(not process.leftovers(), f"{process.name} holds {process.leftovers()}")
             names = sorted(task.get_name() for task in process.host.tasks)
-            self.judge.demand(names == ["recover-turns", "turn-log-writer"], f"{process.name} runs {names}")
+            self.judge.demand(
+                names == ["keep-lease", "look-for-turns", "turn-log-writer"], f"{process.name} runs {names}"
+            )
             process.well(False)
         self.judge.verdict(self.world.unserved)
         for process in self.processes:
@@ -349,13 +351,18 @@ class Scenario:
         process = next((process for process in self.processes if process.view is view), None)
         if process is None or not process.is_well:
             return True
-        now, store = asyncio.get_running_loop().time(), self.weather.store
+        now = asyncio.get_running_loop().time()
         failures = [at for at in view.failures if at > max(now - LEASE, self.outage_until + 0.5)]
-        return now - process.troubled_until < LEASE or bool(store.slow or store.late) or len(failures) > 2
+        return now - process.troubled_until < LEASE or self._sluggish or len(failures) > 2
 
     def _harmed(self, view: View) -> bool:
         process = next((process for process in self.processes if process.view is view), None)
-        return process is None or not process.gentle
+        return process is None or not process.gentle or self._sluggish
+
+    @property
+    def _sluggish(self) -> bool:
+        """Whether a renewal may take as long as a lease lasts."""
+        return bool(self.weather.store.slow or self.weather.store.late)
 
 
 class Client:

@@ -128,11 +128,12 @@ def _postgresql(url: URL, pool_size: int) -> Engine:
         pool_timeout=_POOL_TIMEOUT,
         hide_parameters=True,
         json_serializer=_dumps,
+        paramstyle="numeric_dollar",  # the server's own: sessions pass the driver's cursors by
         connect_args={
             "connect_timeout": _CONNECT_TIMEOUT,
             **_KEEPALIVES,
             "tcp_user_timeout": 10_000,
-            "options": "-c statement_timeout=10000 -c lock_timeout=1000 -c timezone=UTC"
+            "options": "-c statement_timeout=10000 -c lock_timeout=5 -c timezone=UTC"
             " -c idle_in_transaction_session_timeout=15000 -c synchronous_commit=on",
         },
     )

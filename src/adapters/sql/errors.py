@@ -5,7 +5,7 @@ import sqlite3
 import psycopg
 from sqlalchemy import exc
 
-from core.model.errors import StoreUnavailable
+from core.model.errors import StoreBusy, StoreUnavailable
 from core.ports.store import Conflict
 
 FAULTS = (exc.SQLAlchemyError, sqlite3.Error, psycopg.Error)
@@ -19,12 +19,13 @@ _OUTAGES = (
     psycopg.InterfaceError,
 )
 _VIOLATIONS = (sqlite3.IntegrityError, psycopg.IntegrityError)
-_COLLISIONS = frozenset({"40001", "40P01"})
-"""A serialization failure, a deadlock."""
-_OUT_OF_TIME = frozenset({"55P03", "57014"})
-"""A lock or a statement that took too long: one change's trouble, not its group's."""
-_READ_ONLY = "25006"
-"""What a PostgreSQL says that is a standby, or has just become one."""
+_SERIALIZATION = "40001"
+_HELD = frozenset({"55P03", "40P01"})
+"""A lock that somebody else holds, or would for ever: one change's trouble, not its group's."""
+_TOO_SLOW = "57014"
+"""A statement that took too long: the same."""
+_GONE = frozenset({"25006", "25P03", "25P04"})
+"""What a PostgreSQL says that is, or has become, a standby; that ends a session for standing still."""
 
 
 class DatabaseFault(Exception):
@@ -59,18 +60,21 @@ class StoreFaultError(Exception):
 def is_outage(error: BaseException) -> bool:
     """Whether the database does not answer, or can't do its work as a whole."""
     cause = _cause(error)
-    return isinstance(cause, _OUTAGES) or _sqlstate(cause) == _READ_ONLY
-
-
-def ends_group(error: BaseException) -> bool:
-    """Whether nothing can be done any more in the same transaction, whatever is asked for."""
-    return is_outage(error) and not collided(error) and _sqlstate(_cause(error)) not in _OUT_OF_TIME
+    state = _sqlstate(cause)
+    if state in _HELD or state in (_SERIALIZATION, _TOO_SLOW):
+        return False
+    return isinstance(cause, _OUTAGES) or state in _GONE
 
 
 def collided(error: BaseException) -> bool:
-    """Whether another process was faster: unique violation, deadlock, serialization failure."""
+    """Whether another process was faster: unique violation, serialization failure."""
     cause = _cause(error)
-    return isinstance(cause, _VIOLATIONS) or _sqlstate(cause) in _COLLISIONS
+    return isinstance(cause, _VIOLATIONS) or _sqlstate(cause) == _SERIALIZATION
+
+
+def is_held(error: BaseException) -> bool:
+    """Whether another process holds what is needed, and may give it up in a moment."""
+    return _sqlstate(_cause(error)) in _HELD
 
 
 def translated(error: BaseException) -> Exception:
@@ -80,6 +84,8 @@ def translated(error: BaseException) -> Exception:
     cause = _cause(error)
     if isinstance(cause, _VIOLATIONS):
         return Conflict()
+    if is_held(error) or _sqlstate(cause) in (_SERIALIZATION, _TOO_SLOW):
+        return StoreBusy()
     return StoreFaultError(type(cause).__name__)
 
 

@@ -1,7 +1,7 @@
 """Telling other processes which turns have changed, and hearing it from them, by PostgreSQL's notifications."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from contextlib import suppress
 
 import psycopg
@@ -24,12 +24,12 @@ _payload = func.unnest(bindparam("payloads", type_=ARRAY(Text))).column_valued("
 _NOTIFY = Statement(select(func.pg_notify(_CHANNEL, _payload)))
 
 
-def announce(session: Session, sender: str) -> None:
-    """Tells the other processes, once the transaction is committed, which turns it has changed."""
-    if session.is_server and session.changed:
-        ids = sorted(session.changed)
+def announce(session: Session, sender: str, changed: Set[str]) -> None:
+    """Tells the other processes which turns have been changed."""
+    if session.is_server and changed:
+        ids = sorted(changed)
         parts = [ids[start : start + _IDS_IN_A_PAYLOAD] for start in range(0, len(ids), _IDS_IN_A_PAYLOAD)]
-        session.rows(_NOTIFY, {"payloads": [",".join([sender, *part]) for part in parts]})
+        session.tell(_NOTIFY, {"payloads": [",".join([sender, *part]) for part in parts]})
 
 
 class Listener:

@@ -1,17 +1,21 @@
 """One thread's way to the database: a connection that it keeps, and one transaction after another on it."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import Engine, PoolProxiedConnection, func, select
 
+from adapters.sql.driver import Driver, Embedded
 from adapters.sql.errors import FAULTS
+from adapters.sql.pipeline import Pipeline
 from adapters.sql.statement import Parameters, Statement
 from adapters.sql.tables import UtcDateTime
 from adapters.sql.watchdog import is_cut, line_of
 from core.ports.system import Clock
+
+T = TypeVar("T")
 
 _NO_PARAMETERS: Parameters = {}
 _NOW = Statement(select(func.clock_timestamp(type_=UtcDateTime).label("now")))
@@ -20,78 +24,90 @@ _NOW = Statement(select(func.clock_timestamp(type_=UtcDateTime).label("now")))
 class Session:
     """A connection: opened when it is needed, kept while it works, dropped when it does not. For one thread.
 
-    `changed` takes the ids of turns that the transaction changes.
+    `changed` takes the ids of turns that the transaction changes, `counts` the messages in threads that
+    nobody else can change before it ends.
     """
 
     def __init__(self, engine: Engine, begin: str, clock: Clock) -> None:
         self.changed: set[str] = set()
+        self.counts: dict[str, int] = {}
         self.dialect = engine.dialect
         self.is_server = engine.dialect.name == "postgresql"
         self._engine = engine
         self._begin = begin
         self._clock = clock
         self._connection: PoolProxiedConnection | None = None
-        self._driver: Any = None
+        self._driver: Driver
         self._line: AbstractContextManager[None] = nullcontext()
 
-    @contextmanager
-    def transaction(self) -> Iterator[None]:
-        """A transaction that is committed at the end, or rolled back by an exception."""
-        self.changed.clear()
-        self._begin_transaction()
+    def transact(self, work: Callable[[], T]) -> T:
+        """Does some work in a transaction that is committed at the end, or rolled back by an exception.
+
+        The work may be done twice: where the connection turns out to be lost before anything was answered.
+        """
+        kept = self._begin_transaction()
         try:
-            yield
-            with self._line:
-                self.dialect.do_commit(self._driver)
-        except BaseException as error:
-            self._roll_back(error)
-            raise
+            return self._finish(work)
+        except FAULTS:
+            # One that has been idle may have been closed by the server. Nothing was done on it.
+            if not kept or self._connection is not None or self._driver.answered or is_cut(self._line):
+                raise
+        self._begin_transaction()
+        return self._finish(work)
 
     @contextmanager
     def nested(self) -> Iterator[None]:
         """Takes back what is done within it, and nothing else, if that fails."""
-        self._execute("SAVEPOINT one")
+        self._driver.run("SAVEPOINT one")
         try:
             yield
+            self._driver.run("RELEASE SAVEPOINT one")
+            self._driver.settle()
         except BaseException:
-            self._execute("ROLLBACK TO SAVEPOINT one")
+            self.counts.clear()
+            self._driver.roll_back_to("one")
             raise
-        self._execute("RELEASE SAVEPOINT one")
 
     def close(self) -> None:
         """Frees the connection."""
-        connection, self._connection = self._connection, None
+        connection = self._connection
         if connection is not None:
+            with suppress(*FAULTS):
+                self._driver.settle()
+            self._connection = None
             connection.close()
 
     def rows(self, statement: Statement, parameters: Parameters = _NO_PARAMETERS) -> list[Any]:
         """Runs a statement; returns its rows as named tuples."""
         form = statement.form(self.dialect, parameters)
-        with self._line:
-            return form.rows(self._driver.execute(form.sql, form.bind(parameters)))
+        found = self._driver.rows(form.sql, form.bind(parameters))
+        return form.rows(found, self._driver.columns)
 
     def row(self, statement: Statement, parameters: Parameters = _NO_PARAMETERS) -> Any:
         """Its one row, or None."""
         rows = self.rows(statement, parameters)
         return rows[0] if rows else None
 
-    def run(self, statement: Statement, parameters: Parameters = _NO_PARAMETERS) -> int:
+    def run(self, statement: Statement, parameters: Parameters = _NO_PARAMETERS) -> None:
+        """Runs a statement. If it fails, then at the latest what is asked for next, or the commit, says so."""
+        form = statement.form(self.dialect, parameters)
+        self._driver.run(form.sql, form.bind(parameters))
+
+    def count(self, statement: Statement, parameters: Parameters = _NO_PARAMETERS) -> int:
         """Runs a statement; returns how many rows it has changed."""
         form = statement.form(self.dialect, parameters)
-        with self._line:
-            count: int = self._driver.execute(form.sql, form.bind(parameters)).rowcount
-            return count
+        return self._driver.count(form.sql, form.bind(parameters))
 
-    def run_for_each(self, statement: Statement, parameters: Sequence[Parameters]) -> int:
+    def count_each(self, statement: Statement, parameters: Sequence[Parameters]) -> int:
         """Runs a statement for each of several sets of parameters; returns how many rows it has changed."""
-        if len(parameters) == 1:
-            return self.run(statement, parameters[0])
         form = statement.form(self.dialect, parameters[0])
-        with self._line:
-            cursor = self._driver.cursor()
-            cursor.executemany(form.sql, [form.bind(each) for each in parameters])
-            count: int = cursor.rowcount
-            return count
+        return self._driver.count(form.sql, *(form.bind(each) for each in parameters))
+
+    def tell(self, statement: Statement, parameters: Parameters) -> None:
+        """Runs a statement behind a transaction; nobody waits for it or hears what became of it."""
+        form = statement.form(self.dialect, parameters)
+        with suppress(*FAULTS):
+            self._driver.tell(form.sql, form.bind(parameters))
 
     def now(self) -> datetime:
         """PostgreSQL's clock; an embedded database has no other than this machine's."""
@@ -100,18 +116,22 @@ class Session:
         now: datetime = self.row(_NOW).now
         return now
 
-    def _execute(self, sql: str) -> None:
-        with self._line:
-            self._driver.execute(sql)
+    def _finish(self, work: Callable[[], T]) -> T:
+        try:
+            result = work()
+            self.dialect.do_commit(self._driver)  # type: ignore[arg-type] # a connection, as far as this is concerned
+        except BaseException as error:
+            self._roll_back(error)
+            raise
+        return result
 
-    def _begin_transaction(self) -> None:
-        """Begins, on a new connection if need be.
-
-        One that has been idle may have been closed by the server: BEGIN finds out before anything is lost by it.
-        """
+    def _begin_transaction(self) -> bool:
+        """Begins, on a new connection if need be. Returns whether it is one that was kept."""
+        self.changed.clear()
+        self.counts.clear()
         if self._connection is not None:
             try:
-                self._execute(self._begin)
+                self._driver.begin(self._begin)
             except FAULTS as error:
                 gone = self._is_gone(error)
                 if gone or self.is_server:
@@ -119,15 +139,17 @@ class Session:
                 if not gone or is_cut(self._line):
                     raise
             else:
-                return
+                return True
         self._connection = connection = self._engine.raw_connection()
-        self._driver = connection.driver_connection
+        driver: Any = connection.driver_connection
         self._line = line_of(connection)
         try:
-            self._execute(self._begin)
+            self._driver = Pipeline(driver, self._line) if self.is_server else Embedded(driver)
+            self._driver.begin(self._begin)
         except BaseException:
             self._drop()
             raise
+        return False
 
     def _roll_back(self, error: BaseException) -> None:
         """Leaves nothing of the transaction; a connection with which that is not certain is dropped."""
@@ -135,13 +157,14 @@ class Session:
             self._drop()
             return
         try:
-            with self._line:
-                self.dialect.do_rollback(self._driver)
+            self.dialect.do_rollback(self._driver)  # type: ignore[arg-type] # as above
         except FAULTS:
             self._drop()
 
     def _is_gone(self, error: BaseException) -> bool:
-        return isinstance(error, FAULTS) and self.dialect.is_disconnect(error, self._driver, None)  # type: ignore[arg-type]
+        if self._connection is None or not isinstance(error, FAULTS):
+            return False
+        return self.dialect.is_disconnect(error, self._connection.driver_connection, None)  # type: ignore[arg-type]
 
     def _drop(self) -> None:
         connection, self._connection = self._connection, None

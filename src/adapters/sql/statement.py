@@ -10,16 +10,20 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import ClauseElement, Dialect, ReturnsRows
-from sqlalchemy.engine.interfaces import DBAPICursor
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.types import TypeEngine
+
+from adapters.sql.driver import Column
 
 Convert = Callable[[Any], Any]
 Parameters = Mapping[str, Any]
 
 
 class Statement:
-    """A statement and the forms that it takes: one for each dialect and set of parameters."""
+    """A statement and the forms that it takes: one for each dialect and set of parameters.
+
+    To be built once: a database keeps what it has made of it for as long as a connection lasts.
+    """
 
     def __init__(self, element: ClauseElement) -> None:
         self._element = element
@@ -50,46 +54,40 @@ class Form:
         # Values that the statement brings along are converted once, here.
         self._own = {name: converts[name](value) for name, value in compiled.params.items() if name not in names}
         needed = {name: converts[name] for name in names if converts.get(name, _as_it_is) is not _as_it_is}
-        self._names = list(converts)
-        self._by_name = not compiled.positional
-        self._takes = [(name, needed.get(name)) for name in compiled.positiontup or self._names]
+        self._takes = [(name, needed.get(name)) for name in compiled.positiontup or ()]
         self._types = (
             [column.type for column in element.exported_columns] if isinstance(element, ReturnsRows) else []
         )
         self._make: Callable[[Sequence[Any]], Any] | None = None
         self._outs: list[tuple[int, Convert]] = []
 
-    def bind(self, parameters: Parameters) -> Sequence[Any] | Mapping[str, Any]:
+    def bind(self, parameters: Parameters) -> Sequence[Any]:
         """The parameters as the driver takes them."""
         if self._own:
             parameters = {**self._own, **parameters}
-        values = [convert(parameters[name]) if convert else parameters[name] for name, convert in self._takes]
-        return dict(zip(self._names, values, strict=True)) if self._by_name else values
+        return [convert(parameters[name]) if convert else parameters[name] for name, convert in self._takes]
 
-    def rows(self, cursor: DBAPICursor) -> list[Any]:
-        """All rows of a result, as named tuples."""
+    def rows(self, found: Sequence[Sequence[Any]], columns: Callable[[], Sequence[Column]]) -> list[Any]:
+        """Rows as the driver gives them, as named tuples."""
         if self._make is None:
-            self._learn(cursor)
+            self._learn(columns())
         assert self._make is not None
-        rows = cursor.fetchall()
         if not self._outs:
-            return [self._make(row) for row in rows]
+            return [self._make(row) for row in found]
         result = []
-        for row in rows:
+        for row in found:
             values = list(row)
             for number, convert in self._outs:
                 values[number] = convert(values[number])
             result.append(self._make(values))
         return result
 
-    def _learn(self, cursor: DBAPICursor) -> None:
-        names = [column[0] for column in cursor.description]
+    def _learn(self, columns: Sequence[Column]) -> None:
         outs = [
-            (number, _out_of(type_, self._dialect, cursor.description[number][1]))
-            for number, type_ in enumerate(self._types)
+            (number, _out_of(type_, self._dialect, columns[number][1])) for number, type_ in enumerate(self._types)
         ]
         self._outs = [(number, convert) for number, convert in outs if convert is not None]
-        row: Any = namedtuple("Row", names, rename=True)  # type: ignore[misc] # names known at run time
+        row: Any = namedtuple("Row", [name for name, _ in columns], rename=True)  # type: ignore[misc] # known at run time
         self._make = row._make
 
 

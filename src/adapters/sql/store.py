@@ -3,13 +3,17 @@
 import asyncio
 import hashlib
 import queue
+import random
 import secrets
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
+from itertools import count
 from typing import Any, TypeVar
 
 from sqlalchemy import exc, text
@@ -23,20 +27,27 @@ from adapters.sql.engines import (
     session_engine,
     writer_engine,
 )
-from adapters.sql.errors import FAULTS, StoreFaultError, collided, ends_group, is_outage, translated
+from adapters.sql.errors import FAULTS, StoreFaultError, collided, is_held, is_outage, translated
 from adapters.sql.notifications import Listener, announce
 from adapters.sql.session import Session
 from adapters.sql.transaction import SqlTransaction
 from adapters.sql.watchdog import Watchdog, line_of
-from core.model.errors import StoreUnavailable
+from core.model.errors import StoreBusy, StoreUnavailable
 from core.ports import store
-from core.ports.store import Transaction
+from core.ports.store import Conflict, Transaction
 from core.ports.system import Clock
 
 T = TypeVar("T")
 
 _MAX_GROUP = 256
 _MAX_TRIES = 3
+_LONGEST_GROUP = 0.05
+"""Seconds after which a group is committed, whatever else waits: it holds what others may need."""
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.005, 0.2
+_HELD_TOO_LONG = 2.0
+"""Seconds for which a change is tried again that needs what another process holds."""
+_WORD = 0.01
+"""Seconds after which others hear of a change at the latest: it is work for the server and for them."""
 _PATIENCE = 12.0
 """Seconds to wait for a server's answer. It ends a statement by itself before that."""
 
@@ -49,6 +60,8 @@ class _Job:
     result: Any = None
     error: BaseException | None = None
     again: bool = False
+    since: float = field(default_factory=time.monotonic)
+    pause: float = _FIRST_PAUSE
 
     def answer(self) -> None:
         """Tells the waiting coroutine, in its loop."""
@@ -82,8 +95,12 @@ class SqlStore(store.Store):
         )
         self._threads = ThreadPoolExecutor(READERS, thread_name_prefix="store-read")
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._later: list[tuple[float, int, _Job]] = []
+        self._numbers = count()
         self._thread = threading.Thread(target=self._write_groups, name="store-write", daemon=True)
-        self._listener: Listener | None = None
+        self._listeners: list[Listener] = []
+        self._news: set[str] = set()
+        self._due = 0.0
         self._held: set[str] = set()
         self._closed = False
         self._given_up = False
@@ -136,7 +153,7 @@ class SqlStore(store.Store):
             with suppress(RuntimeError):  # the loop is closed: there is nobody left to tell
                 loop.call_soon_threadsafe(heard, turn_ids)
 
-        self._listener = Listener(self._url, self._name, self._watchdog, pass_on)
+        self._listeners.append(Listener(self._url, self._name, self._watchdog, pass_on))
         return True
 
     async def aclose(self) -> None:
@@ -144,8 +161,8 @@ class SqlStore(store.Store):
             return
         self._closed = True
         loop = asyncio.get_running_loop()
-        if self._listener is not None:
-            await loop.run_in_executor(None, self._listener.close)
+        for listener in self._listeners:
+            await loop.run_in_executor(None, listener.close)
         await loop.run_in_executor(None, self._threads.shutdown)
         # The writer closes last: on SQLite the last connection to close checkpoints.
         for reading in self._reading:
@@ -160,8 +177,7 @@ class SqlStore(store.Store):
             raise StoreUnavailable
         reading = self._reading.pop()  # there is one for each thread
         try:
-            with reading.session.transaction():
-                return query(reading)
+            return reading.session.transact(lambda: query(reading))
         except FAULTS as error:
             self._consider(error)
             raise translated(error) from error
@@ -174,52 +190,103 @@ class SqlStore(store.Store):
             self._given_up = True
 
     def _write_groups(self) -> None:
-        while (job := self._jobs.get()) is not None:
+        last = False
+        while not last and (job := self._next()) is not None:
             group = [job]
-            last = False
             while len(group) < _MAX_GROUP and not self._jobs.empty():
                 if (more := self._jobs.get()) is None:
                     last = True
                     break
                 group.append(more)
             self._run(group)
-            if last:
-                break
+        while self._later:
+            due, _, job = heappop(self._later)
+            time.sleep(max(0.0, due - time.monotonic()))
+            self._run([job])
+        announce(self._writing.session, self._name, self._news)
         self._writing.session.close()
         self._writer.dispose()
 
+    def _next(self) -> _Job | None:
+        """Waits for a job: a new one, or one whose time has come to be tried again.
+
+        Word of what has changed goes out meanwhile, where it is in nobody's way.
+        """
+        while True:
+            now = time.monotonic()
+            if self._news and self._due <= now:
+                announce(self._writing.session, self._name, self._news)
+                self._news.clear()
+            if self._later and self._later[0][0] <= now:
+                return heappop(self._later)[2]
+            times = [self._later[0][0]] if self._later else []
+            if self._news:
+                times.append(self._due)
+            try:
+                return self._jobs.get(timeout=min(times) - now if times else None)
+            except queue.Empty:
+                continue
+
     def _run(self, group: list[_Job]) -> None:
-        """Runs a group to its answers. A change that collided is run again, alone."""
-        if self._given_up:
-            for job in group:
-                job.error = StoreUnavailable()
-            _tell(group)
-            return
-        self._attempt(group)
-        _tell([job for job in group if not job.again])
-        for job in [job for job in group if job.again]:
-            tries = 1
-            while job.again and tries < _MAX_TRIES:
-                job.again, job.error = False, None
-                tries += 1
-                self._attempt([job])
+        """Runs jobs to their answers.
+
+        One that collided is run again, alone. One that needs what another process holds is tried again later:
+        nothing waits for a lock, as everything behind would wait with it, and groups that wait for each other's
+        locks would wait for ever.
+        """
+        while group:
+            if self._given_up:
+                for job in group:
+                    job.error = StoreUnavailable()
+                _tell(group)
+                return
+            done = self._attempt(group)
+            tried, group = group[:done], group[done:]
+            _tell([job for job in tried if not job.again])
+            for job in [job for job in tried if job.again]:
+                self._run_again(job)
+
+    def _run_again(self, job: _Job) -> None:
+        tries = 1
+        while job.again and isinstance(job.error, Conflict) and tries < _MAX_TRIES:
+            tries += 1
+            self._attempt([job])
+        now = time.monotonic()
+        if isinstance(job.error, StoreBusy) and job.again and now - job.since < _HELD_TOO_LONG:
+            due = now + job.pause * random.uniform(0.5, 1.0)  # noqa: S311 - jitter, no secret
+            job.pause = min(_LONGEST_PAUSE, 2 * job.pause)
+            heappush(self._later, (due, next(self._numbers), job))
+        else:
             _tell([job])
 
-    def _attempt(self, group: Sequence[_Job]) -> None:
+    def _attempt(self, group: Sequence[_Job]) -> int:
+        """Runs jobs in one transaction, as many as there is time for; returns how many."""
         try:
-            with self._writing.session.transaction():
-                for job in group:
-                    self._run_one(job, alone=len(group) == 1)
-                announce(self._writing.session, self._name)
+            done = self._writing.session.transact(lambda: self._run_all(group))
+            if self._writing.session.is_server:
+                self._due = self._due if self._news else time.monotonic() + _WORD
+                self._news |= self._writing.session.changed
         except _RollbackError:
-            return  # the job's own error stands
+            return 1  # the job's own error stands
         except FAULTS as error:
             self._consider(error)
             for job in group:
-                job.error, job.again = translated(error), collided(error)
+                job.error, job.again = translated(error), collided(error) or is_held(error)
         except BaseException as error:  # noqa: BLE001 - the thread must outlive it, and every job be answered
             for job in group:
                 job.error, job.again = StoreFaultError(type(error).__name__), False
+        else:
+            return done
+        return len(group)
+
+    def _run_all(self, group: Sequence[_Job]) -> int:
+        begun = time.monotonic()
+        for number, job in enumerate(group, start=1):
+            job.again, job.error = False, None
+            self._run_one(job, alone=len(group) == 1)
+            if time.monotonic() - begun > _LONGEST_GROUP:
+                return number
+        return len(group)
 
     def _run_one(self, job: _Job, *, alone: bool) -> None:
         try:
@@ -229,9 +296,9 @@ class SqlStore(store.Store):
                 with self._writing.session.nested():
                     job.result = job.change(self._writing)
         except FAULTS as error:
-            if ends_group(error):
+            if is_outage(error):
                 raise  # takes the whole group down: nothing of it is committed
-            job.error, job.again = translated(error), collided(error)
+            job.error, job.again = translated(error), collided(error) or is_held(error)
         except BaseException as error:  # noqa: BLE001 - belongs to whoever submitted the change, not to this thread
             job.error = error
         if alone and job.error is not None:

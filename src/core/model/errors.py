@@ -11,6 +11,7 @@ CoreError
 ├── QuotaExceeded           the user's own bound
 ├── Overloaded, Draining    this process takes no more
 ├── StoreUnavailable        the database does not answer
+│   └── StoreBusy           somebody else holds what a write needs
 ├── CleanupRunning          another cleanup is at work
 └── LeaseLost               another process owns the turn; never reaches a caller
 """
@@ -149,6 +150,10 @@ class StoreUnavailable(RetryableError):
 
     reason = "STORE_UNAVAILABLE"
     message = "The store is unavailable."
+
+
+class StoreBusy(StoreUnavailable):
+    """Somebody else has held what a write needs for too long. The write had no effect; others are not hindered."""
 
 
 class CleanupRunning(CoreError):

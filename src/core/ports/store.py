@@ -76,7 +76,8 @@ class Store(Protocol):
 
         All or nothing: whatever `change` raises is raised here and leaves no trace, also where other changes
         share the commit. Changes of one process take effect in the order in which they were submitted; one
-        that collides with another process's is run again, and raises Conflict if that does not help. Raises
+        that collides with another process's is run again, and raises Conflict if that does not help, or StoreBusy
+        if the other one holds on to what it needs; the changes behind it do not wait for it. Raises
         StoreUnavailable if the store does not answer; it is then unknown whether the change took effect.
         Cancelling the caller does not stop a change that has been submitted.
         """
@@ -98,7 +99,7 @@ class Store(Protocol):
 
         UNCLAIMED is among them where a turn waits for a process. Hints, no more: they may be lost, late or
         doubled, and none comes before its change can be read. An empty set says that some may have been lost.
-        Returns whether hints will come; if not, one has to look. For one listener.
+        Returns whether hints will come; if not, one has to look.
         """
 
     @abstractmethod

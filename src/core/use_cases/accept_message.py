@@ -12,7 +12,9 @@ from core.model.errors import (
     CoreError,
     Draining,
     InvalidField,
+    Overloaded,
     QueueFull,
+    QuotaExceeded,
     RequestIdReused,
     ThreadNotFound,
     TurnInProgress,
@@ -166,9 +168,9 @@ class AcceptMessage:
                         raise refusal
                     return self._enqueue(tx, message, request, turn_id, thread, definition, unfinished, now)
                 case BusyPolicy.INTERRUPT:
-                    # The new turn takes the place of the one at work, so a bound on turns at work is no hindrance.
-                    replaces = any(turn.state is not TurnState.ACCEPTED for turn in unfinished)
-                    if isinstance(refusal, Draining) or (refusal is not None and not replaces):
+                    # The new turn takes the place of one at work here: a bound on their number is no hindrance.
+                    replaces = any(map(self._engine.knows, (turn.id for turn in unfinished)))
+                    if refusal is not None and not (replaces and isinstance(refusal, QuotaExceeded | Overloaded)):
                         raise refusal
                     ending = Ending(reason=TurnReason.INTERRUPTED, cancelled=True)
                     interrupted = tuple(end_turn(tx, self._ids, turn.id, ending) for turn in unfinished)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from enum import Enum
 
 from core.model.agent import AgentDefinition
@@ -95,9 +94,10 @@ def claim_turn(
     model, provider = claimant.served_by(definition)
     resume = resumption(turn, events, provider)
     attempt = turn.attempt
-    if turn.claimed_at is not None:
+    elapsed = max(0.0, (now - (turn.claimed_at or now)).total_seconds())
+    if turn.epoch:
         hindrance = None if resume else why_not_again(events, attempt, claimant, definition)
-        if hindrance is None and now - turn.claimed_at >= timedelta(seconds=claimant.budget):
+        if hindrance is None and elapsed >= claimant.budget:
             hindrance = TurnReason.INTERRUPTED if resume and resume.text else TurnReason.BUDGET_EXCEEDED
         if hindrance is not None:
             return end_turn(tx, ids, turn_id, Ending(reason=hindrance))
@@ -121,16 +121,16 @@ def claim_turn(
     else:
         message = _required(tx.messages.question_of(turn_id))
     if resume is None and (again := restarting(events, attempt, TurnReason.INTERRUPTED)):
-        tx.log.append([LogAppend(turn_id, claimed.epoch, claimed.last_position, again)])
+        appended = tx.log.append([LogAppend(turn_id, claimed.epoch, claimed.last_position, again)])
+        assert turn_id in appended.accepted  # it is locked
         log = [*log, *place(again, claimed.last_position)]
         claimed = replace(claimed, last_position=log[-1].position)
     thread = tx.threads.find(turn.thread_id)
     if thread is None:
         raise ThreadNotFound
     state = tx.threads.provider_state(turn.thread_id)
-    if state is not None and turn.claimed_at is not None and resume is None:
+    if state is not None and turn.epoch and resume is None:
         state = replace(state, synced_to=UNSYNCED)  # an earlier attempt may have left anything there
-    assert claimed.claimed_at is not None
     return ClaimedTurn(
         turn=claimed,
         thread=thread,
@@ -140,7 +140,7 @@ def claim_turn(
         log=log,
         rounds=kept_rounds(events),
         resume=resume,
-        budget_left=claimant.budget - (now - claimed.claimed_at).total_seconds(),
+        budget_left=claimant.budget - elapsed,
     )
 
 

@@ -32,6 +32,7 @@ class DeleteThread:
 def _delete(user_id: str, thread_id: str, tx: Transaction) -> Sequence[Turn]:
     if tx.threads.lock(user_id, thread_id) is None:
         raise ThreadNotFound
-    at_work = tx.turns.unfinished(thread_id)
+    # Locked, so that no process adds to their logs in between.
+    at_work = [turn for each in tx.turns.unfinished(thread_id) if (turn := tx.turns.lock(each.id))]
     tx.threads.delete(thread_id, tx.now())
     return at_work

@@ -4,6 +4,9 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Any, Generic, TypeVar
 
+from core.model.errors import StoreBusy
+from core.ports.store import Conflict
+
 T = TypeVar("T")
 
 
@@ -17,11 +20,14 @@ class Detached(Generic[T]):
         self._tasks: set[asyncio.Task[T]] = set()
 
     async def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """The result of the work, for a caller who stays."""
+        """The result of the work, for a caller who stays. Raises what the work does, StoreBusy for Conflict."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._forget)
-        return await asyncio.shield(task)
+        try:
+            return await asyncio.shield(task)
+        except Conflict:
+            raise StoreBusy from None  # others were faster each time
 
     async def settle(self) -> None:
         """Waits for all that is under way."""

@@ -4,9 +4,10 @@ import asyncio
 import contextlib
 import logging
 import math
+import random
 from collections.abc import Mapping, Sequence
 
-from core.model.errors import StoreUnavailable
+from core.model.errors import StoreBusy, StoreUnavailable
 from core.model.turn import Turn, TurnReason
 from core.ports.store import UNCLAIMED, Store, Transaction
 from core.ports.system import Ids
@@ -19,7 +20,7 @@ _log = logging.getLogger(__name__)
 
 _BATCH = 1_000
 """Turns that are looked at in one go."""
-_AT_ONCE = 100
+_AT_ONCE = 20
 """Claims under way at the same time."""
 _LONGEST_PERIOD = 2.0
 _SHORTEST_PAUSE = 0.05
@@ -46,61 +47,75 @@ class RecoverTurns:
         self._period = min(_LONGEST_PERIOD, lease / 3)
         self._alone = alone
         self._owner = engine.claimant.owner
+        self._random = random.Random(self._owner)  # noqa: S311 - an order, no secret
         self._watched_since = math.inf
         self._renewed = -math.inf
         self._has_lease = False
         self._suspects: set[str] = set()
         self._given_up: set[str] = set()
-        self._unreachable = False
-        self._task: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
         """Takes a lease, looks for turns once, and goes on doing so. Raises StoreUnavailable."""
         if self._alone:
             await self._store.write(lambda tx: tx.leases.end_others(self._owner))
-        if self._store.listen(self._hear):
+        if self._store.listen(self._hear) or self._alone:  # alone, it hears of everything by itself
             self._feeds.poll = HINTED_POLL_SECONDS
         await self._renew()
         await self._take_stock()
         await self._claim_waiting()
-        self._task = asyncio.create_task(self._run(), name="recover-turns")
+        # Apart from each other: what there is to claim must not keep the lease waiting.
+        self._tasks = [
+            asyncio.create_task(self._keep_lease(), name="keep-lease"),
+            asyncio.create_task(self._look_for_turns(), name="look-for-turns"),
+        ]
 
     async def stop(self) -> None:
         """Ends the lease: nothing of this process is waited for."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         try:
             async with asyncio.timeout(_LAST_WRITE):
                 await self._store.write(lambda tx: tx.leases.end(self._owner))
         except (StoreUnavailable, TimeoutError):
             _log.warning("the store does not answer: the lease runs out by itself")
 
-    async def _run(self) -> None:
+    async def _keep_lease(self) -> None:
+        reachable = True
+        while True:
+            await asyncio.sleep(self._period if reachable else _RETRY)
+            try:
+                await self._renew()
+            except StoreUnavailable:
+                if reachable:
+                    _log.warning("the store does not answer: the lease can't be renewed")
+                reachable = False
+                self._renewed = -math.inf  # others may have had no answer either
+            except Exception:  # noqa: BLE001 - whatever it is, the lease must be kept
+                _log.exception("the lease can't be renewed")
+            else:
+                reachable = True
+
+    async def _look_for_turns(self) -> None:
         loop = asyncio.get_running_loop()
-        renew_at = loop.time() + self._period
+        look_at = loop.time() + self._period
         while True:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout_at(renew_at):
+                async with asyncio.timeout_at(look_at):
                     await self._engine.waiting.wait()
             self._engine.waiting.clear()
             try:
-                if loop.time() >= renew_at:
-                    renew_at = loop.time() + self._period
-                    await self._renew()
+                if loop.time() >= look_at:
+                    look_at = loop.time() + self._period
                     await self._take_stock()
                 await self._check_suspects()
                 await self._claim_waiting()
             except StoreUnavailable:
-                if not self._unreachable:
-                    _log.warning("the store does not answer")
-                self._unreachable = True
-                self._renewed = -math.inf  # others may have had no answer either
-                renew_at = loop.time() + _RETRY
+                _log.debug("the store does not answer")  # the lease says so, louder
+                look_at = loop.time() + _RETRY
             except Exception:  # noqa: BLE001 - whatever it is, the next look may succeed, and must be made
                 _log.exception("turns can't be looked for")
-            else:
-                self._unreachable = False
             await asyncio.sleep(_SHORTEST_PAUSE)
 
     def _hear(self, turn_ids: frozenset[str]) -> None:
@@ -131,6 +146,7 @@ class RecoverTurns:
         """Stops what runs here and is no longer ours, and claims anew what is ours and does not run here, as a
         turn may whose acceptance was not answered; then what processes have left that are gone."""
         loop = asyncio.get_running_loop()
+        begun = loop.time()
         ours = self._engine.held()
 
         def query(tx: Transaction) -> tuple[Mapping[str, int], Sequence[Turn], Sequence[Turn]]:
@@ -143,8 +159,8 @@ class RecoverTurns:
             if held.get(turn_id) != epoch and self._engine.held().get(turn_id) == epoch:
                 self._engine.abandon(turn_id)
         await self._claim_all(orphans, Why.ORPHANED)
-        # A store that was slow to answer just now may have kept others from renewing.
-        in_time = loop.time() - self._renewed < self._period
+        # A store that is slow to answer, or did not, may have kept others from renewing as well.
+        in_time = loop.time() - begun < self._period and loop.time() - self._renewed < 2 * self._period
         if self._alone or (in_time and loop.time() >= self._watched_since + self._lease):
             await self._claim_all(abandoned, Why.ABANDONED)
 
@@ -164,13 +180,19 @@ class RecoverTurns:
 
     async def _claim_all(self, turns: Sequence[Turn], why: Why) -> None:
         claims = [turn for turn in turns if not self._engine.knows(turn.id) and turn.id not in self._given_up]
+        self._random.shuffle(claims)  # processes that look at the same time should not want the same ones
         for start in range(0, len(claims), _AT_ONCE):
-            await asyncio.gather(*(self._claim(turn, why) for turn in claims[start : start + _AT_ONCE]))
+            some = [self._claim(turn, why) for turn in claims[start : start + _AT_ONCE]]
+            for outcome in await asyncio.gather(*some, return_exceptions=True):
+                if isinstance(outcome, BaseException):
+                    raise outcome
 
     async def _claim(self, turn: Turn, why: Why) -> None:
         refusal = self._engine.reserve(turn.user_id)
         if refusal is not None:
             self._engine.tell_of_room = True
+            if why is Why.WAITING:
+                return
         outcome: ClaimedTurn | Ended | None = None
 
         def change(tx: Transaction) -> ClaimedTurn | Ended | None:
@@ -178,6 +200,8 @@ class RecoverTurns:
 
         try:
             outcome = await self._store.write(change)
+        except StoreBusy:
+            _log.debug("turn %s is held by somebody else", turn.id)  # at the next look it may be free
         except StoreUnavailable:
             raise
         except Exception:  # noqa: BLE001 - one broken turn must not keep the others waiting

@@ -218,6 +218,7 @@ class TurnEngine:
     def abandon(self, turn_id: str) -> None:
         """Stops work on a turn that somebody else has ended or claimed; followers go on from the store."""
         self._feeds.drop(turn_id)
+        self._feeds.tell(turn_id)
         if run := self._running.get(turn_id):
             run.task.cancel()
 

@@ -53,7 +53,8 @@ async def refuse(context: Context, error: errors.CoreError) -> NoReturn:
         retry = error_details_pb2.RetryInfo()
         retry.retry_delay.FromMilliseconds(round(error.retry_after * 1_000))
         details.append(_packed(retry))
-    await _abort(context, STATUS[type(error)], error.message, details)
+    status = next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)
+    await _abort(context, status, error.message, details)
 
 
 async def refuse_unforeseen(context: Context, request_id: str) -> NoReturn:

@@ -22,12 +22,13 @@ def _list(behind: ColumnElement[bool], order: ColumnElement[int]) -> Select[*tup
     return select(t.messages).where(of_thread, behind).order_by(order).limit(bindparam("limit", type_=Integer))
 
 
-_MOVE_ON = Statement(
+_move_on = (
     update(t.threads)
     .where(t.threads.c.id == bindparam("of_thread"))
     .values(message_count=t.threads.c.message_count + bindparam("added", type_=Integer), is_active=true())
-    .returning(t.threads.c.message_count)
 )
+_MOVE_ON = Statement(_move_on)
+_MOVE_ON_AND_COUNT = Statement(_move_on.returning(t.threads.c.message_count))
 _ADD = Statement(insert(t.messages).inline())
 _OF_TURN = Statement(select(t.messages).where(_c.turn_id == bindparam("turn_id"), _c.role == bindparam("role")))
 _OLDEST_FIRST = Statement(_list(_c.number > bindparam("behind"), _c.number))
@@ -39,10 +40,15 @@ class Messages(Repository, threads.Messages):
 
     def append(self, thread_id: str, messages: Sequence[NewMessage]) -> Sequence[Message]:
         moved = {"of_thread": thread_id, "added": len(messages), "last_message_at": messages[-1].created_at}
-        count = self._session.row(_MOVE_ON, moved).message_count
+        if (before := self._session.counts.get(thread_id)) is None:
+            count: int = self._session.row(_MOVE_ON_AND_COUNT, moved).message_count
+        else:
+            self._session.run(_MOVE_ON, moved)
+            count = before + len(messages)
+        self._session.counts[thread_id] = count
         first = count - len(messages) + 1
-        rows = [m.message_values(thread_id, number, message) for number, message in enumerate(messages, first)]
-        self._session.run_for_each(_ADD, rows)
+        for number, message in enumerate(messages, first):
+            self._session.run(_ADD, m.message_values(thread_id, number, message))
         return [
             Message(
                 id=message.id,

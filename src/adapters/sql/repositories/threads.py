@@ -14,7 +14,6 @@ from sqlalchemy import (
     false,
     func,
     insert,
-    literal,
     or_,
     select,
     true,
@@ -76,11 +75,40 @@ def _list(states: frozenset[ThreadState], *, in_domain: bool, before: bool) -> S
     return Statement(newest_first.limit(bindparam("limit", type_=Integer)))
 
 
+def _idle(*, in_domain: bool) -> ColumnElement[bool]:
+    """What expires: active, older than the cutoff, without a turn that has not ended."""
+    unfinished = exists().where(t.turns.c.thread_id == _c.id, t.unfinished(t.turns.c.state))
+    idle = and_(_c.is_active, _c.last_message_at < bindparam("cutoff", type_=t.UtcDateTime), ~unfinished)
+    return and_(idle, _c.domain == bindparam("in_domain")) if in_domain else idle
+
+
+@cache
+def _choose(*, in_domain: bool, after: bool) -> Statement:
+    query = select(_c.last_message_at, _c.id).where(_idle(in_domain=in_domain))
+    if after:
+        key = tuple_(bindparam("after_time", type_=t.UtcDateTime), bindparam("after_id", type_=_c.id.type))
+        query = query.where(_key() > key)
+    oldest_first = query.order_by(_c.last_message_at, _c.id).limit(bindparam("limit", type_=Integer))
+    return Statement(oldest_first.with_for_update(skip_locked=True))
+
+
+@cache
+def _expire(*, in_domain: bool) -> Statement:
+    return Statement(_change.where(_idle(in_domain=in_domain)).values(is_active=false()))
+
+
+@cache
+def _count_idle(*, in_domain: bool) -> Statement:
+    idle = select(func.count().label("count_")).select_from(t.threads)
+    return Statement(idle.where(_idle(in_domain=in_domain)))
+
+
 class Threads(Repository, threads.Threads):
     """`assistant_threads` and `tombstones`."""
 
     def add(self, thread: Thread) -> None:
         self._session.run(_ADD, m.thread_values(thread))
+        self._session.counts[thread.id] = thread.message_count
 
     def get(self, user_id: str, thread_id: str) -> Thread | None:
         row = self._session.row(_GET, {"of_user": user_id, "of_thread": thread_id})
@@ -144,40 +172,21 @@ class Threads(Repository, threads.Threads):
         self._session.run(_CHANGE, {"of_thread": thread_id, **m.provider_state_values(state)})
 
     def expire(self, cutoff: datetime, domain: Domain | None, after: ThreadKey | None, limit: int) -> ExpiredBatch:
-        idle = _idle(cutoff, domain)
-        if after is not None:
-            idle = and_(idle, _key() > _values(after))
-        found = self._session.rows(
-            Statement(
-                select(_c.last_message_at, _c.id)
-                .where(idle)
-                .order_by(_c.last_message_at, _c.id)
-                .limit(limit)
-                .with_for_update(skip_locked=True)
-            )
-        )
+        idle: m.Values = {"cutoff": cutoff, **({} if domain is None else {"in_domain": domain.value})}
+        behind = {} if after is None else {"after_time": after.last_message_at, "after_id": after.id}
+        choose = _choose(in_domain=domain is not None, after=after is not None)
+        found = self._session.rows(choose, {**idle, **behind, "limit": limit})
         if not found:
             return ExpiredBatch(0, None)
         # A turn may have begun between the look and the lock; the row as it is now decides.
-        expire = update(t.threads).where(_c.id == _thread_id, _idle(cutoff, domain)).values(is_active=false())
-        expired = self._session.run_for_each(Statement(expire), [{"of_thread": row.id} for row in found])
+        expire = _expire(in_domain=domain is not None)
+        expired = self._session.count_each(expire, [{"of_thread": row.id, **idle} for row in found])
         return ExpiredBatch(expired, ThreadKey(*found[-1]))
 
     def count_expired(self, cutoff: datetime, domain: Domain | None) -> int:
-        idle = select(func.count().label("count_")).select_from(t.threads).where(_idle(cutoff, domain))
-        return int(self._session.row(Statement(idle)).count_)
+        idle: m.Values = {"cutoff": cutoff, **({} if domain is None else {"in_domain": domain.value})}
+        return int(self._session.row(_count_idle(in_domain=domain is not None), idle).count_)
 
 
 def _key() -> ColumnElement[tuple[datetime, str]]:
     return tuple_(_c.last_message_at, _c.id)
-
-
-def _values(key: ThreadKey) -> ColumnElement[tuple[datetime, str]]:
-    return tuple_(literal(key.last_message_at, t.UtcDateTime), literal(key.id))
-
-
-def _idle(cutoff: datetime, domain: Domain | None) -> ColumnElement[bool]:
-    """What expires: active, older than the cutoff, without a turn that has not ended."""
-    unfinished = exists().where(t.turns.c.thread_id == _c.id, t.unfinished(t.turns.c.state))
-    idle = and_(_c.is_active, _c.last_message_at < cutoff, ~unfinished)
-    return idle if domain is None else and_(idle, _c.domain == domain.value)

@@ -43,16 +43,18 @@ _READ = Statement(
 )
 _DELETE = Statement(delete(t.turn_log).where(_c.turn_id == bindparam("of_turn")))
 
-_MOVE_ON = Statement(
+_move_on = (
     update(t.turns)
-    .where(
-        _turn.id == bindparam("of_turn"),
-        _turn.epoch == bindparam("of_epoch"),
-        _turn.last_position == bindparam("start"),
-        _is_running,
-    )
+    .where(_turn.epoch == bindparam("of_epoch"), _turn.last_position == bindparam("start"), _is_running)
     .values(attempt=func.coalesce(bindparam("new_attempt", type_=Integer), _turn.attempt))
 )
+_MOVE_ON = Statement(_move_on.where(_turn.id == bindparam("of_turn")))
+
+# Not FOR UPDATE: that would collide with whoever only adds a row that refers to the turn.
+_if_free = (
+    select(_turn.id).where(_turn.id == bindparam("of_turn")).with_for_update(key_share=True, skip_locked=True)
+)
+_MOVE_ON_IF_FREE = Statement(_move_on.where(_turn.id == _if_free.scalar_subquery()))
 
 # The same for a whole group in one statement, and without waiting for a lock: PostgreSQL.
 _ids = bindparam("ids", type_=ARRAY(String))
@@ -77,7 +79,6 @@ _sets = (
     .render_derived()
 )
 _batch = select(_sets).cte("batch")
-# Not FOR UPDATE: that would collide with whoever only adds a row that refers to the turn.
 _free = (
     select(_turn.id)
     .where(_turn.id == any_(_ids))
@@ -125,7 +126,15 @@ class TurnLog(Repository, turns.TurnLog):
     def append(self, batch: Sequence[LogAppend]) -> Appended:
         if not batch:
             return Appended(frozenset())
-        appended = self._append_to_free(batch) if self._session.is_server else self._append_to_any(batch)
+        if not self._session.is_server:
+            # Where the writer has the whole database, nobody is busy.
+            appended = Appended(
+                frozenset(append.turn_id for append in batch if self._append_one(append, _MOVE_ON))
+            )
+        elif len(batch) == 1 and self._append_one(batch[0], _MOVE_ON_IF_FREE):
+            appended = Appended(frozenset({batch[0].turn_id}))
+        else:
+            appended = self._append_to_free(batch)
         self._session.changed.update(appended.accepted)
         return appended
 
@@ -147,23 +156,19 @@ class TurnLog(Repository, turns.TurnLog):
             frozenset(turn_id for turn_id, _, is_free in found if not is_free),
         )
 
-    def _append_to_any(self, batch: Sequence[LogAppend]) -> Appended:
-        """Where the writer has the whole database, nobody is busy."""
-        rows = []
-        for append in batch:
-            row = _log_row(append.turn_id, append.position, append.events)
-            moved = {
-                "of_turn": append.turn_id,
-                "of_epoch": append.epoch,
-                "start": append.position,
-                "last_position": row["position"],
-                "new_attempt": _attempt(append.events),
-            }
-            if self._session.run(_MOVE_ON, moved) == 1:
-                rows.append(row)
-        if rows:
-            self._session.run_for_each(_ADD, rows)
-        return Appended(frozenset(row["turn_id"] for row in rows))
+    def _append_one(self, append: LogAppend, move_on: Statement) -> bool:
+        row = _log_row(append.turn_id, append.position, append.events)
+        moved = {
+            "of_turn": append.turn_id,
+            "of_epoch": append.epoch,
+            "start": append.position,
+            "last_position": row["position"],
+            "new_attempt": _attempt(append.events),
+        }
+        is_in = self._session.count(move_on, moved) == 1
+        if is_in:
+            self._session.run(_ADD, row)
+        return is_in
 
     def read(self, turn_id: str, after: int = 0) -> Sequence[LogEntry]:
         rows = self._session.rows(_READ, {"of_turn": turn_id, "behind": after})

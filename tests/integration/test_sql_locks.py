@@ -1,0 +1,122 @@
+"""Locks of other processes on PostgreSQL: whoever needs what is held waits alone, and nobody waits in a circle."""
+
+import asyncio
+from contextlib import AsyncExitStack
+from functools import partial
+
+import psycopg
+import pytest
+
+from adapters.sql.store import SqlStore
+from core.model.errors import StoreBusy, TurnInProgress
+from core.model.turn import BusyPolicy, TurnState
+from core.ports.store import Transaction
+from core.use_cases.turn_engine import TurnLimits
+from doubles import DONE, Gate, ManualClock, ScriptedAgent, service
+from harness import until
+
+
+async def test_what_is_held_keeps_nobody_else_waiting(postgres_url: str, clock: ManualClock) -> None:
+    store = SqlStore(postgres_url, clock)
+    try:
+        async with service(store, lease=5.0) as it:
+            threads = []
+            for _ in range(12):
+                turn, _ = await it.threads.turn("ada", await it.say())
+                await it.events(turn.id)
+                threads.append(turn.thread_id)
+            with psycopg.connect(postgres_url) as holder:
+                held = holder.execute(
+                    "SELECT id FROM assistant_threads WHERE id = ANY(%s) FOR UPDATE", (threads[:10],)
+                ).fetchall()
+                assert len(held) == 10
+                asked = [asyncio.create_task(it.say(thread_id=thread_id)) for thread_id in threads[:10]]
+                others = 0
+                while not all(task.done() for task in asked):
+                    async with asyncio.timeout(1):
+                        await it.events(await it.say(thread_id=threads[10], user="ada"))
+                    others += 1
+                assert others >= 10
+                for outcome in await asyncio.gather(*asked, return_exceptions=True):
+                    assert isinstance(outcome, StoreBusy)
+            await it.events(await it.say(thread_id=threads[0]))  # the holder is gone
+    finally:
+        await store.aclose()
+
+
+async def test_what_is_given_up_in_time_is_got(postgres_url: str, clock: ManualClock) -> None:
+    store = SqlStore(postgres_url, clock)
+    try:
+        async with service(store, lease=5.0) as it:
+            turn, _ = await it.threads.turn("ada", await it.say())
+            await it.events(turn.id)
+            with psycopg.connect(postgres_url) as holder:
+                holder.execute("SELECT id FROM assistant_threads FOR UPDATE")
+                asked = asyncio.create_task(it.say(thread_id=turn.thread_id))
+                await until(lambda: store._later)  # it has met the lock, and is put off
+                holder.rollback()
+            await it.events(await asked)
+    finally:
+        await store.aclose()
+
+
+async def test_two_processes_on_the_same_threads_never_wait_in_a_circle(
+    postgres_url: str, clock: ManualClock
+) -> None:
+    async with AsyncExitStack() as stack:
+        limits = TurnLimits(max_turns_per_user=1_000)
+        both = []
+        for _ in range(2):
+            store = SqlStore(postgres_url, clock)
+            stack.push_async_callback(store.aclose)
+            both.append(await stack.enter_async_context(service(store, lease=15.0, limits=limits)))
+        threads = []
+        for _ in range(8):
+            turn, _ = await both[0].threads.turn("ada", await both[0].say())
+            await both[0].events(turn.id)
+            threads.append(turn.thread_id)
+        policies = [BusyPolicy.INTERRUPT, BusyPolicy.REJECT]
+        calls = [
+            both[number % 2].say(thread_id=threads[number * 5 % 8], on_busy=policies[number % 3 == 0])
+            for number in range(160)
+        ]
+        outcomes = await asyncio.gather(*calls, return_exceptions=True)
+        accepted = [outcome for outcome in outcomes if isinstance(outcome, str)]
+        assert {type(o) for o in outcomes} <= {str, TurnInProgress}
+        assert len(accepted) >= 80
+        for turn_id in accepted:
+            await both[0].events(turn_id)
+        states = [(await both[1].threads.turn("ada", turn_id))[0].state for turn_id in accepted]
+        assert set(states) <= {TurnState.COMPLETED, TurnState.CANCELLED}
+
+
+@pytest.mark.parametrize("locked", ["assistant_threads", "turns"])
+async def test_one_turn_that_stays_locked_keeps_no_other_from_being_taken_over(
+    postgres_url: str, clock: ManualClock, locked: str
+) -> None:
+    async with AsyncExitStack() as stack:
+        stores = [SqlStore(postgres_url, clock) for _ in range(2)]
+        for store in stores:
+            stack.push_async_callback(store.aclose)
+        gates = [Gate(), Gate()]
+        agent = ScriptedAgent([gates[0], DONE], [gates[1], DONE])
+        async with service(stores[0], agent, lease=0.5) as it:
+            stuck, free = await it.say(), await it.say()
+            for gate in gates:
+                await gate.reached.wait()
+            await it.kill()
+        turn = await stores[1].read(partial(_find, stuck))
+        with psycopg.connect(postgres_url) as holder:
+            key = turn.thread_id if locked == "assistant_threads" else turn.id
+            holder.execute(f"SELECT id FROM {locked} WHERE id = %s FOR UPDATE".encode(), (key,))
+            async with service(stores[1], lease=0.5) as other:
+                await other.events(free)
+                assert (await stores[1].read(partial(_find, stuck))).epoch == 1
+                holder.rollback()
+                await other.events(stuck)
+
+
+def _find(turn_id: str, tx: Transaction):  # type: ignore[no-untyped-def] # a test's own
+    turn = tx.turns.find(turn_id)
+    assert turn is not None
+    return turn

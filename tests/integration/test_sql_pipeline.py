@@ -1,0 +1,296 @@
+"""Statements that travel together: whose their errors are, and what is left of them."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from dataclasses import replace
+from datetime import UTC, datetime
+
+import psycopg
+import pytest
+
+from adapters.sql.errors import StoreFaultError
+from adapters.sql.pipeline import Pipeline
+from adapters.sql.store import SqlStore
+from adapters.system import Ids
+from core.model.agent import Domain
+from core.model.errors import StoreUnavailable
+from core.model.goal import Goal
+from core.model.message import Role, TextPart
+from core.model.thread import Thread, ThreadState
+from core.model.turn import Turn, TurnState, Usage
+from core.ports.store import Conflict, Transaction
+from core.ports.threads import NewMessage
+from core.ports.turns import RequestKey
+from doubles import CATALOG, ManualClock
+from harness import until
+
+IDS = Ids()
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+REQUEST = RequestKey(caller="local", user_id="ada", request_id="", fingerprint="")
+THREAD = Thread(
+    id="one",
+    user_id="ada",
+    domain=Domain.CAREER,
+    agent_id="career-v1",
+    title="",
+    state=ThreadState.ACTIVE,
+    metadata={},
+    last_message_at=NOW,
+    created_at=NOW,
+    message_count=0,
+)
+TURN = Turn(
+    id="turn",
+    thread_id="one",
+    user_id="ada",
+    agent_id="career-v1",
+    state=TurnState.RUNNING,
+    attempt=1,
+    epoch=1,
+    last_position=1,
+    usage=Usage(),
+    reason=None,
+    model="m",
+    provider="p",
+    accepted_at=NOW,
+)
+GOAL = Goal(id="goal", user_id="ada", domain=Domain.CAREER, text="x", commitment="", due=None, created_at=NOW)
+
+
+@pytest.fixture
+async def record(database_url: str, clock: ManualClock) -> AsyncIterator[SqlStore]:
+    """A store with one thread."""
+    store = SqlStore(database_url, clock)
+    await store.write(lambda tx: [tx.agents.publish(agent) for agent in CATALOG.agents()])
+    await store.write(adding(THREAD))
+    yield store
+    await store.aclose()
+
+
+def adding(thread: Thread) -> Callable[[Transaction], None]:
+    def change(tx: Transaction) -> None:
+        tx.users.ensure("ada", NOW)
+        tx.threads.add(thread)
+
+    return change
+
+
+def saying(*texts: str, turn_id: str = "turn") -> Callable[[Transaction], list[int]]:
+    """Adds lines to the thread; returns their indexes."""
+
+    def change(tx: Transaction) -> list[int]:
+        return [message.index for text in texts for message in tx.messages.append("one", [line(text, turn_id)])]
+
+    return change
+
+
+def line(text: str, turn_id: str = "turn") -> NewMessage:
+    return NewMessage(id=IDS.new(), turn_id=turn_id, role=Role.TOOL, content=(TextPart(text),), created_at=NOW)
+
+
+async def together(store: SqlStore, *changes: Callable[[Transaction], object]) -> list[object]:
+    """Runs changes as one group; returns their results and errors."""
+    reached, go_on = threading.Event(), threading.Event()
+
+    def hold(_: Transaction) -> None:
+        reached.set()
+        assert go_on.wait(20)
+
+    holding = asyncio.create_task(store.write(hold))
+    await until(reached.is_set)
+    tasks = [asyncio.create_task(store.write(change)) for change in changes]
+    await asyncio.sleep(0)  # all of them are submitted
+    go_on.set()
+    await holding
+    return list(await asyncio.gather(*tasks, return_exceptions=True))
+
+
+async def threads(store: SqlStore, *asked: str) -> set[str]:
+    """Those of the threads that are on record."""
+    return {thread_id for thread_id in asked if await store.read(lambda tx, i=thread_id: tx.threads.find(i))}  # type: ignore[misc]
+
+
+async def test_an_error_that_nobody_has_waited_for_is_its_own_changes(record: SqlStore) -> None:
+    two, three = replace(THREAD, id="two"), replace(THREAD, id="three")
+    results = await together(record, adding(two), adding(THREAD), adding(three))
+    assert [type(result) for result in results] == [type(None), Conflict, type(None)]
+    assert await threads(record, "one", "two", "three") == {"one", "two", "three"}
+
+
+async def test_an_error_at_the_very_end_of_a_lone_change_is_raised(record: SqlStore) -> None:
+    with pytest.raises(Conflict):
+        await record.write(adding(THREAD))
+
+
+async def test_a_change_that_hides_an_error_is_not_committed(postgres_url: str, clock: ManualClock) -> None:
+    """PostgreSQL has undone everything by then, and a COMMIT there only says so in its tag."""
+    store = SqlStore(postgres_url, clock)
+    await store.write(lambda tx: [tx.agents.publish(agent) for agent in CATALOG.agents()])
+    await store.write(adding(THREAD))
+
+    def hiding(tx: Transaction) -> None:
+        tx.threads.add(replace(THREAD, id="two"))
+        with suppress(Exception):
+            tx.threads.add(THREAD)
+            tx.now()
+
+    def hiding_more(tx: Transaction) -> None:
+        hiding(tx)
+        tx.threads.add(replace(THREAD, id="three"))
+
+    for change in (hiding, hiding_more):
+        with pytest.raises(StoreFaultError):
+            await store.write(change)
+    results = await together(store, hiding, adding(replace(THREAD, id="four")), hiding_more)
+    assert [isinstance(result, Exception) for result in results] == [True, False, True]
+    assert await threads(store, "two", "three", "four") == {"four"}
+    await store.aclose()
+
+
+async def test_what_was_cut_off_by_an_error_can_be_asked_for_again(record: SqlStore) -> None:
+    """The statement behind the error was never prepared."""
+
+    def failing(tx: Transaction) -> None:
+        tx.threads.add(THREAD)
+        tx.goals.add(GOAL, "key")
+
+    with pytest.raises(Conflict):
+        await record.write(failing)
+    assert await record.write(lambda tx: tx.goals.add(GOAL, "key")) == GOAL
+
+
+async def test_a_message_is_counted_once_whatever_is_taken_back_beside_it(record: SqlStore) -> None:
+    await record.write(lambda tx: tx.turns.add(TURN, REQUEST, owner="me"))
+
+    def failing(tx: Transaction) -> None:
+        saying("lost", "lost too")(tx)
+        raise ValueError
+
+    results = await together(record, saying("a", "b"), failing, saying("c"), failing, saying("d", "e"))
+    assert [result for result in results if isinstance(result, list)] == [[1, 2], [3], [4, 5]]
+    thread = await record.read(lambda tx: tx.threads.find("one"))
+    assert thread is not None
+    assert thread.message_count == 5
+
+
+async def test_a_new_threads_messages_are_counted_from_the_first(record: SqlStore) -> None:
+    def change(tx: Transaction) -> list[int]:
+        adding(replace(THREAD, id="two"))(tx)
+        tx.turns.add(replace(TURN, thread_id="two"), REQUEST, owner="me")
+        found = tx.messages.append("two", [line("a"), line("b")])
+        return [message.index for message in (*found, *tx.messages.append("two", [line("c")]))]
+
+    assert await record.write(change) == [1, 2, 3]
+    thread = await record.read(lambda tx: tx.threads.find("two"))
+    assert thread is not None
+    assert thread.message_count == 3
+
+
+async def test_more_than_the_wire_takes_at_once_goes_through(record: SqlStore) -> None:
+    await record.write(lambda tx: tx.turns.add(TURN, REQUEST, owner="me"))
+    await record.write(saying(*("x" * 65_536 for _ in range(100))))
+    lines = await record.read(lambda tx: tx.messages.list("one", after=None, newest_first=False, limit=None))
+    assert [len(found.text) for found in lines] == [65_536] * 100
+
+
+async def test_a_connection_that_is_lost_before_it_has_answered_is_replaced_unnoticed(
+    postgres_url: str, clock: ManualClock
+) -> None:
+    store = SqlStore(postgres_url, clock)
+    await store.write(lambda tx: tx.users.ensure("ada", NOW))
+    for change in (lambda tx: tx.users.ensure("bob", NOW), lambda tx: tx.now()):
+        kill(postgres_url)
+        await store.write(change)
+        kill(postgres_url)
+        await together(store, change, change)
+    await store.aclose()
+
+
+async def test_a_connection_that_is_lost_in_the_middle_is_not(postgres_url: str, clock: ManualClock) -> None:
+    store = SqlStore(postgres_url, clock)
+
+    def cut(tx: Transaction) -> None:
+        tx.now()
+        kill(postgres_url)
+        tx.users.ensure("ada", NOW)
+
+    with pytest.raises(StoreUnavailable):
+        await store.write(cut)
+    await store.write(lambda tx: tx.now())
+    await store.aclose()
+
+
+def kill(url: str) -> None:
+    """Ends all other connections."""
+    with psycopg.connect(url, autocommit=True) as killer:
+        killer.execute(
+            b"SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE pid <> pg_backend_pid()"
+            b" AND backend_type = 'client backend' AND datname = current_database()"
+        )
+
+
+async def test_the_server_never_looks_busy_while_it_waits_for_this_process(
+    postgres_url: str, clock: ManualClock
+) -> None:
+    """Else its limit on transactions that stand still would not hold."""
+    store = SqlStore(postgres_url, clock)
+
+    def look(tx: Transaction) -> str:
+        tx.users.ensure("ada", NOW)
+        tx.now()
+        tx.users.ensure("bob", NOW)
+        with psycopg.connect(postgres_url) as other:
+            row = other.execute(
+                b"SELECT state FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND xact_start IS NOT NULL"
+                b" AND backend_type = 'client backend' AND datname = current_database()"
+            ).fetchone()
+        assert row is not None
+        return str(row[0])
+
+    assert await store.write(look) == "idle in transaction"
+    await store.aclose()
+
+
+async def test_the_way_of_a_change_to_the_server_and_back_is_short(
+    postgres_url: str, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is not read costs no wait of its own."""
+    store = SqlStore(postgres_url, clock)
+    await store.write(lambda tx: [tx.agents.publish(agent) for agent in CATALOG.agents()])
+    waits = 0
+    original = Pipeline._receive
+
+    def counted(pipeline: Pipeline) -> object:
+        nonlocal waits
+        waits += 1
+        return original(pipeline)
+
+    def accept(tx: Transaction) -> None:
+        tx.now()
+        adding(THREAD)(tx)
+        tx.turns.add(TURN, REQUEST, owner="me")
+        tx.messages.append("one", [line("Hello")])
+
+    monkeypatch.setattr(Pipeline, "_receive", counted)
+    await store.write(accept)
+    assert waits == 2  # for the time, and for everything else with the commit
+    await store.aclose()
+
+
+async def test_the_last_word_goes_out_when_a_store_closes(postgres_url: str, clock: ManualClock) -> None:
+    one, two = SqlStore(postgres_url, clock), SqlStore(postgres_url, clock)
+    heard: list[frozenset[str]] = []
+    assert two.listen(heard.append)
+    await until(lambda: bool(heard))
+    await one.write(lambda tx: [tx.agents.publish(agent) for agent in CATALOG.agents()])
+
+    def change(tx: Transaction) -> None:
+        adding(THREAD)(tx)
+        tx.turns.add(TURN, REQUEST, owner="me")
+
+    await one.write(change)
+    await one.aclose()
+    await until(lambda: frozenset({"turn"}) in heard)
+    await two.aclose()
