@@ -145,7 +145,7 @@ async def _key(services: dict[str, Any], draw: random.Random, number: int) -> Ke
 
 
 async def _kill_soon(cluster: Cluster, draw: random.Random) -> None:
-    await asyncio.sleep(draw.uniform(0, 0.15))
+    await asyncio.sleep(draw.uniform(0.005, 0.04))
     await cluster.kill(draw.choice(cluster.servers))
 
 
