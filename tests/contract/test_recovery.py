@@ -306,6 +306,31 @@ async def test_a_process_that_lost_its_lease_calls_no_tool_before_it_knows(
         assert ending(await one.events(turn_id)).attempt == 1
 
 
+async def test_without_a_lease_nothing_is_accepted(store: Store, clock: ManualClock) -> None:
+    gate = Gate()
+    async with pair(store, ScriptedAgent(["a", gate, DONE]), ScriptedAgent()) as (one, _):
+        turn_id = await one.say(request_id="r")
+        await one.stream(turn_id, "a")
+        thread_id = (await one.threads.turn("ada", turn_id))[0].thread_id
+        for task in one.recover._tasks:
+            task.cancel()
+        await asyncio.gather(*one.recover._tasks, return_exceptions=True)
+        one.engine.leased(0.0)
+        for more in ({}, {"thread_id": thread_id, "on_busy": BusyPolicy.INTERRUPT}):
+            with pytest.raises(StoreUnavailable):
+                await one.say(**more)
+        assert await one.say(request_id="r") == turn_id  # a repeat needs none
+
+
+async def test_a_clock_set_back_lengthens_no_budget(store: Store, clock: ManualClock) -> None:
+    turn_id = await left_behind(store, Gate())
+    clock.advance(hours=-5)
+    gate = Gate()
+    async with service(store, ScriptedAgent([gate, DONE]), limits=TurnLimits(budget=60)) as it:
+        await gate.reached.wait()
+        assert it.engine._running[turn_id].claimed.budget_left <= 60
+
+
 async def test_nobody_takes_the_turns_of_a_living_process(store: Store, clock: ManualClock) -> None:
     gate = Gate()
     async with pair(store, ScriptedAgent(["a", gate, "b", DONE]), ScriptedAgent()) as (one, two):
