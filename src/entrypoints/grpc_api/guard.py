@@ -1,5 +1,6 @@
 """The guard around every handler: whatever goes wrong leaves as a status of ours, never as an exception's text."""
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeAlias
@@ -32,6 +33,10 @@ class Guard(grpc.aio.ServerInterceptor):
 
     def __init__(self, ids: Ids) -> None:
         self._ids = ids
+        self._calls = 0
+        self.idle = asyncio.Event()
+        """Set while there is no call whose status has not been sent."""
+        self.idle.set()
 
     async def intercept_service(
         self,
@@ -59,6 +64,7 @@ class Guard(grpc.aio.ServerInterceptor):
 
     def _coroutine(self, method: str, behavior: Any) -> Any:
         async def guarded(request: Any, context: _Context) -> Any:
+            self._count(context)
             try:
                 if request is _UNDECODABLE:
                     raise MalformedRequest
@@ -70,6 +76,7 @@ class Guard(grpc.aio.ServerInterceptor):
 
     def _streams(self, method: str, behavior: Any) -> Any:
         async def guarded(request: Any, context: _Context) -> AsyncIterator[Any]:
+            self._count(context)
             try:
                 async for response in behavior(_checked(request), context):
                     yield response
@@ -77,6 +84,16 @@ class Guard(grpc.aio.ServerInterceptor):
                 await self._refuse(method, context, error)
 
         return guarded
+
+    def _count(self, context: _Context) -> None:
+        def done(_: _Context) -> None:
+            self._calls -= 1
+            if not self._calls:
+                self.idle.set()
+
+        self._calls += 1
+        self.idle.clear()
+        context.add_done_callback(done)  # type: ignore[arg-type] # the stubs ask for a class of their own
 
     async def _refuse(self, method: str, context: _Context, error: Exception) -> None:
         if isinstance(error, grpc.aio.AbortError):

@@ -1,6 +1,8 @@
 """The server: services, health, reflection and bounds on one address."""
 
+import asyncio
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import grpc
@@ -8,6 +10,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from core.ports.system import Ids
+from entrypoints.grpc_api.connections import close_connections
 from entrypoints.grpc_api.gen.vidacoach.admin.v1 import admin_service_pb2
 from entrypoints.grpc_api.gen.vidacoach.admin.v1.admin_service_pb2_grpc import add_AdminServiceServicer_to_server
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import agent_service_pb2, thread_service_pb2
@@ -37,8 +40,10 @@ class Server:
         reflected: bool,
         admin: AdminService | None = None,
     ) -> None:
+        self._guard = Guard(ids)
+        self._address: int | Path | None = None
         self._server = grpc.aio.server(
-            interceptors=[Guard(ids)],
+            interceptors=[self._guard],
             options=[
                 ("grpc.so_reuseport", 0),  # two servers would share a port in silence
                 ("grpc.max_receive_message_length", max_request_bytes),
@@ -74,6 +79,7 @@ class Server:
         except RuntimeError as error:
             await self._server.stop(None)
             raise OSError(f"can't listen on {address}") from error
+        self._address = port
         await self._serve()
         return port
 
@@ -87,6 +93,7 @@ class Server:
             raise OSError(f"can't listen on {path}") from error
         finally:
             os.umask(before)
+        self._address = path
         await self._serve()
 
     async def refuse(self) -> None:
@@ -94,8 +101,13 @@ class Server:
         await self._health.enter_graceful_shutdown()
 
     async def stop(self, grace: float) -> None:
-        """Lets calls finish for `grace` seconds, then ends them UNAVAILABLE."""
-        await self._server.stop(grace)
+        """Lets calls finish for `grace` seconds, then ends them UNAVAILABLE, and so those that come meanwhile."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(grace):
+                await self._guard.idle.wait()
+        if self._address is not None:
+            close_connections(self._address)
+        await self._server.stop(None)
 
     async def _serve(self) -> None:
         await self._server.start()

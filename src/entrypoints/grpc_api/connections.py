@@ -1,0 +1,46 @@
+"""Connections of a server that stops. The library has no way to close them first, and needs one.
+
+A call that arrives while the library's server stops is reset as CANCELLED, which tells a client that it asked for
+it itself. Where the connection is closed before, the same call ends UNAVAILABLE: try again, elsewhere.
+"""
+
+import os
+import socket
+from contextlib import suppress
+from pathlib import Path
+
+
+def close_connections(address: int | Path) -> None:
+    """Closes what listens on a TCP port or a Unix socket of this process, then what was accepted there."""
+    for listening in (True, False):
+        for found in _sockets(address):
+            with found, suppress(OSError):  # the peer was faster
+                if bool(found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)) is listening:
+                    found.shutdown(socket.SHUT_RDWR)
+
+
+def _sockets(address: int | Path) -> list[socket.socket]:
+    """Duplicates of this process's sockets with that address."""
+    found = []
+    for descriptor in Path("/dev/fd").iterdir():
+        with suppress(OSError):  # closed meanwhile, or no socket
+            number = os.dup(int(descriptor.name))
+            try:
+                one = socket.socket(fileno=number)
+            except OSError:
+                os.close(number)
+                raise
+            if _is_at(one, address):
+                found.append(one)
+            else:
+                one.close()
+    return found
+
+
+def _is_at(one: socket.socket, address: int | Path) -> bool:
+    name = one.getsockname()
+    match address:
+        case Path():
+            return bool(name == str(address))
+        case int():
+            return one.family in (socket.AF_INET, socket.AF_INET6) and bool(name[1] == address)
