@@ -683,6 +683,26 @@ async def test_lines_have_dense_indexes_and_are_listed_both_ways(record: Store) 
     )
 
 
+async def test_a_thread_begins_with_its_first_line(record: Store) -> None:
+    thread = a_thread(message_count=1)
+    turn = a_turn(thread)
+    line = a_line(turn, "Hello")
+
+    def begin(tx: Transaction) -> Message:
+        add_thread(tx, thread)
+        add_turn(tx, turn)
+        return tx.messages.begin(thread.id, line)
+
+    first = await record.write(begin)
+    assert (first.thread_id, first.index, first.text) == (thread.id, 1, "Hello")
+    (second,) = await record.write(lambda tx: tx.messages.append(thread.id, [a_line(turn, "b", Role.TOOL)]))
+    assert await lines_of(record, thread) == [first, second]
+    assert second.index == 2
+    found = await record.read(lambda tx: tx.threads.find(thread.id))
+    assert found is not None
+    assert found.message_count == 2
+
+
 async def test_a_line_wakes_its_thread_and_moves_it_on(record: Store) -> None:
     thread = a_thread(state=ThreadState.INACTIVE)
     turn = a_turn(thread)

@@ -271,7 +271,7 @@ async def test_the_way_of_a_change_to_the_server_and_back_is_short(
         tx.now()
         adding(THREAD)(tx)
         tx.turns.add(TURN, REQUEST, owner="me")
-        tx.messages.append("one", [line("Hello")])
+        tx.messages.begin("one", line("Hello"))
 
     monkeypatch.setattr(Pipeline, "_receive", counted)
     await store.write(accept)

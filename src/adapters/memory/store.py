@@ -243,23 +243,15 @@ class Leases(turns.Leases):
 class Messages(_Repository, threads.Messages):
     """The transcript."""
 
+    def begin(self, thread_id: str, message: NewMessage) -> Message:
+        first = message.at(thread_id, 1)
+        self._tables.put(self._tables.messages, thread_id, (first,))
+        return first
+
     def append(self, thread_id: str, messages: Sequence[NewMessage]) -> Sequence[Message]:
         thread = self._tables.threads[thread_id]
         earlier = self._tables.messages.get(thread_id, ())
-        added = [
-            Message(
-                id=message.id,
-                thread_id=thread_id,
-                turn_id=message.turn_id,
-                index=thread.message_count + offset,
-                role=message.role,
-                content=message.content,
-                partial=message.partial,
-                created_at=message.created_at,
-                tool=message.tool,
-            )
-            for offset, message in enumerate(messages, start=1)
-        ]
+        added = [message.at(thread_id, index) for index, message in enumerate(messages, thread.message_count + 1)]
         for message in added:
             if message.role is Role.ASSISTANT:
                 if message.turn_id in self._tables.replies:

@@ -24,13 +24,11 @@ _NOW = Statement(select(func.clock_timestamp(type_=UtcDateTime).label("now")))
 class Session:
     """A connection: opened when it is needed, kept while it works, dropped when it does not. For one thread.
 
-    `changed` takes the ids of turns that the transaction changes, `counts` the messages in threads that
-    nobody else can change before it ends.
+    `changed` takes the ids of turns that the transaction changes.
     """
 
     def __init__(self, engine: Engine, begin: str, clock: Clock) -> None:
         self.changed: set[str] = set()
-        self.counts: dict[str, int] = {}
         self.dialect = engine.dialect
         self.is_server = engine.dialect.name == "postgresql"
         self._engine = engine
@@ -64,7 +62,6 @@ class Session:
             self._driver.run("RELEASE SAVEPOINT one")
             self._driver.settle()
         except BaseException:
-            self.counts.clear()
             self._driver.roll_back_to("one")
             raise
 
@@ -128,7 +125,6 @@ class Session:
     def _begin_transaction(self) -> bool:
         """Begins, on a new connection if need be. Returns whether it is one that was kept."""
         self.changed.clear()
-        self.counts.clear()
         if self._connection is not None:
             try:
                 self._driver.begin(self._begin)

@@ -31,6 +31,20 @@ class NewMessage:
     partial: bool = False
     tool: ToolExchange | None = None
 
+    def at(self, thread_id: str, index: int) -> Message:
+        """The message in its place."""
+        return Message(
+            id=self.id,
+            thread_id=thread_id,
+            turn_id=self.turn_id,
+            index=index,
+            role=self.role,
+            content=self.content,
+            partial=self.partial,
+            created_at=self.created_at,
+            tool=self.tool,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class ExpiredBatch:
@@ -114,6 +128,10 @@ class Threads(Protocol):
 
 class Messages(Protocol):
     """The transcript."""
+
+    @abstractmethod
+    def begin(self, thread_id: str, message: NewMessage) -> Message:
+        """Writes the first line of a thread that was added in this transaction, already with a count of 1."""
 
     @abstractmethod
     def append(self, thread_id: str, messages: Sequence[NewMessage]) -> Sequence[Message]:

@@ -213,7 +213,10 @@ class AcceptMessage:
         started = TurnStarted(turn.id, thread.id, definition.id)
         tx.turns.add(turn, request, owner=self._engine.claimant.owner)
         tx.log.begin(turn.id, [started])
-        (stored,) = tx.messages.append(thread.id, [self._line(message, turn_id, now)])
+        line = self._line(message, turn_id, now)
+        stored = (
+            tx.messages.append(thread.id, [line])[0] if message.thread_id else tx.messages.begin(thread.id, line)
+        )
         claimed = ClaimedTurn(
             turn=turn,
             thread=thread,
@@ -273,7 +276,7 @@ class AcceptMessage:
             metadata=dict(message.metadata),
             last_message_at=now,
             created_at=now,
-            message_count=0,
+            message_count=1,
         )
         tx.users.ensure(message.user_id, now)
         tx.threads.add(thread)

@@ -22,13 +22,12 @@ def _list(behind: ColumnElement[bool], order: ColumnElement[int]) -> Select[*tup
     return select(t.messages).where(of_thread, behind).order_by(order).limit(bindparam("limit", type_=Integer))
 
 
-_move_on = (
+_MOVE_ON = Statement(
     update(t.threads)
     .where(t.threads.c.id == bindparam("of_thread"))
     .values(message_count=t.threads.c.message_count + bindparam("added", type_=Integer), is_active=true())
+    .returning(t.threads.c.message_count)
 )
-_MOVE_ON = Statement(_move_on)
-_MOVE_ON_AND_COUNT = Statement(_move_on.returning(t.threads.c.message_count))
 _ADD = Statement(insert(t.messages).inline())
 _OF_TURN = Statement(select(t.messages).where(_c.turn_id == bindparam("turn_id"), _c.role == bindparam("role")))
 _OLDEST_FIRST = Statement(_list(_c.number > bindparam("behind"), _c.number))
@@ -38,31 +37,16 @@ _NEWEST_FIRST = Statement(_list(_c.number < bindparam("behind"), _c.number.desc(
 class Messages(Repository, threads.Messages):
     """`messages`."""
 
+    def begin(self, thread_id: str, message: NewMessage) -> Message:
+        self._session.run(_ADD, m.message_values(thread_id, 1, message))
+        return message.at(thread_id, 1)
+
     def append(self, thread_id: str, messages: Sequence[NewMessage]) -> Sequence[Message]:
         moved = {"of_thread": thread_id, "added": len(messages), "last_message_at": messages[-1].created_at}
-        if (before := self._session.counts.get(thread_id)) is None:
-            count: int = self._session.row(_MOVE_ON_AND_COUNT, moved).message_count
-        else:
-            self._session.run(_MOVE_ON, moved)
-            count = before + len(messages)
-        self._session.counts[thread_id] = count
-        first = count - len(messages) + 1
+        first = self._session.row(_MOVE_ON, moved).message_count - len(messages) + 1
         for number, message in enumerate(messages, first):
             self._session.run(_ADD, m.message_values(thread_id, number, message))
-        return [
-            Message(
-                id=message.id,
-                thread_id=thread_id,
-                turn_id=message.turn_id,
-                index=index,
-                role=message.role,
-                content=message.content,
-                partial=message.partial,
-                created_at=message.created_at,
-                tool=message.tool,
-            )
-            for index, message in enumerate(messages, first)
-        ]
+        return [message.at(thread_id, index) for index, message in enumerate(messages, first)]
 
     def list(
         self, thread_id: str, *, after: int | None, newest_first: bool, limit: int | None

@@ -108,7 +108,6 @@ class Threads(Repository, threads.Threads):
 
     def add(self, thread: Thread) -> None:
         self._session.run(_ADD, m.thread_values(thread))
-        self._session.counts[thread.id] = thread.message_count
 
     def get(self, user_id: str, thread_id: str) -> Thread | None:
         row = self._session.row(_GET, {"of_user": user_id, "of_thread": thread_id})
