@@ -22,7 +22,8 @@ from harness import until
 from own_postgres import OwnPostgres
 
 SUITE = "database faults"
-CYCLES = sized("DATABASE_CYCLES", 1, 5, 500)
+CYCLES = sized("DATABASE_CYCLES", 1, 5, 125)
+"""Of crashes and of hangs, under one process and under two: 500 in all at the large size."""
 BACK = 3.0
 """Seconds from the database's return to the first message that is accepted."""
 ANSWER = 12.0

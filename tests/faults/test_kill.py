@@ -9,10 +9,11 @@ from faults.cluster import Cluster
 from faults.figures import FIGURES, chance, sized
 from faults.load import CLIENTS, Load
 
-CYCLES = sized("KILL_CYCLES", 1, 20, 1_000)
-REPLICA_CYCLES = sized("REPLICA_KILL_CYCLES", 1, 20, 1_000)
+SQLITE_CYCLES = sized("KILL_CYCLES", 2, 20, 1_000)
+POSTGRESQL_CYCLES = sized("POSTGRESQL_KILL_CYCLES", 1, 20, 500)
+REPLICA_CYCLES = sized("REPLICA_KILL_CYCLES", 1, 20, 500)
 
-pytestmark = pytest.mark.timeout(60 + 30 * max(CYCLES, REPLICA_CYCLES))
+pytestmark = pytest.mark.timeout(60 + 30 * SQLITE_CYCLES)
 
 
 async def _kill_and_check(suite: str, cluster: Cluster, database_url: str, servers: int, cycles: int) -> None:
@@ -43,9 +44,7 @@ async def _kill_and_check(suite: str, cluster: Cluster, database_url: str, serve
 
 
 async def test_kill_9(database_url: str, cluster: Cluster) -> None:
-    embedded = database_url.startswith("sqlite")
-    # Each store has two cycles at least: on PostgreSQL the second one is that of the replicas.
-    cycles = max(CYCLES, 2) if embedded else CYCLES
+    cycles = SQLITE_CYCLES if database_url.startswith("sqlite") else POSTGRESQL_CYCLES
     await _kill_and_check(f"kill -9, {database_url.partition(':')[0]}", cluster, database_url, 1, cycles)
 
 
