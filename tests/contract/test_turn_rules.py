@@ -14,7 +14,8 @@ from core.ports.agent import RoundFinished, StateChanged
 from core.ports.store import Store
 from core.ports.turns import Appended, LogAppend
 from core.use_cases.end_turn import Ending, end_turn
-from core.use_cases.turn_engine import TurnLimits, _save_state
+from core.use_cases.reply_writer import _save_state
+from core.use_cases.turn_engine import TurnLimits
 from core.use_cases.turn_log_writer import _append
 from doubles import DONE, Gate, ScriptedAgent, Service, service
 from harness import until

@@ -30,7 +30,8 @@ from core.ports.turns import RequestKey
 from core.use_cases.end_turn import Ending, end_turn
 from core.use_cases.follow_turn import FollowTurn
 from core.use_cases.read_threads import MessageQuery
-from core.use_cases.turn_engine import MAX_OUTPUT, MAX_TOOL_ROUNDS, TurnLimits
+from core.use_cases.reply_writer import MAX_OUTPUT, MAX_TOOL_ROUNDS
+from core.use_cases.turn_engine import TurnLimits
 from core.use_cases.turn_feed import TurnFeeds
 from doubles import DONE, Gate, NotedTools, ScriptedAgent, kinds, service, text_of
 from harness import until

@@ -45,7 +45,8 @@ from core.use_cases.claim_turn import Claimant, ClaimedTurn, Why, claim_turn, re
 from core.use_cases.definitions import Definitions
 from core.use_cases.delete_thread import _delete
 from core.use_cases.end_turn import Ended, Ending, end_turn
-from core.use_cases.turn_engine import TurnEngine, TurnLimits, _save_continuation
+from core.use_cases.reply_writer import _save_continuation
+from core.use_cases.turn_engine import TurnEngine, TurnLimits
 from core.use_cases.turn_feed import TurnFeeds
 from core.use_cases.turn_log_writer import _append
 from doubles import ManualClock, ScriptedAgent

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 from core.model.agent import AgentDefinition
-from core.model.errors import ThreadNotFound, TurnNotFound
+from core.model.errors import LeaseLost, ThreadNotFound, TurnNotFound
 from core.model.events import (
     AttemptRestarted,
     LogEntry,
@@ -218,6 +218,13 @@ def restarting(events: Sequence[TurnEvent], attempt: int, reason: TurnReason) ->
             result.append(TextDelta(done.text))
         result += [*done.calls, *done.answers]
     return tuple(result)
+
+
+def require_claim(tx: Transaction, turn_id: str, epoch: int) -> None:
+    """Locks a turn for a write of whoever has claimed it in this epoch. Raises LeaseLost where that is over."""
+    turn = tx.turns.lock(turn_id)
+    if turn is None or turn.epoch != epoch or turn.state is not TurnState.RUNNING:
+        raise LeaseLost
 
 
 def is_free(tx: Transaction, turn: Turn, owner: str, why: Why) -> bool:

@@ -1,16 +1,13 @@
-"""Runs turns, detached from any call: asks the agent, runs the tools, feeds the log, ends the turn."""
+"""Runs turns, detached from any call: gives them places, has their replies written, and ends them."""
 
 import asyncio
 import logging
 import math
-import re
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import aclosing, contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import chain, repeat
-from typing import TypeVar
 
 from core.model.agent import AgentDefinition
 from core.model.errors import (
@@ -22,61 +19,28 @@ from core.model.errors import (
     StoreUnavailable,
     TurnNotFound,
 )
-from core.model.events import AttemptRestarted, Round, TextDelta, ToolAnswered, ToolCalled, TurnEvent, TurnFinished
-from core.model.message import Message, ToolExchange
-from core.model.thread import UNSYNCED, ProviderState
-from core.model.turn import Continuation, Turn, TurnReason, TurnState, Usage
-from core.ports.agent import Agent, AgentFailed, Begun, ReplyRequest, RoundFinished, StateChanged, ToolRound
-from core.ports.store import Store, Transaction
+from core.model.events import TurnEvent, TurnFinished
+from core.model.turn import Turn, TurnReason, TurnState
+from core.ports.agent import Agent
+from core.ports.store import Store
 from core.ports.system import Ids
-from core.ports.tools import ToolContext, Tools
-from core.use_cases.claim_turn import (
-    MAX_ATTEMPTS,
-    Claimant,
-    ClaimedTurn,
-    kept_rounds,
-    release_turn,
-    restarting,
-    why_not_again,
-)
+from core.ports.tools import Tools
+from core.use_cases.claim_turn import MAX_ATTEMPTS, Claimant, ClaimedTurn, release_turn
 from core.use_cases.definitions import Definitions
 from core.use_cases.end_turn import Ended, Ending, end_turn
+from core.use_cases.patience import patiently
+from core.use_cases.reply_writer import ReplyWriter
 from core.use_cases.turn_feed import TurnFeeds
 from core.use_cases.turn_log_writer import OpenLog, TurnLogWriter
 
 _log = logging.getLogger(__name__)
 
-MAX_TOOL_ROUNDS = 8
-MAX_TOOL_CALLS = 32
-"""Tool calls in one turn."""
-MAX_ARGUMENTS = 65_536
-"""Code points of one tool call's arguments."""
-MAX_OUTPUT = 131_072
-"""Code points of text in one reply."""
-
 _LOOK = 1.0
 """Seconds that a stop gives to the question whether there is another process."""
 _LAST_WRITES = 5.0
 """Seconds that a stop gives to what must still be written."""
-
-_RETRY_FIRST = 0.05
-_RETRY_MAX = 1.0
-
-T = TypeVar("T")
-
-_UNSTORABLE = re.compile("[\0\ud800-\udfff]")
-
-
-_RESTARTABLE = frozenset(
-    {
-        TurnReason.PROVIDER_RATE_LIMITED,
-        TurnReason.PROVIDER_UNAVAILABLE,
-        TurnReason.PROVIDER_TIMEOUT,
-        TurnReason.PROVIDER_TRUNCATED,
-        TurnReason.PROVIDER_STALLED,
-        TurnReason.PROVIDER_PROTOCOL,
-    }
-)
+_END_AGAIN = 1.0
+"""Seconds before a turn whose ending the store refuses is ended anew."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +94,14 @@ class TurnEngine:
             is_idempotent=self._is_idempotent,
             served_by=lambda definition: (agent.model(definition), agent.provider),
             definition=definitions.of,
+        )
+        self._replies = ReplyWriter(
+            store=store,
+            agent=agent,
+            tools=tools,
+            claimant=self.claimant,
+            sure_of_lease=self._sure_of_lease,
+            stop_round=self._stop_round,
         )
         self.waiting = asyncio.Event()
         """Set where a turn that waits may be claimed now."""
@@ -189,6 +161,12 @@ class TurnEngine:
         """Says how long, in the loop's time, this process may count on its lease."""
         self._leased_until = until
         self._leased.set()
+
+    async def _sure_of_lease(self) -> None:
+        """Waits, after a pause of this process, until it knows again whether its turns are its own."""
+        while asyncio.get_running_loop().time() >= self._leased_until:
+            self._leased.clear()
+            await self._leased.wait()
 
     def run(self, claimed: ClaimedTurn) -> None:
         """Runs a turn in the background, in the place reserved for it."""
@@ -293,7 +271,7 @@ class TurnEngine:
             _log.error("the store does not answer: turns are left to be recovered")
 
     async def _release(self, turn: Turn) -> None:
-        await _patiently(
+        await patiently(
             lambda: self._store.write(lambda tx: release_turn(tx, self._ids, turn, self.claimant)),
         )
 
@@ -307,7 +285,7 @@ class TurnEngine:
         turn = claimed.turn
         try:
             try:
-                ending = await self._within_budget(claimed, log)
+                ending = await self._replies.write(claimed, log)
                 tail = await log.settle()
             except LeaseLost:
                 raise
@@ -322,171 +300,6 @@ class TurnEngine:
         except (LeaseLost, TurnNotFound):
             _log.warning("turn %s is no longer ours", turn.id)
 
-    async def _within_budget(self, claimed: ClaimedTurn, log: OpenLog) -> Ending:
-        work = _Work(claimed, self._agent.provider)
-        try:
-            async with asyncio.timeout(claimed.budget_left) as budget:
-                while True:
-                    try:
-                        return await self._reply(claimed, log, work)
-                    except AgentFailed as failure:
-                        _log.info("turn %s: %s", claimed.turn.id, failure.reason)
-                        work.resume = None
-                        if not await self._begins_again(claimed, log, work, failure.reason):
-                            return Ending(reason=failure.reason, usage=work.usage)
-        except TimeoutError:
-            if not budget.expired():
-                raise
-            return Ending(reason=TurnReason.BUDGET_EXCEEDED, usage=work.usage)
-
-    async def _begins_again(self, claimed: ClaimedTurn, log: OpenLog, work: "_Work", reason: TurnReason) -> bool:
-        """Begins another attempt where text was cut off, or where a round can't be resumed.
-
-        Without text the agent itself has tried again.
-        """
-        lost = reason is TurnReason.INTERRUPTED
-        if not lost and not (self._limits.restart and reason in _RESTARTABLE):
-            return False
-        await log.flush()
-        events = log.events
-        again = restarting(events, work.attempt + 1, reason)
-        if not again and not lost:
-            return False
-        if why_not_again(events, work.attempt, self.claimant, claimed.definition) is not None:
-            return False
-        if not again:  # nothing to drop, but attempts are counted on record
-            again = (AttemptRestarted(work.attempt + 1, reason.value),)
-        for event in again:
-            log.add(event)
-        await log.flush()
-        if work.handle is not None:
-            self._stop_round(work.handle)
-        work.begin_again(kept_rounds(events))
-        return True
-
-    async def _reply(self, claimed: ClaimedTurn, log: OpenLog, work: "_Work") -> Ending:
-        turn = claimed.turn
-        rounds = [ToolRound(kept.text, await self._answered(claimed, kept, log)) for kept in work.kept]
-        written = sum(len(done.text) for done in rounds) + (len(work.resume.text) if work.resume else 0)
-        seen = {exchange.call_id for done in rounds for exchange in done.exchanges}
-        request = ReplyRequest(
-            turn_id=turn.id,
-            thread_id=turn.thread_id,
-            user_id=turn.user_id,
-            domain=claimed.thread.domain,
-            definition=claimed.definition,
-            message=claimed.message,
-            history=partial(self._history, claimed.message),
-            tools=self._tools.specs(claimed.definition.tools),
-            rounds=tuple(rounds),
-            state=work.state,
-            resume=work.resume,
-        )
-        while True:
-            text: list[str] = [request.resume.text] if request.resume else []
-            calls: list[ToolCalled] = []
-            finished: RoundFinished | None = None
-            async with aclosing(self._agent.reply(request)) as events:
-                async for event in events:
-                    match event:
-                        case TextDelta():
-                            event = replace(event, text=_storable(event.text))
-                            room = MAX_OUTPUT - written
-                            if len(event.text) > room:
-                                if room:
-                                    log.add(replace(event, text=event.text[:room]))
-                                return Ending(reason=TurnReason.OUTPUT_LIMIT, usage=work.usage)
-                            if event.text:
-                                written += len(event.text)
-                                text.append(event.text)
-                                log.add(event)
-                                await log.drain()
-                        case ToolCalled():
-                            calls.append(_checked(event, seen))
-                        case Begun(handle):
-                            work.handle = handle
-                            begun = Continuation(handle, work.attempt, len(request.rounds))
-                            await _patiently(partial(self._store.write, partial(_save_continuation, turn, begun)))
-                        case StateChanged(state):
-                            work.state = state
-                            request = replace(request, state=state)
-                            save = partial(_save_state, turn, state)
-                            await _patiently(partial(self._store.write, save))
-                        case RoundFinished():
-                            work.handle = None
-                            finished = event
-            if finished is None:
-                raise AgentFailed(TurnReason.PROVIDER_TRUNCATED)
-            work.usage += finished.usage
-            if finished.shortfall is not None:
-                return Ending(reason=finished.shortfall, usage=work.usage)
-            if not calls:
-                return Ending(usage=work.usage, keeps_copy=finished.keeps_copy)
-            if len(request.rounds) == MAX_TOOL_ROUNDS or len(seen) > MAX_TOOL_CALLS:
-                return Ending(reason=TurnReason.TOOL_LIMIT, usage=work.usage)
-            for call in calls:
-                log.add(call)
-            await log.flush()  # a call is on record before it can have an effect
-            exchanges = await self._call_tools(claimed, calls, log)
-            done = ToolRound("".join(text), exchanges)
-            request = replace(request, rounds=(*request.rounds, done), resume=None)
-
-    async def _answered(self, claimed: ClaimedTurn, kept: Round, log: OpenLog) -> tuple[ToolExchange, ...]:
-        """The exchanges of a round of an earlier attempt; calls without an answer on record are made again."""
-        answers = {answer.call_id: answer for answer in kept.answers}
-        done = {
-            call.call_id: ToolExchange(
-                call.call_id, call.name, call.arguments_json, answer.output, answer.is_error
-            )
-            for call in kept.calls
-            if (answer := answers.get(call.call_id))
-        }
-        if kept.open_calls:
-            for exchange in await self._call_tools(claimed, kept.open_calls, log):
-                done[exchange.call_id] = exchange
-        return tuple(done[call.call_id] for call in kept.calls)
-
-    async def _call_tools(
-        self, claimed: ClaimedTurn, calls: Sequence[ToolCalled], log: OpenLog
-    ) -> tuple[ToolExchange, ...]:
-        async def run(call: ToolCalled) -> ToolExchange:
-            context = ToolContext(
-                user_id=claimed.turn.user_id,
-                thread_id=claimed.turn.thread_id,
-                turn_id=claimed.turn.id,
-                call_id=call.call_id,
-                domain=claimed.thread.domain,
-            )
-            if call.name not in claimed.definition.tools:
-                output, is_error = '{"error": "there is no such tool"}', True
-            else:
-                await self._sure_of_lease()
-                result = await self._tools.call(call.name, call.arguments_json, context)
-                output, is_error = _storable(result.text), result.is_error
-            return ToolExchange(call.call_id, call.name, call.arguments_json, output, is_error)
-
-        exchanges = await asyncio.gather(*map(run, calls))
-        for exchange in exchanges:
-            log.add(ToolAnswered(exchange.call_id, exchange.output, exchange.is_error))
-        await log.flush()
-        return tuple(exchanges)
-
-    async def _sure_of_lease(self) -> None:
-        """Waits, after a pause of this process, until it knows again whether its turns are its own."""
-        while asyncio.get_running_loop().time() >= self._leased_until:
-            self._leased.clear()
-            await self._leased.wait()
-
-    async def _history(self, message: Message) -> Sequence[Message]:
-        if message.index == 1:
-            return ()
-
-        def query(tx: Transaction) -> Sequence[Message]:
-            return tx.messages.list(message.thread_id, after=message.index, newest_first=True, limit=None)
-
-        lines = await _patiently(partial(self._store.read, query))
-        return lines[::-1]
-
     async def _end_somehow(
         self, turn: Turn, ending: Ending, tail: Sequence[TurnEvent]
     ) -> tuple[Ended, Sequence[TurnEvent]]:
@@ -500,27 +313,16 @@ class TurnEngine:
             except Exception:  # noqa: BLE001 - the next attempt asks less of the store
                 _log.exception("turn %s can't be ended as it should", turn.id)
                 if not kept:
-                    await asyncio.sleep(_RETRY_MAX)
+                    await asyncio.sleep(_END_AGAIN)
         raise AssertionError("the attempts never end")
 
     async def _end(
         self, turn_id: str, ending: Ending, *, epoch: int | None = None, tail: Sequence[TurnEvent] = ()
     ) -> Ended:
         # The turn must end; the next start of the service ends it if this process does not.
-        return await _patiently(
+        return await patiently(
             lambda: self._store.write(lambda tx: end_turn(tx, self._ids, turn_id, ending, epoch=epoch, tail=tail))
         )
-
-
-async def _patiently(attempt: Callable[[], Awaitable[T]]) -> T:
-    """Tries until the store answers. The turn's budget, or the end of the process, bounds it."""
-    wait = _RETRY_FIRST
-    while True:
-        try:
-            return await attempt()
-        except StoreUnavailable:
-            await asyncio.sleep(wait)
-            wait = min(_RETRY_MAX, wait * 2)
 
 
 async def _settled(log: OpenLog) -> tuple[TurnEvent, ...]:
@@ -547,26 +349,6 @@ class _Run:
         return self.log.silent and not self.claimed.rounds and self.claimed.turn.attempt < MAX_ATTEMPTS
 
 
-class _Work:
-    """What is kept over the attempts of a reply in this process, also of one that is broken off."""
-
-    def __init__(self, claimed: ClaimedTurn, provider: str) -> None:
-        self.usage = Usage()
-        self.attempt = claimed.turn.attempt
-        self.kept = claimed.rounds
-        self.resume = claimed.resume
-        self.handle = claimed.resume.handle if claimed.resume else None
-        self.state = claimed.state if claimed.state and claimed.state.provider == provider else None
-
-    def begin_again(self, kept: tuple[Round, ...]) -> None:
-        """The provider's copy may hold anything of the attempt before."""
-        self.attempt += 1
-        self.kept = kept
-        self.handle = None
-        if self.state is not None:
-            self.state = replace(self.state, synced_to=UNSYNCED)
-
-
 async def _all_done(tasks: Sequence["asyncio.Task[None]"]) -> None:
     if tasks:
         await asyncio.wait(tasks)
@@ -576,31 +358,3 @@ def _retrieve(task: asyncio.Task[None]) -> None:
     """Logs what ended a task; asyncio would do so with the exception's text."""
     if not task.cancelled() and (error := task.exception()) is not None:
         _log.error("%s broke", task.get_name(), exc_info=error)
-
-
-def _require_ours(turn: Turn, tx: Transaction) -> None:
-    current = tx.turns.lock(turn.id)
-    if current is None or current.epoch != turn.epoch or current.state is not TurnState.RUNNING:
-        raise LeaseLost
-
-
-def _save_continuation(turn: Turn, continuation: Continuation, tx: Transaction) -> None:
-    _require_ours(turn, tx)
-    tx.turns.save_continuation(turn.id, continuation)
-
-
-def _save_state(turn: Turn, state: ProviderState, tx: Transaction) -> None:
-    _require_ours(turn, tx)
-    tx.threads.save_provider_state(turn.thread_id, state)
-
-
-def _checked(call: ToolCalled, seen: set[str]) -> ToolCalled:
-    if not call.call_id or call.call_id in seen or len(call.arguments_json) > MAX_ARGUMENTS:
-        raise AgentFailed(TurnReason.PROVIDER_PROTOCOL)
-    seen.add(call.call_id)
-    return ToolCalled(_storable(call.call_id), _storable(call.name), _storable(call.arguments_json))
-
-
-def _storable(text: str) -> str:
-    """The same text with what no database and no protobuf string can hold replaced by U+FFFD."""
-    return _UNSTORABLE.sub("\ufffd", text)
