@@ -2,14 +2,23 @@
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
 
 from core.model.errors import StoreUnavailable
-from core.model.events import AttemptRestarted, LogEntry, TextDelta, ToolAnswered, ToolCalled, TurnFinished
-from core.model.message import Role
+from core.model.events import (
+    AttemptRestarted,
+    LogEntry,
+    TextDelta,
+    ToolAnswered,
+    ToolCalled,
+    TurnEvent,
+    TurnFinished,
+    merged,
+)
+from core.model.message import RefusalPart, Role, TextPart
 from core.model.thread import UNSYNCED, ProviderState
 from core.model.turn import BusyPolicy, Turn, TurnReason, TurnState
 from core.ports.agent import AgentFailed, Begun, CannotResume, Resumption, StateChanged
@@ -177,6 +186,39 @@ async def test_a_second_crash_forgets_no_effect(store: Store) -> None:
         turn = ending(await it.events(turn_id))
         assert (turn.state, turn.attempt) == (TurnState.COMPLETED, 3)
         assert [context.call_id for _, _, context in tools.calls] == ["c1"]
+
+
+REFUSING: list[Step] = [
+    "Hm. ", TextDelta("Not ", refusal=True), TextDelta("that.", refusal=True), " A note, then. ",
+    ToolCalled("c1", "note", "{}"), DONE,
+]  # fmt: skip
+REFUSED = (TextPart("Hm. "), RefusalPart("Not that."), TextPart(" A note, then. Noted."))
+
+
+def said(events: Iterable[LogEntry]) -> list[TurnEvent]:
+    """The text of a log and the calls, with text in the fewest pieces."""
+    return merged(entry.event for entry in events if isinstance(entry.event, TextDelta | ToolCalled))
+
+
+async def test_a_refusal_in_a_round_that_is_kept_stays_one(store: Store) -> None:
+    async with service(store, ScriptedAgent(REFUSING, ["Noted.", DONE])) as it:
+        undisturbed = await it.events(await it.say())
+    gate = Gate()
+    async with service(store, ScriptedAgent(REFUSING, [gate]), NotedTools(idempotent=True)) as it:
+        turn_id = await it.say()
+        await gate.reached.wait()
+        await it.kill()
+    tools, limits = NotedTools(idempotent=True), TurnLimits(restart=True)
+    async with service(store, ScriptedAgent(["Noted.", DONE]), tools, limits) as it:
+        events = await it.events(turn_id)
+        (restart,) = [entry for entry in events if isinstance(entry.event, AttemptRestarted)]
+        again = await it.events(turn_id, restart.position)
+        assert said(again) == said(undisturbed)
+        for whole in (undisturbed, events):
+            finished = whole[-1].event
+            assert isinstance(finished, TurnFinished)
+            assert finished.reply is not None
+            assert finished.reply.content == REFUSED
 
 
 async def test_attempts_are_bounded(store: Store) -> None:

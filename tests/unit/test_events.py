@@ -23,6 +23,7 @@ from core.model.events import (
     merged,
     place,
     reply_of,
+    rounds_of,
 )
 from core.model.message import RefusalPart, TextPart, ToolExchange
 from core.model.turn import Turn, TurnState, Usage
@@ -115,6 +116,21 @@ def test_a_reply_does_not_depend_on_where_text_was_cut(log: list[TurnEvent], dat
     said = log[restarts[-1] + 1 :] if restarts else log
     text = "".join(event.text for event in said if isinstance(event, TextDelta))
     assert "".join(part.text for part in reply_of(log).parts) == text
+
+
+@given(logs)
+def test_rounds_hold_all_that_a_reply_says_and_calls(log: list[TurnEvent]) -> None:
+    rounds = rounds_of(log)
+    again: list[TurnEvent] = []
+    for done in rounds:
+        again += [*done.said, *done.calls, *done.answers]
+    assert reply_of(again).parts == reply_of(log).parts
+    assert rounds_of(again) == rounds
+    restarts = [number for number, event in enumerate(log) if isinstance(event, AttemptRestarted)]
+    last = log[restarts[-1] + 1 :] if restarts else log
+    assert [event for event in again if isinstance(event, ToolCalled)] == [
+        event for event in last if isinstance(event, ToolCalled)
+    ]
 
 
 @given(logs, st.lists(st.integers(1, 4), max_size=12), st.data())

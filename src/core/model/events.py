@@ -5,7 +5,7 @@ Text may therefore be cut or merged anywhere and a cursor stays exact.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from core.model.message import ContentPart, Message, RefusalPart, TextPart, ToolExchange
 from core.model.turn import Turn
@@ -161,9 +161,14 @@ def reply_of(events: Iterable[TurnEvent]) -> Reply:
 class Round:
     """One round of a reply as its log has it: what was said, the tools called then, and their answers so far."""
 
-    text: str
-    calls: tuple[ToolCalled, ...]
-    answers: tuple[ToolAnswered, ...]
+    said: tuple[TextDelta, ...] = ()
+    calls: tuple[ToolCalled, ...] = ()
+    answers: tuple[ToolAnswered, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """All text and refusals, concatenated."""
+        return "".join(delta.text for delta in self.said)
 
     @property
     def open_calls(self) -> tuple[ToolCalled, ...]:
@@ -175,25 +180,25 @@ class Round:
 def rounds_of(events: Iterable[TurnEvent]) -> tuple[Round, ...]:
     """Reads a log as rounds: everything after the last restart. Text or a call behind answers begins another."""
     rounds: list[Round] = []
-    current = Round("", (), ())
+    current = Round()
     for event in merged(events):
         if isinstance(event, TextDelta | ToolCalled) and (
             current.answers or (current.calls and isinstance(event, TextDelta))
         ):
             rounds.append(current)
-            current = Round("", (), ())
+            current = Round()
         match event:
             case AttemptRestarted():
                 rounds.clear()
-                current = Round("", (), ())
-            case TextDelta(text):
-                current = Round(current.text + text, current.calls, current.answers)
+                current = Round()
+            case TextDelta():
+                current = replace(current, said=(*current.said, event))
             case ToolCalled():
-                current = Round(current.text, (*current.calls, event), current.answers)
+                current = replace(current, calls=(*current.calls, event))
             case ToolAnswered():
-                current = Round(current.text, current.calls, (*current.answers, event))
+                current = replace(current, answers=(*current.answers, event))
             case _:
                 continue
-    if current != Round("", (), ()):
+    if current != Round():
         rounds.append(current)
     return tuple(rounds)

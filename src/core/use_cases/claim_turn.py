@@ -214,9 +214,7 @@ def restarting(events: Sequence[TurnEvent], attempt: int, reason: TurnReason) ->
         return ()
     result: list[TurnEvent] = [AttemptRestarted(attempt, reason.value)]
     for done in kept_rounds(events):
-        if done.text:
-            result.append(TextDelta(done.text))
-        result += [*done.calls, *done.answers]
+        result += [*done.said, *done.calls, *done.answers]
     return tuple(result)
 
 
