@@ -3,11 +3,20 @@
 import asyncio
 import gc
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
 from adapters.system import Ids
-from core.model.errors import Overloaded, QueueFull, QuotaExceeded, ThreadNotFound, TurnInProgress, TurnNotFound
+from core.model.errors import (
+    Overloaded,
+    QueueFull,
+    QuotaExceeded,
+    StoreBusy,
+    ThreadNotFound,
+    TurnInProgress,
+    TurnNotFound,
+)
 from core.model.events import TurnFinished, TurnStarted
 from core.model.message import Role
 from core.model.thread import ProviderState, ThreadState
@@ -245,6 +254,26 @@ async def test_a_deletion_from_another_process_stops_the_owner(store: Store) -> 
         with pytest.raises(TurnNotFound):
             await follower
         await until(lambda: not one.engine._running)
+
+
+async def test_who_loses_every_race_is_told_that_the_store_is_busy(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with service(store) as it:
+        await it.events(await it.say(request_id="r"))
+        turns: Any = type(await store.read(lambda tx: tx.turns))
+        looked: list[str] = []
+
+        def too_early(_: object, caller: str, user_id: str, request_id: str) -> None:
+            looked.append(request_id)  # as if the other one were not on record yet
+
+        monkeypatch.setattr(turns, "by_request", too_early)
+        with pytest.raises(StoreBusy):
+            await it.say(request_id="r")
+        assert looked
+        monkeypatch.undo()
+        await it.say(request_id="r")
+        await until(lambda: not it.engine._reserved)
 
 
 async def test_a_refusal_for_a_caller_who_has_left_is_no_error(store: Store) -> None:
