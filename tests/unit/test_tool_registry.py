@@ -5,6 +5,7 @@ import json
 import logging
 import sys
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from datetime import date
 from enum import Enum
 from importlib.metadata import EntryPoint, EntryPoints
@@ -21,12 +22,16 @@ from adapters.tools.goals import goal_tools
 from adapters.tools.loading import load_tools
 from adapters.tools.registry import MAX_ARGUMENTS, MAX_OUTPUT, Registry
 from core.model.agent import Domain
+from core.model.errors import LeaseLost
 from core.model.goal import MAX_GOAL
+from core.model.turn import Turn, TurnState, Usage
+from core.ports.store import Transaction
 from core.ports.tools import ToolContext, ToolOutput
+from core.ports.turns import RequestKey
 from doubles import ManualClock
 
 SECRET = "sk-secret-4711"
-CONTEXT = ToolContext(user_id="ada", thread_id="th", turn_id="tu", call_id="c1", domain=Domain.HEALTH)
+CONTEXT = ToolContext(user_id="ada", thread_id="th", turn_id="tu", epoch=1, call_id="c1", domain=Domain.HEALTH)
 
 
 class Mood(Enum):
@@ -473,9 +478,30 @@ class CountedIds:
 
 @pytest.fixture
 async def goals() -> Registry:
-    """The shipped tools on a store."""
+    """The shipped tools on a store, with the turn that calls them."""
     store = MemoryStore(ManualClock())
-    await store.write(lambda tx: tx.users.ensure("ada", tx.now()))
+
+    def begin(tx: Transaction) -> None:
+        tx.users.ensure("ada", tx.now())
+        turn = Turn(
+            id=CONTEXT.turn_id,
+            thread_id=CONTEXT.thread_id,
+            user_id="ada",
+            agent_id="health-v1",
+            state=TurnState.RUNNING,
+            attempt=1,
+            epoch=CONTEXT.epoch,
+            last_position=1,
+            usage=Usage(),
+            reason=None,
+            model="m",
+            provider="p",
+            accepted_at=tx.now(),
+        )
+        key = RequestKey(caller="local", user_id="ada", request_id="", fingerprint="")
+        tx.turns.add(turn, key, owner="here")
+
+    await store.write(begin)
     return Registry(goal_tools(store, CountedIds()))
 
 
@@ -501,8 +527,14 @@ async def test_a_repeated_call_sets_one_goal(goals: Registry) -> None:
 
 async def test_goals_stay_with_their_user_and_domain(goals: Registry) -> None:
     await goals.call("set_goal", '{"goal": "Sleep"}', CONTEXT)
-    other = ToolContext(user_id="ada", thread_id="th", turn_id="tu", call_id="c2", domain=Domain.CAREER)
+    other = replace(CONTEXT, call_id="c2", domain=Domain.CAREER)
     assert json.loads((await goals.call("list_goals", "{}", other)).text) == {"goals": []}
+
+
+async def test_a_goal_for_a_turn_of_somebody_else_is_no_answer(goals: Registry) -> None:
+    with pytest.raises(LeaseLost):
+        await goals.call("set_goal", '{"goal": "Sleep"}', replace(CONTEXT, epoch=0))
+    assert json.loads((await goals.call("list_goals", "{}", CONTEXT)).text) == {"goals": []}
 
 
 @pytest.mark.parametrize("goal", ["", "x" * (MAX_GOAL + 1), "  ", "a\\u0000b"])

@@ -41,6 +41,8 @@ def goal_tools(store: Store, ids: Ids) -> list[ToolFunction]:
                 tx,
                 goal_id=goal_id,
                 key=context.idempotency_key,
+                turn_id=context.turn_id,
+                epoch=context.epoch,
                 user_id=context.user_id,
                 domain=context.domain,
                 text=goal,

@@ -11,6 +11,7 @@ from pydantic_core import PydanticSerializationError, to_json, to_jsonable_pytho
 
 from adapters.tools.definition import ToolDefinition, ToolDefinitionError, ToolFunction, define
 from adapters.tools.loading import load_tools
+from core.model.errors import LeaseLost
 from core.ports.tools import ToolContext, ToolOutput, Tools, ToolSpec
 
 __all__ = ["Registry", "ToolDefinitionError", "load_tools"]
@@ -135,7 +136,7 @@ def _outcome(name: str, task: asyncio.Task[Any]) -> ToolOutput:
         return _error("The tool failed.")
     error = task.exception()
     if error is not None:
-        if not isinstance(error, Exception):
+        if isinstance(error, LeaseLost) or not isinstance(error, Exception):
             raise error
         # The text of an exception may hold what the user said, or a secret.
         _log.warning("tool %s failed: %s", name, type(error).__name__)

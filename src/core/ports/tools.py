@@ -23,11 +23,16 @@ class ToolSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolContext:
-    """On whose behalf a tool runs. Given by the service, never by the model."""
+    """On whose behalf a tool runs. Given by the service, never by the model.
+
+    `epoch` is that of the claim under which this process works on the turn: what a tool writes to the record is
+    conditional on it, in the same transaction.
+    """
 
     user_id: str
     thread_id: str
     turn_id: str
+    epoch: int
     call_id: str
     domain: Domain
 
@@ -64,6 +69,7 @@ class Tools(Protocol):
     async def call(self, name: str, arguments_json: str, context: ToolContext) -> ToolOutput:
         """Runs a tool within its own time limit.
 
-        Never fails: an unknown tool, bad arguments, an exception and a time-out are outputs marked as
-        errors, in fixed words without the exception's text. Outputs are bounded. Only cancellation passes.
+        An unknown tool, bad arguments, an exception and a time-out are outputs marked as errors, in fixed words
+        without the exception's text. Outputs are bounded. Only cancellation passes, and LeaseLost: there is nobody
+        left whom an answer could be for.
         """

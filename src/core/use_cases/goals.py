@@ -7,6 +7,7 @@ from core.model.agent import Domain
 from core.model.errors import InvalidField
 from core.model.goal import MAX_GOAL, Goal
 from core.ports.store import Transaction
+from core.use_cases.claim_turn import require_claim
 
 MOST_GOALS = 50
 """As many goals are read at most."""
@@ -17,6 +18,8 @@ def set_goal(
     *,
     goal_id: str,
     key: str,
+    turn_id: str,
+    epoch: int,
     user_id: str,
     domain: Domain,
     text: str,
@@ -25,8 +28,8 @@ def set_goal(
 ) -> Goal:
     """Stores a goal once for each idempotency key; a repeat returns the goal that was stored first.
 
-    The user exists. Raises InvalidField: `goal` without text, `goal` or `commitment` with more than MAX_GOAL
-    code points or with U+0000.
+    The user exists. Raises LeaseLost where the turn does not run in this epoch any more, and InvalidField: `goal`
+    without text, `goal` or `commitment` with more than MAX_GOAL code points or with U+0000.
     """
     text, commitment = text.strip(), commitment.strip()
     if not text:
@@ -36,6 +39,7 @@ def set_goal(
             raise InvalidField(field, f"must have at most {MAX_GOAL} characters")
         if "\0" in value:
             raise InvalidField(field, "must not contain U+0000")
+    require_claim(tx, turn_id, epoch)
     goal = Goal(
         id=goal_id,
         user_id=user_id,

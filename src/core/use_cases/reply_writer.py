@@ -202,11 +202,16 @@ class ReplyWriter:
         return tuple(done[call.call_id] for call in kept.calls)
 
     async def _call_tools(self, calls: Sequence[ToolCalled], work: "_Work") -> tuple[ToolExchange, ...]:
-        exchanges = await asyncio.gather(*(self._call_tool(call, work.claimed) for call in calls))
+        try:
+            async with asyncio.TaskGroup() as group:  # where one has lost the lease, the others are stopped
+                answers = [group.create_task(self._call_tool(call, work.claimed)) for call in calls]
+        except ExceptionGroup as failed:
+            raise failed.exceptions[0] from failed
+        exchanges = tuple(answer.result() for answer in answers)
         for exchange in exchanges:
             work.log.add(ToolAnswered(exchange.call_id, exchange.output, exchange.is_error))
         await work.log.flush()
-        return tuple(exchanges)
+        return exchanges
 
     async def _call_tool(self, call: ToolCalled, claimed: ClaimedTurn) -> ToolExchange:
         if call.name not in claimed.definition.tools:
@@ -216,6 +221,7 @@ class ReplyWriter:
                 user_id=claimed.turn.user_id,
                 thread_id=claimed.turn.thread_id,
                 turn_id=claimed.turn.id,
+                epoch=claimed.turn.epoch,
                 call_id=call.call_id,
                 domain=claimed.thread.domain,
             )
