@@ -24,6 +24,7 @@ from core.model.turn import BusyPolicy, Turn, TurnReason, TurnState
 from core.ports.agent import AgentFailed, Begun, CannotResume, Resumption, StateChanged
 from core.ports.store import Store
 from core.ports.tools import ToolOutput
+from core.use_cases import recover_turns
 from core.use_cases.read_threads import MessageQuery
 from core.use_cases.turn_engine import TurnLimits
 from doubles import DONE, Gate, ManualClock, NotedTools, ScriptedAgent, Service, Step, kinds, service, text_of
@@ -483,6 +484,49 @@ async def test_a_queue_goes_on_in_another_process(store: Store, clock: ManualClo
         assert ending(await it.events(first)).reason is TurnReason.INTERRUPTED
         assert [text_of(await it.events(turn_id)) for turn_id in waiting] == ["a1", "a2", "a3"]
         assert [ending(await it.events(turn_id)).attempt for turn_id in waiting] == [1, 1, 1]
+
+
+async def released(store: Store, *users: str) -> list[str]:
+    """Turns that wait, each in a thread of its own, for a process that is not there yet."""
+    limits = TurnLimits(max_turns_per_user=len(users))
+    async with service(store, ScriptedAgent(default=[Gate()]), limits=limits) as it:
+        return [await it.say(user=user) for user in users]
+
+
+@pytest.fixture
+def no_period(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is looked for because time has passed."""
+    monkeypatch.setattr(recover_turns, "_LONGEST_PERIOD", 1e6)
+
+
+async def test_turns_of_a_user_without_room_hide_no_others(
+    store: Store, no_period: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    *hiding, hidden = await released(store, "ada", "ada", "ada", "ada", "eve")
+    monkeypatch.setattr(recover_turns, "_BATCH", 2)
+    gate, limits = Gate(), TurnLimits(max_turns_per_user=1)
+    async with service(store, ScriptedAgent([gate, "a", DONE]), limits=limits, lease=1e7) as it:
+        assert ending(await it.events(hidden)).state is TurnState.COMPLETED
+        assert [it.engine.knows(turn_id) for turn_id in hiding].count(True) == 1
+        await until(lambda: it.engine.users_without_room() == {"ada"})
+        assert len(it.agent.requests) == 2
+        gate.open()
+        for turn_id in hiding:
+            assert ending(await it.events(turn_id)).state is TurnState.COMPLETED
+
+
+@pytest.mark.parametrize("limits", [TurnLimits(max_turns=2), TurnLimits(max_turns_per_user=2)])
+async def test_a_place_that_is_given_back_is_taken_at_once(
+    store: Store, no_period: None, limits: TurnLimits
+) -> None:
+    turns = await released(store, *["ada"] * 6)
+    gate = Gate()
+    agent = ScriptedAgent([gate, "a", DONE], [gate, "b", DONE])
+    async with service(store, agent, limits=limits, lease=1e7) as it:
+        await until(lambda: len(agent.requests) == 2)
+        gate.open()
+        for turn_id in turns:
+            assert ending(await it.events(turn_id)).state is TurnState.COMPLETED
 
 
 # A provider that goes on by itself

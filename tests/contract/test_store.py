@@ -996,6 +996,27 @@ async def test_turns_that_wait_for_a_process_come_oldest_first(record: Store) ->
     assert list(await record.read(lambda tx: tx.turns.unclaimed(2))) == list(found)[:2]
 
 
+async def test_turns_of_some_users_are_left_out_of_those_that_wait(record: Store) -> None:
+    users = ["ada", "eve", "o'brien \\", '"]', "Zoë 👩‍🚀", "%s :x ? $1", "null"]
+    first: dict[str, str] = {}
+    for number, user in enumerate(users):
+        thread = a_thread(user)
+        await record.write(lambda tx, t=thread: add_thread(tx, t))  # type: ignore[misc]
+        (turn, _) = await queue(record, thread, 2, accepted_at=NOW - timedelta(minutes=number))
+        first[user] = turn.id
+    oldest_first = list(reversed(first.values()))
+    assert list(await record.read(lambda tx: tx.turns.unclaimed(99))) == oldest_first
+    for user in users:
+        found = await record.read(lambda tx, u=user: tx.turns.unclaimed(99, but_of=[u]))  # type: ignore[misc]
+        assert list(found) == [turn_id for turn_id in oldest_first if turn_id != first[user]]
+    hiding = frozenset(users) - {"ada", "eve"}
+    assert await record.read(lambda tx: tx.turns.unclaimed(1, but_of=hiding)) == [first["eve"]]
+    # More than a statement can have parameters, on any database.
+    many = [*(f"user{number}" for number in range(70_000)), *hiding]
+    assert await record.read(lambda tx: tx.turns.unclaimed(99, but_of=many)) == [first["eve"], first["ada"]]
+    assert await record.read(lambda tx: tx.turns.unclaimed(99, but_of=users)) == []
+
+
 @pytest.mark.parametrize("state", [TurnState.RUNNING, TurnState.WAITING_FOR_CLIENT])
 async def test_turns_are_held_by_whoever_claimed_them_and_abandoned_without_a_lease(
     record: Store, state: TurnState

@@ -396,7 +396,7 @@ QUERIES: dict[str, tuple[Callable[[Transaction], object], set[str]]] = {
     "held_by": (lambda tx: tx.turns.held_by("x"), {"ix_turns_held"}),
     "abandoned": (lambda tx: tx.turns.abandoned(9), {"ix_turns_held", "uq_turns_one_at_work"}),
     "unclaimed": (
-        lambda tx: tx.turns.unclaimed(9),
+        lambda tx: tx.turns.unclaimed(9, but_of=["x"]),
         {"ix_turns_waiting", "ix_turns_thread", "ix_turns_held", "uq_turns_one_at_work"},
     ),
     "unfinished": (lambda tx: tx.turns.unfinished("x"), {"ix_turns_thread"}),

@@ -1,6 +1,15 @@
 """A store without a database. It forgets everything with its process and is durable for no one."""
 
-from collections.abc import AsyncIterator, Callable, Hashable, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Callable,
+    Collection,
+    Hashable,
+    Iterable,
+    Mapping,
+    MutableMapping,
+    Sequence,
+)
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
@@ -337,10 +346,10 @@ class Turns(_Repository, turns.Turns):
     def held_by(self, owner: str) -> Mapping[str, int]:
         return {turn.id: turn.epoch for turn in self._at_work() if self._tables.claims[turn.id].owner == owner}
 
-    def unclaimed(self, limit: int) -> Sequence[str]:
+    def unclaimed(self, limit: int, *, but_of: Collection[str] = ()) -> Sequence[str]:
         waiting = (self._tables.turns[turn_id] for turn_id in self._tables.claims)
         found = [turn for turn in waiting if self.unfinished(turn.thread_id)[0] == turn]
-        found = [turn for turn in found if turn.state is TurnState.ACCEPTED]
+        found = [turn for turn in found if turn.state is TurnState.ACCEPTED and turn.user_id not in but_of]
         return [turn.id for turn in sorted(found, key=_age)][:limit]
 
     def abandoned(self, limit: int) -> Sequence[str]:

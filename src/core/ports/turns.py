@@ -1,7 +1,7 @@
 """The repositories of turns, their logs, and the leases of the processes that work on them."""
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -114,9 +114,9 @@ class Turns(Protocol):
         """Ids and epochs of the turns at work that a process has claimed."""
 
     @abstractmethod
-    def unclaimed(self, limit: int) -> Sequence[str]:
+    def unclaimed(self, limit: int, *, but_of: Collection[str] = ()) -> Sequence[str]:
         """Ids of turns that wait for a process, oldest first: ACCEPTED, first in their thread's queue, and no
-        turn of the thread at work."""
+        turn of the thread at work. Turns of the users `but_of`, any number of them, are left out."""
 
     @abstractmethod
     def abandoned(self, limit: int) -> Sequence[str]:

@@ -175,8 +175,17 @@ class RecoverTurns:
                     self._engine.abandon(turn_id)
 
     async def _claim_waiting(self) -> None:
-        waiting = await self._store.read(lambda tx: _read(tx, tx.turns.unclaimed(_BATCH)))
-        await self._claim_all(waiting, Why.WAITING)
+        full = self._engine.users_without_room()
+        while True:
+            waiting = await self._waiting(full)
+            await self._claim_all(waiting, Why.WAITING)
+            now_full = full | self._engine.users_without_room()
+            if len(waiting) < _BATCH or now_full == full:
+                return
+            full = now_full  # turns of others may wait behind those of who has no place left
+
+    async def _waiting(self, but_of: frozenset[str]) -> Sequence[Turn]:
+        return await self._store.read(lambda tx: _read(tx, tx.turns.unclaimed(_BATCH, but_of=but_of)))
 
     async def _claim_all(self, turns: Sequence[Turn], why: Why) -> None:
         claims = [turn for turn in turns if not self._engine.knows(turn.id) and turn.id not in self._given_up]
@@ -189,10 +198,8 @@ class RecoverTurns:
 
     async def _claim(self, turn: Turn, why: Why) -> None:
         refusal = self._engine.reserve(turn.user_id)
-        if refusal is not None:
-            self._engine.tell_of_room = True
-            if why is Why.WAITING:
-                return
+        if refusal is not None and why is Why.WAITING:
+            return
         outcome: ClaimedTurn | Ended | None = None
 
         def change(tx: Transaction) -> ClaimedTurn | Ended | None:

@@ -104,9 +104,7 @@ class TurnEngine:
             stop_round=self._stop_round,
         )
         self.waiting = asyncio.Event()
-        """Set where a turn that waits may be claimed now."""
-        self.tell_of_room = False
-        """Whether to set it as soon as there is another place."""
+        """Set where a turn that waits may be claimed now: its thread is free, or there is a place again."""
 
     @property
     def agent(self) -> Agent:
@@ -139,6 +137,15 @@ class TurnEngine:
         self._reserved[user_id] -= 1
         if not self._reserved[user_id]:
             del self._reserved[user_id]
+
+    def users_without_room(self) -> frozenset[str]:
+        """Users who have as many turns here as allowed."""
+        bound = self._limits.max_turns_per_user
+        return frozenset(user_id for user_id, places in self._reserved.items() if places >= bound)
+
+    def _has_room(self, user_id: str) -> bool:
+        limits = self._limits
+        return self._reserved.total() < limits.max_turns and self._reserved[user_id] < limits.max_turns_per_user
 
     @contextmanager
     def expecting(self, turn_id: str) -> Iterator[None]:
@@ -186,9 +193,9 @@ class TurnEngine:
             if self._running.get(turn.id) is run:
                 self._feeds.drop(turn.id)
                 del self._running[turn.id]
+            had_room = self._has_room(turn.user_id)
             self.release(turn.user_id)
-            if self.tell_of_room:
-                self.tell_of_room = False
+            if not had_room and self._has_room(turn.user_id):
                 self.waiting.set()
 
         task.add_done_callback(forget)

@@ -1,8 +1,22 @@
 """The repository of turns."""
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Collection, Mapping, Sequence
 
-from sqlalchemy import Integer, and_, bindparam, exists, func, insert, literal_column, select, update
+from sqlalchemy import (
+    JSON,
+    Integer,
+    Text,
+    and_,
+    bindparam,
+    cast,
+    exists,
+    func,
+    insert,
+    literal_column,
+    select,
+    update,
+)
 
 from adapters.sql import mapping as m
 from adapters.sql import tables as t
@@ -59,7 +73,7 @@ _ABANDONED = Statement(
     .order_by(_c.accepted_at, _c.id)
     .limit(_limit)
 )
-_UNCLAIMED = Statement(
+_unclaimed = (
     select(_c.id)
     .where(
         accepted(_c.state),
@@ -69,6 +83,15 @@ _UNCLAIMED = Statement(
     .order_by(_c.accepted_at, _c.id)
     .limit(_limit)
 )
+# Users are one parameter, a JSON array: there may be more of them than a statement can have parameters.
+_users = bindparam("but_of", type_=Text)
+_users_of = {
+    "sqlite": func.json_each(_users).table_valued("value").c.value,
+    "postgresql": func.json_array_elements_text(cast(_users, JSON)).column_valued("value"),
+}
+_UNCLAIMED = {
+    dialect: Statement(_unclaimed.where(_c.user_id.not_in(select(users)))) for dialect, users in _users_of.items()
+}
 
 _save = update(t.turns).where(_c.id == _turn_id)
 _next = (
@@ -137,8 +160,10 @@ class Turns(Repository, turns.Turns):
         held = self._session.rows(_HELD_BY, {"of_owner": owner})
         return {row.id: row.epoch for row in held}
 
-    def unclaimed(self, limit: int) -> Sequence[str]:
-        return [row.id for row in self._session.rows(_UNCLAIMED, {"limit": limit})]
+    def unclaimed(self, limit: int, *, but_of: Collection[str] = ()) -> Sequence[str]:
+        statement = _UNCLAIMED[self._session.dialect.name]
+        found = self._session.rows(statement, {"limit": limit, "but_of": json.dumps(list(but_of))})
+        return [row.id for row in found]
 
     def abandoned(self, limit: int) -> Sequence[str]:
         return [row.id for row in self._session.rows(_ABANDONED, {"limit": limit, "now": self._session.now()})]
