@@ -1,19 +1,29 @@
 """Locks of other processes on PostgreSQL: whoever needs what is held waits alone, and nobody waits in a circle."""
 
 import asyncio
+import threading
+import time
+from collections.abc import Callable
 from contextlib import AsyncExitStack
+from datetime import UTC, datetime
 from functools import partial
 
 import psycopg
 import pytest
 
+from adapters.sql import store as store_module
 from adapters.sql.store import SqlStore
-from core.model.errors import StoreBusy, TurnInProgress
+from adapters.system import Ids
+from core.model.errors import StoreBusy, TurnInProgress, TurnNotFound
+from core.model.message import Role, TextPart
 from core.model.turn import BusyPolicy, TurnState
 from core.ports.store import Transaction
+from core.ports.threads import NewMessage
 from core.use_cases.turn_engine import TurnLimits
 from doubles import DONE, Gate, ManualClock, ScriptedAgent, service
 from harness import until
+
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
 
 async def test_what_is_held_keeps_nobody_else_waiting(postgres_url: str, clock: ManualClock) -> None:
@@ -120,3 +130,83 @@ def _find(turn_id: str, tx: Transaction):  # type: ignore[no-untyped-def] # a te
     turn = tx.turns.find(turn_id)
     assert turn is not None
     return turn
+
+
+@pytest.mark.parametrize("old_lines", [0, 2_000])
+async def test_a_thread_is_deleted_by_one_process_while_another_writes_in_it(
+    postgres_url: str, clock: ManualClock, old_lines: int
+) -> None:
+    async with AsyncExitStack() as stack:
+        gate = Gate()
+        script = [f"word {number} " for number in range(500)]
+        stores = [SqlStore(postgres_url, clock) for _ in range(2)]
+        for store in stores:
+            stack.push_async_callback(store.aclose)
+        agent = ScriptedAgent(["Here", gate, *script, Gate()])
+        writer = await stack.enter_async_context(service(stores[0], agent, lease=15.0))
+        other = await stack.enter_async_context(service(stores[1], lease=15.0))
+        turn_id = await writer.say()
+        await gate.reached.wait()
+        thread_id = (await other.threads.turn("ada", turn_id))[0].thread_id
+        if old_lines:
+            await stores[1].write(partial(_fill, thread_id, turn_id, old_lines))
+        gate.open()
+        await other.delete("ada", thread_id)
+        await until(lambda: not writer.engine.knows(turn_id))
+        with pytest.raises(TurnNotFound):
+            await writer.threads.turn("ada", turn_id)
+        with psycopg.connect(postgres_url) as look:
+            for table in ("assistant_threads", "turns", "messages", "turn_log"):
+                assert look.execute(f"SELECT count(*) FROM {table}").fetchone() == (0,)
+
+
+def _fill(thread_id: str, turn_id: str, count: int, tx: Transaction) -> None:
+    ids, now = Ids(), tx.now()
+    lines = [
+        NewMessage(id=ids.new(), turn_id=turn_id, role=Role.TOOL, content=(TextPart("x" * 200),), created_at=now)
+        for _ in range(count)
+    ]
+    tx.messages.append(thread_id, lines)
+
+
+async def test_a_group_that_takes_long_is_committed_before_it_is_done(
+    postgres_url: str, clock: ManualClock
+) -> None:
+    """It holds rows that others may need."""
+    store = SqlStore(postgres_url, clock)
+    reached, go_on, steps = threading.Event(), threading.Event(), [threading.Event() for _ in range(3)]
+    done: list[int] = []
+
+    def hold(_: Transaction) -> None:
+        reached.set()
+        assert go_on.wait(20)
+
+    def change(number: int) -> Callable[[Transaction], None]:
+        def wait(tx: Transaction) -> None:
+            tx.users.ensure(f"user {number}", NOW)
+            tx.now()  # it has arrived at the server
+            assert steps[number].wait(20)
+
+        return wait
+
+    async def write(work: Callable[[Transaction], object], number: int) -> None:
+        await store.write(work)
+        done.append(number)
+
+    try:
+        first = asyncio.create_task(store.write(hold))
+        await until(reached.is_set)
+        writes = [asyncio.create_task(write(change(number), number)) for number in range(3)]
+        await asyncio.sleep(0)  # all of them are submitted
+        go_on.set()
+        await first
+        steps[0].set()
+        await asyncio.to_thread(time.sleep, 2 * store_module._LONGEST_GROUP)  # the second one takes its time
+        assert not done
+        steps[1].set()
+        await until(lambda: len(done) >= 2)
+        assert done == [0, 1]
+    finally:
+        steps[2].set()
+        await asyncio.gather(*writes)
+        await store.aclose()

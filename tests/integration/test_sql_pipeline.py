@@ -253,6 +253,28 @@ async def test_the_server_never_looks_busy_while_it_waits_for_this_process(
     await store.aclose()
 
 
+async def test_a_session_that_the_server_ends_for_standing_still_is_an_outage_of_one_change(
+    postgres_url: str, clock: ManualClock
+) -> None:
+    store = SqlStore(postgres_url, clock)
+    with psycopg.connect(postgres_url, autocommit=True) as look:
+        look.execute(f"ALTER DATABASE {look.info.dbname} SET idle_in_transaction_session_timeout = 50")
+
+        def stand_still(tx: Transaction) -> None:
+            tx.users.ensure("eve", NOW)
+            tx.now()
+            ended = "SELECT count(*) = 0 FROM pg_stat_activity WHERE state LIKE 'idle in transaction%'"
+            while look.execute(ended).fetchone() == (False,):
+                continue
+            tx.now()
+
+        with pytest.raises(StoreUnavailable):
+            await store.write(stand_still)
+        await store.write(lambda tx: tx.users.ensure("ada", NOW))
+        assert look.execute("SELECT id FROM users").fetchall() == [("ada",)]
+    await store.aclose()
+
+
 async def test_the_way_of_a_change_to_the_server_and_back_is_short(
     postgres_url: str, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
