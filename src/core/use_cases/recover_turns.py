@@ -45,6 +45,8 @@ class RecoverTurns:
         self._ids = ids
         self._lease = _FOR_EVER if alone else lease
         self._period = min(_LONGEST_PERIOD, lease / 3)
+        self._halt = lease - self._period
+        """Seconds between two renewals after which leases of others may have run out for the same reason."""
         self._alone = alone
         self._owner = engine.claimant.owner
         self._random = random.Random(self._owner)  # noqa: S311 - an order, no secret
@@ -134,7 +136,7 @@ class RecoverTurns:
         loop = asyncio.get_running_loop()
         begun = loop.time()
         valid = await self._store.write(lambda tx: tx.leases.renew(self._owner, self._lease))
-        if not valid or loop.time() - self._renewed >= 2 * self._period:
+        if not valid or loop.time() - self._renewed >= self._halt:
             # New, or back after a pause, an outage or a halt of the store, which the others may have had as well:
             # each gets the time to renew its lease before anybody takes its turns.
             self._watched_since = loop.time()
@@ -160,7 +162,7 @@ class RecoverTurns:
                 self._engine.abandon(turn_id)
         await self._claim_all(orphans, Why.ORPHANED)
         # A store that is slow to answer, or did not, may have kept others from renewing as well.
-        in_time = loop.time() - begun < self._period and loop.time() - self._renewed < 2 * self._period
+        in_time = loop.time() - begun < self._halt and loop.time() - self._renewed < self._halt
         if self._alone or (in_time and loop.time() >= self._watched_since + self._lease):
             await self._claim_all(abandoned, Why.ABANDONED)
 
