@@ -1,7 +1,7 @@
 """What the suites of faults share: a PostgreSQL that may be broken, and the figures at the end."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Generator, Iterator
 
 import pytest
 
@@ -9,6 +9,8 @@ from faults.cluster import Cluster
 from faults.figures import FIGURES, SIZE
 from own_postgres import OwnPostgres
 
+LOG_LINES = 200
+"""Lines of the servers' log that are shown of a test that failed: the last ones."""
 LONG = {"test_a_release_at_a_stop", "test_a_claim_by_recovery", "test_a_stop_without_a_database"}
 """Tests that a tiny run does without."""
 
@@ -50,6 +52,18 @@ async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Clu
         yield made
     finally:
         await made.aclose()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Shows what the servers of a failed test had to say."""
+    report = yield
+    made = getattr(item, "funcargs", {}).get("cluster")
+    if report.failed and isinstance(made, Cluster):
+        log = made.folder / "log"
+        lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+        report.sections.append(("servers", "\n".join(lines[-LOG_LINES:])))
+    return report
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
