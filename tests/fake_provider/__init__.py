@@ -1,7 +1,9 @@
 """A provider for the tests: Responses and Conversations over HTTP on loopback, with faults on demand."""
 
+from fake_provider.faults import Rule, fault, rule
 from fake_provider.script import (
     Answer,
+    At,
     Break,
     Call,
     Ending,
@@ -10,6 +12,7 @@ from fake_provider.script import (
     Gate,
     HttpError,
     Incomplete,
+    Load,
     Pause,
     Reasoning,
     Text,
@@ -20,6 +23,7 @@ from fake_provider.wire import Request
 
 __all__ = [
     "Answer",
+    "At",
     "Break",
     "Call",
     "Ending",
@@ -29,9 +33,13 @@ __all__ = [
     "Gate",
     "HttpError",
     "Incomplete",
+    "Load",
     "Pause",
     "Reasoning",
     "Request",
+    "Rule",
     "Text",
+    "fault",
     "rate_limited",
+    "rule",
 ]

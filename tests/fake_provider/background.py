@@ -3,31 +3,34 @@
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 
-from fake_provider.script import Answer
+from fake_provider.rendering import is_delta
+from fake_provider.script import Answer, Gate
 from fake_provider.wire import Connection, Json
-
-_DELTAS = ("response.output_text.delta", "response.refusal.delta")
-
-
-def is_delta(event: Json) -> bool:
-    """Whether an event carries text of the reply as it comes."""
-    return event["type"] in _DELTAS
 
 
 class Writing:
     """A background response: the events that are written so far, and the response as it stands.
 
-    `events` are all that will be written, `final` the response then; `ended` is called once, with its end.
+    `whole` are all events that will be written, `final` the response then; `ended` is called once, with its end.
+    `gates` has those that it waits at.
     """
 
     def __init__(
-        self, events: list[Json], final: Json, answer: Answer, ended: Callable[[Json], None], *, streamed: bool
+        self,
+        whole: list[Json],
+        final: Json,
+        answer: Answer,
+        ended: Callable[[Json], None],
+        gates: set[Gate],
+        *,
+        streamed: bool,
     ) -> None:
+        self.whole = whole
         self.answer = answer
         self.streamed = streamed
-        self.response: Json = events[0]["response"]
+        self.response: Json = whole[0]["response"]
         self.is_over = False
-        self._ahead = events
+        self._gates = gates
         self._final = final
         self._ended = ended
         self._written: list[Json] = []
@@ -37,12 +40,14 @@ class Writing:
         """Writes to the end at the pace of the script."""
         pauses = list(self.answer.pauses)
         deltas = 0
-        for event in self._ahead:
-            is_last = event is self._ahead[-1]
+        for event in self.whole:
+            is_last = event is self.whole[-1]
             while pauses and pauses[0].after == deltas and (deltas or is_delta(event) or is_last):
                 gate = pauses.pop(0).gate
                 gate.reached.set()
+                self._gates.add(gate)
                 await gate.released.wait()
+                self._gates.discard(gate)
             if self.is_over:
                 return
             deltas += is_delta(event)
@@ -52,7 +57,7 @@ class Writing:
             else:
                 self.response = event.get("response", self.response)
                 self._tell()
-            await asyncio.sleep(0)
+            await asyncio.sleep(1 / self.answer.pace if self.answer.pace and is_delta(event) else 0)
 
     def cancel(self) -> None:
         """Ends it where it stands. What has ended stays as it is."""

@@ -5,6 +5,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+At = Literal["header", "start", "before_text", "middle", "after_text", "end"]
+"""A place in a streamed answer: before the HTTP header, before the first event, before the first delta of text,
+behind half of the deltas, behind the last one, before the terminal event with all items done. Where there is no
+text, deltas of arguments count instead; where there is none of either, the last four are one."""
+
 
 class Gate:
     """A place where the provider stops: the test waits for `reached` and sets `released`."""
@@ -50,6 +55,7 @@ class Incomplete:
     """Ends with `response.incomplete`."""
 
     reason: str = "max_output_tokens"
+    at: At = "end"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +64,7 @@ class Failed:
 
     code: str = "server_error"
     message: str = "The model failed."
+    at: At = "end"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +75,7 @@ class ErrorEvent:
     message: str = "Something failed."
     nested: bool = False
     type: str = "server_error"
+    at: At = "end"
 
 
 Ending = Literal["completed"] | Incomplete | Failed | ErrorEvent
@@ -75,16 +83,38 @@ Ending = Literal["completed"] | Incomplete | Failed | ErrorEvent
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Break:
-    """Something goes wrong behind the `after`-th delta of text (0: before the first event of all).
+    """Something goes wrong behind the `after`-th delta of text (0: before the first event), or `at` a place.
 
-    `eof` ends the body as if it were whole, `half` does so in the middle of an event, `cut` resets the
-    connection there; `malformed` slips in an event that is no JSON; `stall` waits for the gate, `comments`
-    sends nothing but comments until then.
+    `eof` ends the body as if it were whole, `half` does so in the middle of an event, `cut` resets the connection
+    there. `stall` waits for the gate, `comments` sends nothing but comments until then; with `seconds` the gate
+    opens by itself. `malformed` slips in an event that is no JSON. Of the next event, `duplicate` sends two and
+    `gap` none; `unnumbered` leaves out the numbers from here on, `slow` sends every byte by itself, with `seconds`
+    in between. `unknown` is an event of an unheard-of type, `huge` a delta of 20 MB: these two are parts of the
+    reply. Before the header there are only `eof`, `cut` and `stall`.
     """
 
-    how: Literal["eof", "half", "cut", "malformed", "stall", "comments"]
+    how: Literal[
+        "eof",
+        "half",
+        "cut",
+        "malformed",
+        "stall",
+        "comments",
+        "duplicate",
+        "gap",
+        "unnumbered",
+        "slow",
+        "unknown",
+        "huge",
+    ]
     after: int = 1
+    at: At | None = None
+    seconds: float | None = None
     gate: Gate = field(default_factory=Gate)
+
+    def __post_init__(self) -> None:
+        if self.at == "header" and self.how not in ("eof", "cut", "stall"):
+            raise ValueError(f"{self.how} cannot strike before the header")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +128,11 @@ class Pause:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """A response, and how its bytes travel. `fault` befalls the connection on which it was asked for."""
+    """A response, and how its bytes travel. `fault` befalls the connection on which it was asked for.
+
+    `pace` is deltas per second; `kept_when_aborted` says that a response whose reader leaves is finished and kept
+    all the same, as has been seen at OpenAI.
+    """
 
     output: tuple[Text | Call | Reasoning, ...] = (Text(),)
     ending: Ending = "completed"
@@ -114,12 +148,38 @@ class Answer:
     newline: Literal["\n", "\r\n", "\r"] = "\n"
     byte_by_byte: bool = False
     response_id: str | None = None
+    pace: float | None = None
+    kept_when_aborted: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """A long reply for measuring: `deltas` times `piece`.
+
+    With `pace` it sends that many deltas a second on a schedule, without one it sends them in large writes as fast
+    as they are read. `stamps` begins every delta of a paced reply with the time of sending: nanoseconds of
+    CLOCK_MONOTONIC, which all processes of a machine share, in 20 digits and a blank.
+    """
+
+    deltas: int = 200
+    piece: str = "word "
+    pace: float | None = None
+    stamps: bool = False
+    fault: Break | None = None
+
+    def __post_init__(self) -> None:
+        if self.stamps and self.pace is None:
+            raise ValueError("stamps need a pace: what is sent flat out is rendered before")
+
+    def as_answer(self) -> Answer:
+        """The same text for those who do not stream it in one go. Without stamps."""
+        return Answer(output=(Text(pieces=(self.piece,) * self.deltas),), pace=self.pace, fault=self.fault)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HttpError:
     """An error instead of an answer. `body` replaces the envelope; `reset` closes without any; `gate` keeps it
-    back."""
+    back. `name` is what it is counted as."""
 
     status: int = 500
     code: str | None = None
@@ -130,9 +190,10 @@ class HttpError:
     body: bytes | None = None
     reset: bool = False
     gate: Gate | None = None
+    name: str = ""
 
 
-Step = Answer | HttpError
+Step = Answer | Load | HttpError
 
 
 def rate_limited(retry_after: str | None = None) -> HttpError:

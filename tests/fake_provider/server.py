@@ -1,65 +1,107 @@
-"""The provider itself: routes, locks, faults."""
+"""The provider itself: where it listens, what it keeps, and who serves which request."""
 
 import asyncio
-import json
-from collections.abc import AsyncGenerator, Iterable
-from contextlib import aclosing, suppress
+from collections import Counter
+from collections.abc import Coroutine, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
-from fake_provider.background import Writing, is_delta
-from fake_provider.rendering import Rendering, as_bytes
-from fake_provider.script import Answer, Break, Gate, HttpError, Step
-from fake_provider.store import Conversation, Numbers, complaint_about_calls, last_words, page, stored
-from fake_provider.validation import (
-    complaint_about_conversation,
-    complaint_about_items,
-    complaint_about_response,
-    complaint_about_retrieval,
-)
+from fake_provider.control import Control
+from fake_provider.conversations import Conversations
+from fake_provider.dialects import DIALECTS
+from fake_provider.exchange import Exchange, not_found
+from fake_provider.faults import Rule
+from fake_provider.load import Lateness
+from fake_provider.responses import Responses, words_of
+from fake_provider.script import Answer, Break, Gate, HttpError, Load, Step
+from fake_provider.sending import Stream
+from fake_provider.store import Conversation, Numbers, stored
 from fake_provider.wire import Connection, Disconnected, Json, Request
 
 MODELS: dict[str, str | None] = {"gpt-6-luna": None, "gpt-4o": "2027-01-14"}
+CONTEXT_LIMIT = 922_000
+"""Tokens that gpt-6-luna takes."""
+
+_BACKLOG = 4096
+_GARBLED = "We could not parse the JSON body of your request."
+_NO_KEY = "Incorrect API key provided."
 
 
 class FakeProvider:
-    """Listens on loopback while entered. Requests for responses follow the script, then answer by themselves.
+    """Listens on loopback while entered. Requests for responses follow the script, then get the `default` answer;
+    `rules` say which of them a fault befalls.
 
-    `models` maps the names of the models to their last days. With `api_key` set, only that key is taken.
+    `models` maps the names of the models to their last days. With `api_key` set, only that key is taken. `like`
+    names the server that is played (see `dialects`); `dialect` may be changed. `context_limit` is the tokens that
+    fit.
+
     `connections` are open now, `accepted` were opened ever, `running` responses are being sent, or written in the
-    background. `refusals` holds errors for the next requests to `conversations`, `items`, `models` or `cancel`;
-    `attachments` says what befalls the next connections that ask for the stream of a background response.
-    `cancelled` are the ids of the responses that were cancelled while they were written.
+    background; `streams` are open. `refusals` holds errors for the next requests to `conversations`, `items`,
+    `models` or `cancel`; `attachments` says what befalls the next connections that ask for the stream of a
+    background response. `cancelled` are the ids of the responses that were cancelled while they were written.
+    `requests` are all that came, `rejected` those with parameters that the API does not take, and what they were
+    told. `strikes` counts the faults that struck, by their names. `lateness` is of the paced replies.
     """
 
-    def __init__(self, script: Iterable[Step] = (), *, api_key: str | None = None, port: int = 0) -> None:
-        self.script: list[Step] = list(script)
+    def __init__(
+        self,
+        script: Iterable[Step] = (),
+        *,
+        api_key: str | None = None,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        like: str = "openai",
+    ) -> None:
         self.api_key = api_key
-        self.models = dict(MODELS)
-        self.requests: list[Request] = []
-        self.conversations: dict[str, Conversation] = {}
-        self.items: dict[str, Json] = {}
-        self.responses: dict[str, Json] = {}
-        self.refusals: dict[str, list[HttpError]] = {"conversations": [], "items": [], "models": [], "cancel": []}
-        self.attachments: list[Break | HttpError | None] = []
-        self.cancelled: list[str] = []
+        self.dialect = DIALECTS[like]
         self.connections = 0
         self.accepted = 0
         self.running = 0
-        self._port = port
+        self.numbers = Numbers()
+        self.gates: set[Gate] = set()
+        self.streams: set[Stream] = set()
+        self._host, self._port = host, port
         self._quiet = asyncio.Event()
-        self._contexts: dict[str, list[Json]] = {}
-        self._writings: dict[str, Writing] = {}
-        self._numbers = Numbers()
-        self._gates: list[Gate] = []
+        self._open: set[Connection] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
+        self.forget_all()
+        self.then(*script)
+
+    def forget_all(self) -> None:
+        """Begins anew: no script, no rules, nothing kept, nothing counted. What runs goes on."""
+        self.script: list[Step] = []
+        self.default: Answer | Load = Answer()
+        self.rules: list[Rule] = []
+        self.models = dict(MODELS)
+        self.context_limit = CONTEXT_LIMIT
+        self.requests: list[Request] = []
+        self.rejected: list[tuple[Request, HttpError]] = []
+        self.conversations: dict[str, Conversation] = {}
+        self.items: dict[str, Json] = {}
+        self.responses: dict[str, Json] = {}
+        self.inputs: dict[str, list[Json]] = {}
+        self.contexts: dict[str, list[Json]] = {}
+        self.refusals: dict[str, list[HttpError]] = {"conversations": [], "items": [], "models": [], "cancel": []}
+        self.attachments: list[Break | HttpError | None] = []
+        self.cancelled: list[str] = []
+        self.strikes: Counter[str] = Counter()
+        self.lateness = Lateness()
+        self._responses = Responses(self)
+        self._conversations = Conversations(self)
+        self._control = Control(self)
+
+    @property
+    def address(self) -> str:
+        """HOST:PORT."""
+        return f"{self._host}:{self._port}"
 
     @property
     def base_url(self) -> str:
         """What OPENAI_BASE_URL would be."""
-        assert self._server is not None
-        return f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}/v1"
+        return f"http://{self.address}/v1"
 
     @property
     def posts(self) -> list[Json]:
@@ -76,326 +118,161 @@ class FakeProvider:
             self._quiet.clear()
             await self._quiet.wait()
 
+    # --- listening
+
     async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._accept, "127.0.0.1", self._port)
+        await self.listen()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        assert self._server is not None
-        self._server.close()
+        server = self._server
+        self.stop_listening()
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._server.wait_closed()
+        if server is not None:
+            await server.wait_closed()
 
-    async def serve_forever(self) -> None:
-        """Serves until cancelled."""
-        assert self._server is not None
-        await self._server.serve_forever()
+    async def listen(self) -> None:
+        """Listens, again at the same port if it did before."""
+        self._server = await asyncio.start_server(self._accept, self._host, self._port, backlog=_BACKLOG)
+        self._port = self._server.sockets[0].getsockname()[1]
+
+    def stop_listening(self) -> None:
+        """From here on connections are refused, idle ones are closed. What is being served goes on."""
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+        for connection in self._open:
+            if connection.idle:
+                connection.reset()
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
+        connection = Connection(reader, writer)
         self._tasks.add(task)
+        self._open.add(connection)
         self.connections += 1
         self.accepted += 1
-        connection = Connection(reader, writer)
         try:
             while True:
                 request = await connection.read_request()
-                self.requests.append(request)
-                await self._serve(request, connection)
+                if request.path.startswith("/__fake__"):
+                    await self._control.serve(Exchange(self, request, connection))
+                else:
+                    self.requests.append(request)
+                    await self._serve(Exchange(self, request, connection))
         except (Disconnected, asyncio.CancelledError):
             pass  # a cancelled handler is the end of the test; asyncio would report it as an error
         finally:
             self.connections -= 1
             self._tasks.discard(task)
+            self._open.discard(connection)
             with suppress(asyncio.CancelledError):
                 await connection.close()
 
-    async def _serve(self, request: Request, connection: Connection) -> None:
+    async def _serve(self, exchange: Exchange) -> None:
+        request = exchange.request
         if self.api_key is not None and request.headers.get("authorization") != f"Bearer {self.api_key}":
-            return await self._refuse(
-                connection, HttpError(status=401, code="invalid_api_key", message="Incorrect API key provided.")
-            )
-        match (request.method, request.path.removeprefix("/v1").strip("/").split("/")):
-            case ("POST", ["responses"]):
-                return await self._create_response(request.body or {}, connection)
-            case (_, ["responses", response_id, *rest]) if response_id in self.responses:
-                return await self._serve_response(request, response_id, rest, connection)
-            case ("GET", ["models", name]):
-                if self.refusals["models"]:
-                    return await self._refuse(connection, self.refusals["models"].pop(0))
-                if name in self.models:
-                    facts = {"id": name, "object": "model", "created": 1_790_000_000, "owned_by": "system"}
-                    return await self._answer(connection, {**facts, "shutdown_date": self.models[name]})
-            case (_, ["conversations", *_]):
-                return await self._serve_conversation(request, connection)
-        return await self._refuse(connection, _not_found())
+            return await exchange.refuse(HttpError(status=401, code="invalid_api_key", message=_NO_KEY))
+        if request.garbled:
+            return await exchange.reject(HttpError(status=400, message=_GARBLED))
+        root, *path = request.path.removeprefix("/v1").strip("/").split("/")
+        match root:
+            case "responses" if self.dialect.responses:
+                return await self._responses.serve(exchange, path)
+            case "conversations" if self.dialect.conversations:
+                return await self._conversations.serve(exchange, path)
+            case "models" if request.method == "GET":
+                return await self._serve_models(exchange, "/".join(path))
+        return await exchange.unknown_route()
 
-    async def _serve_response(
-        self, request: Request, response_id: str, rest: list[str], connection: Connection
-    ) -> None:
-        writing = self._writings.get(response_id)
-        found = writing.response if writing else self.responses[response_id]
-        match (request.method, rest):
-            case ("GET", []):
-                if complaint := complaint_about_retrieval(request.query):
-                    return await self._refuse(connection, _bad(complaint))
-                if request.query.get("stream") == "true":
-                    return await self._attach(writing, int(request.query.get("starting_after", -1)), connection)
-                return await self._answer(connection, found)
-            case ("DELETE", []):
-                del self.responses[response_id]
-                deleted = {"id": response_id, "object": "response", "deleted": True}
-                return await self._answer(connection, deleted)
-            case ("POST", ["cancel"]):
-                if self.refusals["cancel"]:
-                    return await self._refuse(connection, self.refusals["cancel"].pop(0))
-                if request.body:
-                    return await self._refuse(connection, _bad("Unknown parameter."))
-                if writing is None:
-                    return await self._refuse(connection, _bad("Cannot cancel a synchronous response."))
-                if not writing.is_over:
-                    self.cancelled.append(response_id)
-                writing.cancel()
-                return await self._answer(connection, writing.response)
-        return await self._refuse(connection, _not_found())
+    async def _serve_models(self, exchange: Exchange, name: str) -> None:
+        if self.refusals["models"]:
+            return await exchange.fail(self.refusals["models"].pop(0))
+        if not name:
+            data = [self._model(each) for each in self.models]
+            return await exchange.answer({"object": "list", "data": data})
+        if name in self.models:
+            return await exchange.answer(self._model(name))
+        return await exchange.refuse(
+            replace(not_found(f"The model '{name}' does not exist"), code="model_not_found", param="model")
+        )
 
-    async def _attach(self, writing: Writing | None, after: int, connection: Connection) -> None:
-        """Sends the events of a background response, from anywhere."""
-        fault = self.attachments.pop(0) if self.attachments else None
-        if isinstance(fault, HttpError):
-            return await self._refuse(connection, fault)
-        if writing is None:
-            return await self._refuse(connection, _not_found())
-        if not writing.streamed:
-            return await self._refuse(connection, _bad("This response was not created with stream=true."))
-        with suppress(_BrokenOff):
-            await self._send(writing.events(after, connection), writing.answer, fault, connection)
-        return None
+    def _model(self, name: str) -> Json:
+        facts = {"id": name, "object": "model", "created": 1_790_000_000, "owned_by": "system"}
+        return {**facts, "shutdown_date": self.models[name]}
 
-    async def _serve_conversation(self, request: Request, connection: Connection) -> None:
-        method, path = request.method, request.path.removeprefix("/v1/conversations").strip("/")
-        name, _, rest = path.partition("/")
-        body = request.body or {}
-        if not name and method == "POST":
-            if self.refusals["conversations"]:
-                return await self._refuse(connection, self.refusals["conversations"].pop(0))
-            if complaint := complaint_about_conversation(body):
-                return await self._refuse(connection, _bad(complaint))
-            conversation = Conversation(self._numbers.next("conv"), body.get("metadata") or {})
-            self.conversations[conversation.id] = conversation
-            self._add(conversation, body.get("items") or [])
-            return await self._answer(connection, conversation.as_json())
-        found = self.conversations.get(name)
-        if found is None:
-            return await self._refuse(connection, _not_found(f"Conversation with id '{name}' not found."))
-        match (method, rest.split("/") if rest else []):
-            case ("GET", []):
-                return await self._answer(connection, found.as_json())
-            case ("DELETE", []):
-                del self.conversations[name]  # its items stay, as at OpenAI
-                deleted = {"id": name, "object": "conversation.deleted", "deleted": True}
-                return await self._answer(connection, deleted)
-            case ("POST", ["items"]):
-                if self.refusals["items"]:
-                    return await self._refuse(connection, self.refusals["items"].pop(0))
-                if complaint := complaint_about_items(body):
-                    return await self._refuse(connection, _bad(complaint))
-                if found.busy:
-                    return await self._refuse(connection, _locked())
-                added = self._add(found, body["items"])
-                return await self._answer(connection, page(added, {"limit": "100", "order": "asc"}) or {})
-            case ("GET", ["items"]):
-                listed = page(found.items, dict(request.query))
-                if listed is None:
-                    return await self._refuse(connection, _bad("Invalid paging."))
-                return await self._answer(connection, listed)
-            case (("GET" | "DELETE") as verb, ["items", item_id]):
-                for item in found.items:
-                    if item["id"] == item_id:
-                        if verb == "DELETE":
-                            found.items.remove(item)
-                            self.items.pop(item_id, None)
-                            return await self._answer(connection, found.as_json())
-                        return await self._answer(connection, item)
-        return await self._refuse(connection, _not_found())
+    # --- for those who serve
 
-    def _add(self, conversation: Conversation, items: Iterable[Json]) -> list[Json]:
-        added = [stored(item, self._numbers) for item in items]
+    def next_step(self, context: Any, body: Json) -> Step:
+        """What to do with a request for a response."""
+        step = self.script.pop(0) if self.script else self.default
+        if isinstance(step, HttpError):
+            return step
+        wanted = body.get("conversation")
+        conversation = wanted["id"] if isinstance(wanted, dict) else wanted
+        for rule in self.rules:
+            if rule.takes(conversation, lambda: words_of(context)):
+                return rule.apply(step)
+        return step
+
+    def as_stored(self, items: Iterable[Json]) -> list[Json]:
+        """Items as the API gives them back."""
+        return [stored(item, self.numbers) for item in items]
+
+    def add_items(self, conversation: Conversation, items: Iterable[Json]) -> None:
+        """Adds to a conversation."""
+        added = list(items)
         conversation.items += added
         self.items.update((item["id"], item) for item in added)
-        return added
 
-    async def _create_response(self, body: Json, connection: Connection) -> None:
-        step = self.script.pop(0) if self.script else Answer()
-        if isinstance(step, HttpError):
-            return await self._refuse(connection, step)
-        wanted = body.get("conversation")
-        name = wanted["id"] if isinstance(wanted, dict) else wanted
-        conversation = self.conversations.get(name) if name else None
-        given = body.get("input") or []
-        if isinstance(given, str):
-            given = [{"type": "message", "role": "user", "content": given}]
-        refusal = self._refusal(body, name, conversation)
-        if refusal is not None:
-            return await self._refuse(connection, refusal)
-        before = (
-            conversation.items if conversation else self._contexts.get(body.get("previous_response_id", ""), [])
-        )
-        added = [stored(item, self._numbers) for item in given]
-        context = [*before, *added]
-        if complaint := complaint_about_calls(context):
-            return await self._refuse(connection, _bad(complaint, param="input"))
-        rendering = Rendering(body, step, last_words(context), self._numbers, len(json.dumps(context)))
-        if conversation:
-            conversation.busy = True
-        self.running += 1
+    def find_item(self, item_id: str) -> Json | None:
+        """An item, wherever it is kept."""
+        if item_id in self.items:
+            return self.items[item_id]
+        everything = (item for context in self.contexts.values() for item in context)
+        return next((item for item in everything if item["id"] == item_id), None)
 
-        def ended(response: Json) -> None:
-            whole = response["status"] == "completed"
-            if whole and conversation:
-                self._add(conversation, [*added, *rendering.output])
-            if whole and body.get("store", True):
-                if not response["background"]:
-                    self.responses[response["id"]] = response
-                self._contexts[response["id"]] = [*context, *rendering.output]
-            if conversation:
-                conversation.busy = False
-            self.running -= 1
-            if not self.running:
-                self._quiet.set()
+    def forget_response(self, response_id: str) -> None:
+        """Deletes a response: nothing can follow it any more."""
+        self.responses.pop(response_id, None)
+        self.inputs.pop(response_id, None)
+        self.contexts.pop(response_id, None)
 
-        events = rendering.events()
-        if body.get("background"):
-            writing = Writing(events, rendering.response, step, ended, streamed=bool(body.get("stream")))
-            return await self._write(writing, connection)
-        final = {**rendering.response, "status": "cancelled"}
-        try:
-            if body.get("stream"):
-                await self._send(_one_by_one(events), step, step.fault, connection)
-            else:
-                await self._answer(connection, rendering.response)
-            final = rendering.response
-        except _BrokenOff:
-            pass
-        finally:
-            ended(final)
-        return None
+    def ended(self) -> None:
+        """A running response has ended."""
+        self.running -= 1
+        if not self.running:
+            self._quiet.set()
 
-    async def _write(self, writing: Writing, connection: Connection) -> None:
-        """Lets a background response be written, and sends what is asked for of it."""
-        self._writings[writing.response["id"]] = writing
-        self.responses[writing.response["id"]] = writing.response
-        task = asyncio.create_task(writing.write())
+    def start(self, work: Coroutine[Any, Any, None]) -> None:
+        """Lets something go on by itself while the provider runs."""
+        task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        if not writing.streamed:
-            return await self._answer(connection, writing.response)
-        with suppress(_BrokenOff):
-            await self._send(writing.events(-1, connection), writing.answer, writing.answer.fault, connection)
-        return None
 
-    def _refusal(self, body: Json, name: str | None, conversation: Conversation | None) -> HttpError | None:
-        if complaint := complaint_about_response(body):
-            return _bad(complaint)
-        if body["model"] not in self.models:
-            message = f"The requested model '{body['model']}' does not exist."
-            return _bad(message, code="model_not_found", param="model")
-        if name and conversation is None:
-            return _not_found(f"Conversation with id '{name}' not found.")
-        if body.get("previous_response_id") and body["previous_response_id"] not in self._contexts:
-            return _bad("Previous response not found.", code="previous_response_not_found")
-        return _locked() if conversation and conversation.busy else None
+    @contextmanager
+    def open(self, stream: Stream) -> Iterator[Stream]:
+        """Keeps a stream among the open ones."""
+        self.streams.add(stream)
+        try:
+            yield stream
+        finally:
+            self.streams.discard(stream)
 
-    async def _send(
-        self, events: AsyncGenerator[Json, None], answer: Answer, fault: Break | None, connection: Connection
-    ) -> None:
-        """Sends the events. Raises _BrokenOff where the script ends them, Disconnected if the client left."""
-        if answer.headers_gate is not None:
-            answer.headers_gate.reached.set()
-            await connection.wait_for(answer.headers_gate.released)
-        await connection.begin(self._headers())
-        deltas = 0
-        if fault is not None and fault.after == 0:
-            await self._break(fault, b"", connection)
-        async with aclosing(events):
-            async for event in events:
-                frame = as_bytes(event, answer)
-                if fault is not None and 0 < fault.after == deltas:
-                    await self._break(fault, frame, connection)
-                if fault is not None and fault.after == deltas:
-                    fault = None
-                for data in (frame[at : at + 1] for at in range(len(frame))) if answer.byte_by_byte else (frame,):
-                    await connection.send(data)
-                deltas += is_delta(event)
-        await connection.end()
-
-    async def _break(self, fault: Break, frame: bytes, connection: Connection) -> None:
-        """Lets something go wrong before `frame` is sent. Raises _BrokenOff or Disconnected if that is the end."""
-        match fault.how:
-            case "eof" | "half":
-                if fault.how == "half":
-                    await connection.send(frame[: len(frame) // 2] or b"data: {")
-                await connection.end()
-                raise _BrokenOff
-            case "cut":
-                await connection.send(frame[: len(frame) // 2] or b"data: {")
-                connection.reset()
-                raise Disconnected
-            case "malformed":
-                await connection.send(b'data: {"type": "response.output_text.delta", "delta": \n\n')
-            case "stall":
-                fault.gate.reached.set()
-                await connection.wait_for(fault.gate.released)
-            case "comments":
-                fault.gate.reached.set()
-                while not fault.gate.released.is_set():
-                    await connection.send(b": keep-alive\n\n")
-                    await asyncio.sleep(0.005)
-
-    async def _answer(self, connection: Connection, body: Json) -> None:
-        await connection.answer(200, json.dumps(body).encode(), self._headers())
-
-    async def _refuse(self, connection: Connection, error: HttpError) -> None:
-        if error.gate is not None:
-            error.gate.reached.set()
-            await connection.wait_for(error.gate.released)
-        if error.reset:
-            connection.reset()
-            raise Disconnected
-        facts = {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
-        body = json.dumps({"error": facts}).encode() if error.body is None else error.body
-        await connection.answer(error.status, body, {**self._headers(), **error.headers})
-
-    def _headers(self) -> dict[str, str]:
-        return {"x-request-id": self._numbers.next("req"), "openai-processing-ms": "1"}
-
-
-class _BrokenOff(Exception):
-    """The answer has ended where the script says, before its end."""
-
-
-async def _one_by_one(events: Iterable[Json]) -> AsyncGenerator[Json, None]:
-    for event in events:
-        yield event
-
-
-def _bad(message: str, *, code: str | None = None, param: str | None = None) -> HttpError:
-    return HttpError(status=400, message=message, code=code, param=param)
-
-
-def _not_found(message: str = "Not found.") -> HttpError:
-    return HttpError(status=404, message=message)
-
-
-def _locked() -> HttpError:
-    return HttpError(
-        status=400,
-        code="conversation_locked",
-        param="conversation",
-        message="Another process is currently operating on this conversation. Please retry in a few seconds.",
-    )
+    async def wait_at(self, gate: Gate, connection: Connection, seconds: float | None = None) -> None:
+        """Waits at a gate, `seconds` at most. Raises Disconnected if the client leaves before."""
+        loop = asyncio.get_running_loop()
+        timer = None if seconds is None else loop.call_later(seconds, gate.released.set)
+        self.gates.add(gate)
+        gate.reached.set()
+        try:
+            await connection.wait_for(gate.released)
+        finally:
+            self.gates.discard(gate)
+            if timer is not None:
+                timer.cancel()

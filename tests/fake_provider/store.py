@@ -1,5 +1,7 @@
 """What the provider keeps: conversations, their items, responses."""
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +30,52 @@ class Conversation:
 
     def as_json(self) -> Json:
         return {"id": self.id, "object": "conversation", "created_at": 1_790_000_000, "metadata": self.metadata}
+
+
+PICTURE_TOKENS = 1000
+"""What a picture or a file costs here, however large it is."""
+
+
+def tokens_of(context: Sequence[Json], request: Json) -> int:
+    """The size of an input: a token is four characters. What lies before a compaction no longer counts."""
+    begin = max((place for place, item in enumerate(context) if item["type"] == "compaction"), default=0)
+    size = len(request.get("instructions") or "") // 4 + len(json.dumps(request.get("tools") or [])) // 4
+    return 1 + size + sum(_tokens_of_item(item) for item in context[begin:])
+
+
+def _tokens_of_item(item: Json) -> int:
+    content = item.get("content", item.get("output", ""))
+    if not isinstance(content, list):
+        return (len(str(content)) + len(item.get("arguments", ""))) // 4 + 4
+    return 4 + sum(
+        PICTURE_TOKENS
+        if part["type"] in ("input_image", "input_file")
+        else len(part.get("text", part.get("refusal", ""))) // 4
+        for part in content
+    )
+
+
+def schema_example(schema: Json) -> Any:
+    """The plainest value of a JSON schema."""
+    if "enum" in schema:
+        return schema["enum"][0]
+    if "const" in schema:
+        return schema["const"]
+    if options := schema.get("anyOf"):
+        return schema_example(options[0])
+    match schema.get("type"):
+        case "object":
+            return {name: schema_example(inner) for name, inner in schema.get("properties", {}).items()}
+        case "array":
+            return [schema_example(schema.get("items", {}))]
+        case "integer" | "number":
+            return 1
+        case "boolean":
+            return True
+        case "null":
+            return None
+        case _:
+            return "text"
 
 
 def stored(item: Json, numbers: Numbers) -> Json:
@@ -79,13 +127,9 @@ def last_words(context: list[Json]) -> str:
     return ""
 
 
-def page(items: list[Json], query: dict[str, Any]) -> Json | None:
-    """A page of items, newest first unless asked otherwise; None for a bad query."""
-    limit = int(query.get("limit", 20))
-    if not 1 <= limit <= 100 or query.get("order", "desc") not in ("asc", "desc"):
-        return None
-    ordered = list(items) if query.get("order") == "asc" else list(reversed(items))
-    after = query.get("after")
+def page(items: Sequence[Json], limit: int = 20, order: str = "desc", after: str | None = None) -> Json | None:
+    """A page of items, newest first unless asked otherwise; None if `after` is none of them."""
+    ordered = list(items) if order == "asc" else list(reversed(items))
     if after is not None:
         places = [number for number, item in enumerate(ordered) if item["id"] == after]
         if not places:
