@@ -20,7 +20,7 @@ OPENAI_BASE_URL, then serves until it is stopped. What it sends fits the types o
 Unless told otherwise it answers "You said: …". Token counts are a quarter of the characters.
 """
 
-_SCRIPT = r"""  {"steps": [{"answer": {"output": [{"text": "Hello"}, {"call": {"name": "goals", "arguments": "{}"}}]}},
+_SCRIPT = r"""  {"steps": [{"answer": {"output": [{"text": "Hello"}, {"call": {"name": "goals"}}]}},
              {"answer": {"output": [{"text": {"text": "I can't.", "refusal": true}}],
                          "ending": {"incomplete": "content_filter"}}},
              "rate_limit,retry_after=2"],

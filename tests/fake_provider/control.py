@@ -1,6 +1,7 @@
 """Control over HTTP, for tests and benchmarks in other processes: everything under `/__fake__/`."""
 
 import asyncio
+import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from fake_provider.server import FakeProvider
 
 HELP = """\
-  GET    /__fake__/               counts: requests, running, streams, strikes, rejected, lateness …
+  GET    /__fake__/               counts: requests, running, streams, strikes, rejected, lateness, CPU …
   GET    /__fake__/requests       all requests, with headers and bodies; ?since=N leaves out the first N
   GET    /__fake__/rejected       those with parameters that the API does not take, and what they were told
   GET    /__fake__/conversations  with their items
@@ -94,6 +95,7 @@ class Control:
             "script": len(provider.script),
             "strikes": dict(provider.strikes),
             "lateness": provider.lateness.as_json(),
+            "cpu_seconds": time.process_time(),
         }
 
     def _do(self, method: str, what: str, request: Request) -> Json | None:

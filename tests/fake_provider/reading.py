@@ -2,7 +2,8 @@
 
 Everything is an object with one key, the name of what it is, and the fields of the class of that name in
 `script`; the value may be the first field alone. So `{"text": "Hello"}` is `Text(text="Hello")`, and
-`{"call": {"name": "goals"}}` is `Call(name="goals")`. Steps are `answer`, `load`, and any refusal of the table of faults as a string.
+`{"call": {"name": "goals"}}` is `Call(name="goals")`. Steps are `answer`, `load`, and any refusal of the table of
+faults as a string.
 """
 
 from collections.abc import Mapping
@@ -40,7 +41,7 @@ KINDS: Mapping[str, type] = {
     "break": Break,
     "pause": Pause,
 }
-_ANY = ConfigDict(arbitrary_types_allowed=True)  # the gates, which a script cannot name
+_ANY = ConfigDict(extra="forbid", arbitrary_types_allowed=True)  # gates: a script cannot name them
 
 
 def _check(kind: Any) -> TypeAdapter[Any]:

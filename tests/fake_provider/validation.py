@@ -168,11 +168,39 @@ def _about_types(validator: SchemaValidator, body: dict[str, Any]) -> HttpError 
     try:
         validator.validate_python(body)
     except ValidationError as error:
-        # Of the errors of all members of a union, those that lie deepest are those of the member that was meant.
         found = [(_path(body, details["loc"]), details) for details in error.errors(include_url=False)]
-        path, details = max(found, key=lambda one: (len(one[0]), one[1]["type"] == "extra_forbidden"))
+        found = _of_the_meant(_of_the_meant(found, "type"), "role")
+        path, details = max(found, key=lambda one: (len(one[0]), _TELLING.get(one[1]["type"], 0)))
         return _type_error(_name(path), details)
     return None
+
+
+_Found = tuple[list[str | int], ErrorDetails]
+"""An error and its place in the body."""
+
+_TELLING = {"literal_error": 3, "extra_forbidden": 2, "missing": 1}
+"""Of errors at one place, which says most."""
+
+
+def _of_the_meant(found: list[_Found], tag: str) -> list[_Found]:
+    """Without the errors of those members of a union that bear another tag: they were not meant.
+
+    Where all members do, the tag itself is wrong, and none is left out.
+    """
+    others = {
+        details["loc"][:-1]
+        for _, details in found
+        if details["type"] == "literal_error" and details["loc"][-1] == tag
+    }
+    meant, left_out = [], []
+    for one in found:
+        location = one[1]["loc"]
+        is_other = any(location[:size] in others for size in range(1, len(location)))
+        (left_out if is_other else meant).append(one)
+    if not left_out:
+        return found
+    is_one_meant = max((len(path) for path, _ in meant), default=0) >= min(len(path) for path, _ in left_out)
+    return meant if is_one_meant else found
 
 
 def _type_error(name: str, details: ErrorDetails) -> HttpError:
