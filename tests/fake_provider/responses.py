@@ -32,6 +32,10 @@ class Input:
         self.added = added
         self.context = [*before, *added]
 
+    def stream(self, rendering: Rendering) -> Stream:
+        """The stream of what is answered to it."""
+        return Stream(rendering.response["id"], self.conversation.id if self.conversation else None)
+
 
 class Responses:
     """Serves them. What it keeps lies with the provider."""
@@ -223,7 +227,7 @@ class Responses:
             provider.ended()
 
         if isinstance(step, Load):
-            return await self._send_load(exchange, rendering, step, ended)
+            return await self._send_load(exchange, given, rendering, step, ended)
         events = rendering.events()
         for struck in rendering.strikes:
             provider.strikes[struck] += 1
@@ -235,7 +239,7 @@ class Responses:
         try:
             if body.get("stream"):
                 sender = Sender(provider, exchange, step, step.fault)
-                stream = Stream(rendering.response["id"], given.conversation.id if given.conversation else None)
+                stream = given.stream(rendering)
                 with provider.open(stream):
                     async with aclosing(_one_by_one(events, step.pace)) as paced:
                         await sender.send(paced, events, 0, stream)
@@ -248,12 +252,14 @@ class Responses:
             ended(rendering.response if step.kept_when_aborted else final)
         return None
 
-    async def _send_load(self, exchange: Exchange, rendering: Rendering, load: Load, ended: Any) -> None:
+    async def _send_load(
+        self, exchange: Exchange, given: Input, rendering: Rendering, load: Load, ended: Any
+    ) -> None:
         source = LoadStream(load, rendering)
         final = {**rendering.response, "status": "cancelled"}
         try:
             await exchange.connection.begin(exchange.headers)
-            with self._provider.open(Stream(rendering.response["id"], None)) as stream:
+            with self._provider.open(given.stream(rendering)) as stream:
                 await source.send(exchange.connection, stream, self._provider.lateness)
             final = rendering.response
         finally:

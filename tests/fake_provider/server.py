@@ -8,6 +8,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
+from fake_provider.chat import serve_chat
 from fake_provider.control import Control
 from fake_provider.conversations import Conversations
 from fake_provider.dialects import DIALECTS
@@ -186,6 +187,8 @@ class FakeProvider:
                 return await self._responses.serve(exchange, path)
             case "conversations" if self.dialect.conversations:
                 return await self._conversations.serve(exchange, path)
+            case "chat" if (request.method, path) == ("POST", ["completions"]):
+                return await serve_chat(self, exchange)
             case "models" if request.method == "GET":
                 return await self._serve_models(exchange, "/".join(path))
         return await exchange.unknown_route()

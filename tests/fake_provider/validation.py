@@ -7,6 +7,10 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from openai.types.chat.completion_create_params import (
+    CompletionCreateParamsNonStreaming,
+    CompletionCreateParamsStreaming,
+)
 from openai.types.conversations.conversation_create_params import ConversationCreateParams
 from openai.types.conversations.conversation_update_params import ConversationUpdateParams
 from openai.types.conversations.item_create_params import ItemCreateParams
@@ -60,6 +64,8 @@ _STREAMED_RETRIEVAL = _validator(ResponseRetrieveParamsStreaming)
 _TOKEN_COUNT = _validator(InputTokenCountParams)
 _COMPACTION = _validator(ResponseCompactParams)
 _INPUT_ITEMS = _validator(InputItemListParams)
+_CHAT = _validator(CompletionCreateParamsNonStreaming)
+_STREAMED_CHAT = _validator(CompletionCreateParamsStreaming)
 _CONVERSATION = _validator(ConversationCreateParams)
 _CONVERSATION_UPDATE = _validator(ConversationUpdateParams)
 _ITEMS = _validator(ItemCreateParams)
@@ -118,6 +124,11 @@ def about_token_count(body: Json) -> HttpError | None:
 def about_compact(body: Json) -> HttpError | None:
     """A request to compact an input."""
     return _about_types(_COMPACTION, body) or _about_input(body)
+
+
+def about_chat(body: Json) -> HttpError | None:
+    """A request for a completion of a chat."""
+    return _about_types(_STREAMED_CHAT if body.get("stream") else _CHAT, body)
 
 
 def about_conversation(body: Json) -> HttpError | None:
@@ -192,7 +203,8 @@ def _of_the_meant(found: list[_Found], tag: str) -> list[_Found]:
         for _, details in found
         if details["type"] == "literal_error" and details["loc"][-1] == tag
     }
-    meant, left_out = [], []
+    meant: list[_Found] = []
+    left_out: list[_Found] = []
     for one in found:
         location = one[1]["loc"]
         is_other = any(location[:size] in others for size in range(1, len(location)))

@@ -18,6 +18,7 @@ import openai
 import pytest
 from openai import AsyncOpenAI
 from openai.types import Model
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from openai.types.conversations import Conversation, ConversationDeletedResource, ConversationItemList
 from openai.types.responses import (
     CompactedResponse,
@@ -266,6 +267,12 @@ async def test_every_object_fits_its_type(provider: FakeProvider, http: httpx2.A
     await provider.quiet()
     await call(Response, "POST", f"/responses/{written.id}/cancel")
     assert (await call(Model, "GET", "/models/gpt-4o")).shutdown_date == "2027-01-14"
+    asked = {"model": MODEL, "messages": [{"role": "user", "content": "Hello"}]}
+    await call(ChatCompletion, "POST", "/chat/completions", asked)
+    chunks = (await http.post("/v1/chat/completions", json={**asked, "stream": True})).text.split("\n\n")
+    assert chunks[-2:] == ["data: [DONE]", ""]
+    for chunk in chunks[:-2]:
+        fits(ChatCompletionChunk, chunk.removeprefix("data: "))
     models = (await http.get("/v1/models")).json()["data"]
     assert [fits(Model, json.dumps(model)).id for model in models] == list(provider.models)
     for ending, status in ((Incomplete(), "incomplete"), (Failed(), "failed")):
@@ -377,6 +384,7 @@ async def test_wrong_requests_elsewhere(provider: FakeProvider, http: httpx2.Asy
         ("POST", f"/v1/responses/{response}/cancel", {"why": "so"}),
         ("POST", "/v1/responses/input_tokens", {"input": 5}),
         ("POST", "/v1/responses/compact", {"input": "Hello"}),
+        ("POST", "/v1/chat/completions", {"model": MODEL, "messages": [], "mood": 1}),
     ]
     for number, (method, target, body) in enumerate(wrong, 1):
         assert (await http.request(method, target, json=body)).status_code == 400, target
@@ -530,6 +538,8 @@ async def test_servers_that_have_less(like: str) -> None:
             return True
 
         assert await works(client.models.list())
+        chat = await client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": "Hello"}])
+        assert chat.choices[0].message.content == TEXT
         assert await works(client.conversations.create()) is has.conversations
         assert await works(client.responses.create(model=MODEL, input="Hello")) is has.responses
         if has.responses:
