@@ -86,6 +86,7 @@ class ScriptedAgent(Agent):
         self._default = default
         self.requests: list[ReplyRequest] = []
         self.stopped: list[str] = []
+        self.refused: float | None = None
         self.closed = 0
 
     @property
@@ -94,6 +95,9 @@ class ScriptedAgent(Agent):
 
     def model(self, definition: AgentDefinition) -> str:
         return "script-1"
+
+    def refusal(self) -> float | None:
+        return self.refused
 
     async def reply(self, request: ReplyRequest) -> AsyncGenerator[AgentEvent, None]:
         self.requests.append(request)

@@ -10,6 +10,7 @@ import pytest
 from adapters.system import Ids
 from core.model.errors import (
     Overloaded,
+    ProviderUnavailable,
     QueueFull,
     QuotaExceeded,
     StoreBusy,
@@ -292,3 +293,34 @@ async def test_a_refusal_for_a_caller_who_has_left_is_no_error(store: Store) -> 
         await it.events(await it.say())
         gc.collect()
     assert not strays
+
+
+async def test_while_the_agent_refuses_nothing_is_accepted_and_what_was_goes_on(store: Store) -> None:
+    gate = Gate()
+    agent = ScriptedAgent(["a", gate, DONE], ["b", DONE])
+    async with service(store, agent) as it:
+        running = await it.say("q1", request_id="r1")
+        thread_id = await thread_of(it, running)
+        await it.stream(running, "a")
+        waiting = await it.say("q2", thread_id=thread_id, on_busy=QUEUE)
+        agent.refused = 7.5
+        attempts = (
+            it.say("q3"),
+            it.say("q3", thread_id=thread_id, on_busy=QUEUE),
+            it.say("q3", thread_id=thread_id, on_busy=INTERRUPT),
+        )
+        for attempt in attempts:
+            with pytest.raises(ProviderUnavailable) as refusal:
+                await attempt
+            assert refusal.value.retry_after == 7.5
+        assert await it.say("q1", request_id="r1") == running
+        with pytest.raises(TurnInProgress):
+            await it.say("q3", thread_id=thread_id)
+        gate.open()
+        assert text_of(await it.events(running)) == "a"
+        assert (await it.threads.turn("ada", waiting))[0].state is TurnState.ACCEPTED
+        agent.refused = None
+        assert text_of(await it.events(waiting)) == "b"
+        assert await lines(it, thread_id) == [
+            (Role.USER, "q1"), (Role.ASSISTANT, "a"), (Role.USER, "q2"), (Role.ASSISTANT, "b"),
+        ]  # fmt: skip

@@ -93,7 +93,7 @@ async def test_a_fold_keeps_every_event(store: Store) -> None:
 
 async def test_a_reply_that_is_not_complete_leaves_the_copy_behind(store: Store) -> None:
     copy = ProviderState(provider="scripted", conversation_id="c", synced_to=0)
-    short = RoundFinished(Usage(), TurnReason.OUTPUT_LIMIT, keeps_copy=True)
+    short = RoundFinished(Usage(), TurnReason.OUTPUT_LIMIT, copy=copy)
     gate = Gate()
     async with service(store, ScriptedAgent([StateChanged(copy), "Hi", short], [gate, DONE])) as it:
         turn_id = await it.say()
@@ -101,7 +101,7 @@ async def test_a_reply_that_is_not_complete_leaves_the_copy_behind(store: Store)
         turn, _ = await it.threads.turn("ada", turn_id)
         second = await it.say(thread_id=turn.thread_id)
         await gate.reached.wait()
-        ending = Ending(reason=TurnReason.INTERRUPTED, keeps_copy=True)
+        ending = Ending(reason=TurnReason.INTERRUPTED, copy=copy)
         await store.write(lambda tx: end_turn(tx, IDS, second, ending, tail=[TextDelta("x")]))
         stored = await store.read(lambda tx: tx.threads.provider_state(turn.thread_id))
         assert stored is not None

@@ -393,7 +393,7 @@ async def test_the_tool_loop_is_bounded(store: Store) -> None:
 
 async def test_the_providers_copy_follows_the_transcript(store: Store) -> None:
     state = ProviderState(provider="scripted", conversation_id="conv_1", synced_to=0)
-    kept = RoundFinished(DONE.usage, keeps_copy=True)
+    kept = RoundFinished(DONE.usage, copy=state)
     agent = ScriptedAgent([StateChanged(state), "a", kept], ["b", AgentFailed(TurnReason.PROVIDER_STALLED)])
     async with service(store, agent) as it:
         turn, _ = await it.threads.turn("ada", await it.say())
@@ -407,6 +407,30 @@ async def test_the_providers_copy_follows_the_transcript(store: Store) -> None:
         assert third is not None
         assert third.synced_to == 2  # a failed turn is not in the copy
         assert agent.requests[2].message.index == 5
+
+
+async def test_the_next_round_is_handed_the_copy_and_the_deadline_and_only_completion_stores_it(
+    store: Store,
+) -> None:
+    first = ProviderState(provider="scripted", response_id="resp_1", synced_to=1)
+    second = ProviderState(provider="scripted", response_id="resp_2", synced_to=1)
+    gate = Gate()
+    agent = ScriptedAgent(
+        [ToolCalled("c1", "note", "{}"), RoundFinished(Usage(), copy=first)],
+        [gate, "a", RoundFinished(Usage(), copy=second)],
+    )
+    async with service(store, agent, limits=TurnLimits(budget=60)) as it:
+        begun = asyncio.get_running_loop().time()
+        turn, _ = await it.threads.turn("ada", await it.say())
+        await gate.reached.wait()
+        assert [request.state for request in agent.requests] == [None, first]
+        assert len({request.deadline for request in agent.requests}) == 1
+        assert begun + 50 < agent.requests[0].deadline <= asyncio.get_running_loop().time() + 60
+        assert await store.read(lambda tx: tx.threads.provider_state(turn.thread_id)) is None
+        gate.open()
+        await it.events(turn.id)
+        stored = await store.read(lambda tx: tx.threads.provider_state(turn.thread_id))
+        assert stored == replace(second, synced_to=3)
 
 
 async def test_a_lost_lease_writes_nothing(store: Store) -> None:

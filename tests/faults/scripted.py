@@ -83,6 +83,9 @@ class ScriptedCoach(Agent):
     def model(self, definition: AgentDefinition) -> str:
         return "scripted-1"
 
+    def refusal(self) -> float | None:
+        return None
+
     async def reply(self, request: ReplyRequest) -> AsyncGenerator[AgentEvent, None]:
         plan = Plan.of("".join(part.text for part in request.message.content))
         last_round = bool(request.rounds) or not plan.tool

@@ -109,6 +109,9 @@ class WhimsicalAgent(Agent):
     def model(self, definition: AgentDefinition) -> str:
         return "whim-1"
 
+    def refusal(self) -> float | None:
+        return None
+
     async def reply(self, request: ReplyRequest) -> AsyncGenerator[AgentEvent, None]:
         self.running += 1
         try:
@@ -163,7 +166,9 @@ class WhimsicalAgent(Agent):
             yield ToolCalled(f"{invocation}-{number}", name, arguments)
         if not calls:
             judge.said(turn_id, "".join(done.text for done in request.rounds) + said)
-        yield RoundFinished(Usage(input_tokens=1, output_tokens=len(said)), keeps_copy=chance.random() < 0.5)
+        copy = ProviderState(provider="whim", conversation_id=f"{turn_id}-{invocation}")
+        kept = copy if chance.random() < 0.5 else None
+        yield RoundFinished(Usage(input_tokens=1, output_tokens=len(said)), copy=kept)
 
     def _is_over(self, turn_id: str) -> bool:
         """Whether nothing is to be written here any more, as this process may not know yet."""

@@ -545,7 +545,7 @@ async def test_it_speaks_a_word_at_a_time_with_a_pause_between() -> None:
     assert finished.usage.input_tokens == 1
     assert finished.usage.output_tokens == len(words)
     assert finished.shortfall is None
-    assert not finished.keeps_copy
+    assert finished.copy is None
 
 
 async def test_without_pace_it_never_sleeps() -> None:

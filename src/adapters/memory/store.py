@@ -133,12 +133,11 @@ class Threads(_Repository, threads.Threads):
         tables = self._tables
         thread = tables.threads[thread_id]
         state = tables.provider_states.get(thread_id) or ProviderState(provider="")
-        current = (state.conversation_id,) if state.conversation_id else ()
         tombstone = Tombstone(
             thread_id=thread_id,
             user_id=thread.user_id,
             provider=state.provider,
-            copies=(*current, *state.retired),
+            copies=state.copies,
             deleted_at=now,
         )
         turn_ids = tables.turns_of.get(thread_id, ())

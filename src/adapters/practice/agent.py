@@ -43,6 +43,9 @@ class PracticeAgent(Agent):
     def model(self, definition: AgentDefinition) -> str:
         return "practice-1"
 
+    def refusal(self) -> float | None:
+        return None
+
     async def reply(self, request: ReplyRequest) -> AsyncGenerator[AgentEvent, None]:
         history = await request.history()
         try:

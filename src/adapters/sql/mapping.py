@@ -70,6 +70,7 @@ def provider_state_of(conversation_id: str | None, state: Mapping[str, Any] | No
     return ProviderState(
         provider=state["provider"],
         conversation_id=conversation_id,
+        response_id=state.get("response_id"),
         synced_to=state["synced_to"],
         retired=tuple(state["retired"]),
     )
@@ -81,6 +82,7 @@ def provider_state_values(state: ProviderState) -> Values:
         "thread_id": state.conversation_id,
         "provider_state": {
             "provider": state.provider,
+            "response_id": state.response_id,
             "synced_to": state.synced_to,
             "retired": list(state.retired),
         },
@@ -100,12 +102,11 @@ def tombstone_of(row: AnyRow) -> Tombstone:
 
 def tombstone_values(thread_id: str, user_id: str, state: ProviderState | None, now: datetime) -> Values:
     """Writes a new row of `tombstones` for a thread of which the provider has these copies."""
-    current = () if state is None or state.conversation_id is None else (state.conversation_id,)
     return {
         "thread_id": thread_id,
         "user_id": user_id,
         "provider": state.provider if state else "",
-        "copies": [*current, *(state.retired if state else ())],
+        "copies": list(state.copies) if state else [],
         "deleted_at": now,
     }
 

@@ -10,6 +10,7 @@ CoreError
 ├── QueueFull               too many messages wait in the thread
 ├── QuotaExceeded           the user's own bound
 ├── Overloaded, Draining    this process takes no more
+├── ProviderUnavailable     the provider has failed too often just now
 ├── StoreUnavailable        the database does not answer
 │   └── StoreBusy           somebody else holds what a write needs
 ├── CleanupRunning          another cleanup is at work
@@ -114,7 +115,7 @@ class PositionAhead(CoreError):
 class RetryableError(CoreError):
     """Nothing was accepted; the same call may succeed after `retry_after` seconds."""
 
-    retry_after: ClassVar[float] = 1.0
+    retry_after: float = 1.0
 
 
 class QueueFull(RetryableError):
@@ -143,6 +144,17 @@ class Draining(RetryableError):
 
     reason = "DRAINING"
     message = "The service is shutting down."
+
+
+class ProviderUnavailable(RetryableError):
+    """The provider has failed so often that nobody asks it for the next `retry_after` seconds."""
+
+    reason = "PROVIDER_UNAVAILABLE"
+    message = "The provider is unavailable."
+
+    def __init__(self, retry_after: float) -> None:
+        super().__init__()
+        self.retry_after = retry_after
 
 
 class StoreUnavailable(RetryableError):

@@ -46,14 +46,21 @@ class ProviderState:
     """What is known of the provider's copy of a thread. SQL is the record; this copy is a cache.
 
     `synced_to` is the number of transcript lines that the copy is known to mirror: where it is less than the
-    thread's own count, the copy is rebuilt before it is used; UNSYNCED says that nothing is known of it.
-    `retired` holds the ids of the copies that were replaced and still have to be erased there.
+    thread's own count, the copy is brought into step before it is used; UNSYNCED says that nothing is known of it.
+    The copy is a conversation or a chain of responses, of which `response_id` is the last. `retired` holds the ids
+    of the copies that were replaced and still have to be erased there.
     """
 
     provider: str
     conversation_id: str | None = None
+    response_id: str | None = None
     synced_to: int = 0
     retired: tuple[str, ...] = ()
+
+    @property
+    def copies(self) -> tuple[str, ...]:
+        """The ids of all that the provider has of the thread."""
+        return (*filter(None, (self.conversation_id, self.response_id)), *self.retired)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,5 +1,6 @@
 """The port to whoever writes the coach's replies."""
 
+import math
 from abc import abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -36,7 +37,8 @@ class ReplyRequest:
     `history` loads the lines of the transcript before `message`, oldest first; an agent whose provider keeps
     the conversation need not call it. `rounds` holds the finished tool rounds of this turn: empty at first.
     `state` is what the agent last said of the provider's copy, None if it never did or if it was another
-    provider's. `resume` asks for the rest of a round that was begun before.
+    provider's; in the later rounds of a turn it is the `copy` that came with the round before. `resume` asks for
+    the rest of a round that was begun before. At `deadline`, in the loop's time, the turn's budget is spent.
     """
 
     turn_id: str
@@ -50,6 +52,7 @@ class ReplyRequest:
     rounds: tuple[ToolRound, ...] = ()
     state: ProviderState | None = None
     resume: Resumption | None = None
+    deadline: float = math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +77,13 @@ class RoundFinished:
     """The provider said that its answer has ended. Last event of every round.
 
     `shortfall` is set where the provider itself says that the answer is not whole (`OUTPUT_LIMIT`,
-    `CONTENT_FILTERED`). `keeps_copy` says that the provider's copy now mirrors the transcript, this turn
-    included; its `synced_to` is then moved on in the transaction that ends the turn.
+    `CONTENT_FILTERED`). `copy` is the provider's copy with all of the turn so far in it, if there is one: it is
+    handed to the next round, and stored with `synced_to` at the reply in the transaction that completes the turn.
     """
 
     usage: Usage
     shortfall: TurnReason | None = None
-    keeps_copy: bool = False
+    copy: ProviderState | None = None
 
 
 AgentEvent = TextDelta | ToolCalled | Begun | StateChanged | RoundFinished
@@ -112,6 +115,10 @@ class Agent(Protocol):
     @abstractmethod
     def model(self, definition: AgentDefinition) -> str:
         """The model that would serve a turn of this definition begun now."""
+
+    @abstractmethod
+    def refusal(self) -> float | None:
+        """Seconds after which a turn may succeed again; None where nothing speaks against one now."""
 
     @abstractmethod
     def reply(self, request: ReplyRequest) -> AsyncGenerator[AgentEvent, None]:

@@ -13,6 +13,7 @@ from core.model.errors import (
     Draining,
     InvalidField,
     Overloaded,
+    ProviderUnavailable,
     QueueFull,
     QuotaExceeded,
     RequestIdReused,
@@ -164,7 +165,7 @@ class AcceptMessage:
                 case BusyPolicy.REJECT:
                     raise TurnInProgress(unfinished[0].id)
                 case BusyPolicy.QUEUE:
-                    if isinstance(refusal, Draining):
+                    if isinstance(refusal, Draining | ProviderUnavailable):
                         raise refusal
                     return self._enqueue(tx, message, request, turn_id, thread, definition, unfinished, now)
                 case BusyPolicy.INTERRUPT:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from core.model.errors import LeaseLost, TurnNotFound
 from core.model.events import TurnEvent, TurnFinished, extent, merged, reply_of
 from core.model.message import ContentPart, Message, Role, TextPart
+from core.model.thread import ProviderState
 from core.model.turn import Turn, TurnReason, TurnState, Usage
 from core.ports.store import Transaction
 from core.ports.system import Ids
@@ -17,13 +18,13 @@ class Ending:
     """How a turn is to end.
 
     `reason` None means that the provider said the reply is complete. `cancelled` ends it CANCELLED whatever
-    text there is. `keeps_copy` says that the provider's copy mirrors the transcript, this reply included.
+    text there is. `copy` is the provider's copy of the transcript, this reply included, if it has one.
     """
 
     reason: TurnReason | None = None
     cancelled: bool = False
     usage: Usage = field(default_factory=Usage)
-    keeps_copy: bool = False
+    copy: ProviderState | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,10 +101,8 @@ def end_turn(
     message = stored[-1] if reply.parts else None
     next_id = tx.turns.save_ending(ended)
     tx.log.fold(turn_id, merged([*events, TurnFinished(ended, message)]))
-    if ending.keeps_copy and message and state is TurnState.COMPLETED:
-        copy = tx.threads.provider_state(turn.thread_id)
-        if copy is not None:
-            tx.threads.save_provider_state(turn.thread_id, replace(copy, synced_to=message.index))
+    if ending.copy and message and state is TurnState.COMPLETED:
+        tx.threads.save_provider_state(turn.thread_id, replace(ending.copy, synced_to=message.index))
     return Ended(ended, message, already=False, next_id=next_id)
 
 

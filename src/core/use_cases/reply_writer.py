@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import re
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
@@ -83,6 +84,7 @@ class ReplyWriter:
         work = _Work(claimed, log, self._agent.provider)
         try:
             async with asyncio.timeout(claimed.budget_left) as budget:
+                work.deadline = budget.when() or math.inf
                 while True:
                     try:
                         return await self._attempt(work)
@@ -138,6 +140,7 @@ class ReplyWriter:
             rounds=tuple(rounds),
             state=work.state,
             resume=work.resume,
+            deadline=work.deadline,
         )
         while True:
             text: list[str] = [request.resume.text] if request.resume else []
@@ -177,14 +180,15 @@ class ReplyWriter:
             if finished.shortfall is not None:
                 return Ending(reason=finished.shortfall, usage=work.usage)
             if not calls:
-                return Ending(usage=work.usage, keeps_copy=finished.keeps_copy)
+                return Ending(usage=work.usage, copy=finished.copy)
             if len(request.rounds) == MAX_TOOL_ROUNDS or len(seen) > MAX_TOOL_CALLS:
                 return Ending(reason=TurnReason.TOOL_LIMIT, usage=work.usage)
             for call in calls:
                 log.add(call)
             await log.flush()  # a call is on record before it can have an effect
             done = ToolRound("".join(text), await self._call_tools(calls, work))
-            request = replace(request, rounds=(*request.rounds, done), resume=None)
+            copy = finished.copy or request.state
+            request = replace(request, rounds=(*request.rounds, done), resume=None, state=copy)
 
     async def _answered(self, kept: Round, work: "_Work") -> tuple[ToolExchange, ...]:
         """The exchanges of a round of an earlier attempt; calls without an answer on record are made again."""
@@ -248,6 +252,7 @@ class _Work:
         self.claimed = claimed
         self.log = log
         self.usage = Usage()
+        self.deadline = math.inf
         self.attempt = claimed.turn.attempt
         self.kept = claimed.rounds
         self.resume = claimed.resume

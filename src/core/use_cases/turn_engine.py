@@ -15,6 +15,7 @@ from core.model.errors import (
     Draining,
     LeaseLost,
     Overloaded,
+    ProviderUnavailable,
     QuotaExceeded,
     StoreUnavailable,
     TurnNotFound,
@@ -125,6 +126,8 @@ class TurnEngine:
             return Overloaded()
         if self._reserved[user_id] >= self._limits.max_turns_per_user:
             return QuotaExceeded()
+        if (wait := self._agent.refusal()) is not None:
+            return ProviderUnavailable(wait)
         self._reserved[user_id] += 1
         return None
 
