@@ -159,6 +159,7 @@ class Responses:
             return bad(LOCKED, code="conversation_locked", param="conversation")
         if complaint := complaint_about_calls(given.context):
             return bad(complaint, param="input")
+        provider.shown.append(given.context)
         if tokens > self._provider.context_limit and not compacts and body.get("truncation") != "auto":
             return bad(_TOO_LONG, code="context_length_exceeded", param="input")
         return None

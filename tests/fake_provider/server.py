@@ -43,7 +43,7 @@ class FakeProvider:
     `models` or `cancel`; `attachments` says what befalls the next connections that ask for the stream of a
     background response. `cancelled` are the ids of the responses that were cancelled while they were written.
     `requests` are all that came, `rejected` those with parameters that the API does not take, and what they were
-    told. `strikes` counts the faults that struck, by their names. `lateness` is of the paced replies.
+    told. `shown` is what the model was shown each time. `strikes` counts the faults that struck, by their names. `lateness` is of the paced replies.
     """
 
     def __init__(
@@ -88,6 +88,7 @@ class FakeProvider:
         self.refusals: dict[str, list[HttpError]] = {"conversations": [], "items": [], "models": [], "cancel": []}
         self.attachments: list[Break | HttpError | None] = []
         self.cancelled: list[str] = []
+        self.shown: list[list[Json]] = []
         self.strikes: Counter[str] = Counter()
         self.lateness = Lateness()
         self._responses = Responses(self)
