@@ -50,6 +50,7 @@ class ThreadOfTest:
     agent: OpenAIAgent
     messages: list[Message] = field(default_factory=list)
     state: ProviderState | None = None
+    ahead: ProviderState | None = None
     begun: list[str] = field(default_factory=list)
     turns: int = 0
     definition: AgentDefinition = COACH
@@ -74,6 +75,7 @@ class ThreadOfTest:
     def begin(self, text: str) -> ReplyRequest:
         """Accepts a user's message."""
         self.turns += 1
+        self.ahead = None
         message = self.add(Role.USER, text)
         before = tuple(self.messages[:-1])
 
@@ -95,16 +97,23 @@ class ThreadOfTest:
     async def round(self, request: ReplyRequest) -> list[AgentEvent]:
         """Runs one round to its end, storing what the agent says of its copy."""
         events: list[AgentEvent] = []
-        async with aclosing(self.agent.reply(replace(request, state=self.state))) as reply:
+        async with aclosing(self.agent.reply(self.handed(request))) as reply:
             async for event in reply:
                 self.note(event)
                 events.append(event)
         return events
 
+    def handed(self, request: ReplyRequest) -> ReplyRequest:
+        """The request with the copy that is on record, or that came with the round before in this process."""
+        follows = self.ahead if request.rounds and request.resume is None else None
+        return replace(request, state=follows or self.state)
+
     def note(self, event: AgentEvent) -> None:
-        """Keeps what the engine would store at once."""
+        """Keeps what the engine would store at once, or hand to the next round."""
         if isinstance(event, StateChanged):
-            self.state = event.state
+            self.state, self.ahead = event.state, None
+        elif isinstance(event, RoundFinished):
+            self.ahead = event.copy
         elif isinstance(event, Begun):
             self.begun.append(event.handle)
 
@@ -124,13 +133,13 @@ class ThreadOfTest:
             )
             for exchange in exchanges:
                 self.add(Role.TOOL, "", exchange)
-            request = replace(request, rounds=(*request.rounds, ToolRound(text_of_round, exchanges)))
+            done = ToolRound(text_of_round, exchanges)
+            request = replace(request, rounds=(*request.rounds, done))
         self.add(Role.ASSISTANT, said)
         finished = events[-1]
         assert isinstance(finished, RoundFinished)
-        if finished.keeps_copy:
-            assert self.state is not None
-            self.state = replace(self.state, synced_to=len(self.messages))
+        if finished.copy is not None:
+            self.state = replace(finished.copy, synced_to=len(self.messages))
         return said
 
 

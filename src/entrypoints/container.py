@@ -58,6 +58,7 @@ def _agent(settings: Settings) -> Agent:
         user_key=user_key or "vida-coach",  # a server without a key is one's own: there is nobody to hide from
         state_mode=settings.openai_state.value,
         background=settings.openai_background,
+        context_tokens=settings.openai_context_tokens,
     )
 
 

@@ -51,6 +51,7 @@ class StateMode(StrEnum):
     """Where the provider finds the conversation."""
 
     CONVERSATION = "conversation"
+    RESPONSE_CHAIN = "response_chain"
     STATELESS = "stateless"
 
 
@@ -80,6 +81,9 @@ class Settings(BaseSettings):
     )
     openai_state: StateMode = _setting(
         "OPENAI_STATE", "where the provider finds the conversation", StateMode.CONVERSATION
+    )
+    openai_context_tokens: int = _setting(
+        "OPENAI_CONTEXT_TOKENS", "what a model reads that we know nothing of", 128_000, ge=2_048, le=100_000_000
     )
     openai_background: bool = _setting(
         "OPENAI_BACKGROUND", "the provider writes a reply to its end, read or not", False

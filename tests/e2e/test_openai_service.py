@@ -3,17 +3,21 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from itertools import permutations
 
+import grpc
 import pytest
+from google.rpc import error_details_pb2
 
 from adapters.openai import retry
 from entrypoints.container import Container
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import agent_service_pb2 as api
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import resources_pb2 as pb
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import thread_service_pb2 as threads_api
-from fake_provider import Answer, Break, Call, FakeProvider, Pause, Text
+from fake_provider import Answer, Break, Call, FakeProvider, HttpError, Pause, Text
 from fake_provider import Gate as ProviderGate
-from harness import DEADLINE, Client, message, rest_of, served, text_of
+from harness import DEADLINE, Client, detail, message, reason, rest_of, served, text_of, until
+from openai_thread import words
 
 
 @pytest.fixture
@@ -85,9 +89,111 @@ async def test_after_a_cut_reply_the_provider_is_told_what_the_user_saw(provider
         assert text_of(events) == "half of "
         after = await client.chat("two", thread_id=turn.thread_id)
         assert after[-1].event.finished.turn.state == pb.TURN_STATE_COMPLETED
-    assert len(provider.conversations) == 2
-    newest = list(provider.conversations.values())[-1]
-    assert "half of " in json.dumps(newest.items)
+    (conversation,) = provider.conversations.values()
+    assert words(conversation.items)[:3] == ["user: one", "assistant: half of ", "user: two"]
+
+
+async def shown_and_on_record(
+    provider: FakeProvider, client: Client, thread_id: str
+) -> tuple[list[str], list[str]]:
+    """What the model was shown last, and what is on record up to its answer: messages, without tools."""
+    request = threads_api.ListMessagesRequest(user_id="ada", thread_id=thread_id, page_size=200)
+    listed = (await client.threads.ListMessages(request)).messages
+    names = {pb.ROLE_USER: "user", pb.ROLE_ASSISTANT: "assistant"}
+    record = [
+        f"{names[line.role]}: " + "".join(part.text for part in line.content)
+        for line in listed
+        if line.role in names
+    ]
+    return words([item for item in provider.contexts[-1] if item["type"] == "message"]), record[:-1]
+
+
+MODES = ("conversation", "response_chain", "stateless", "practice")
+
+
+def every_order() -> list[str]:
+    """A walk in which each follows each other once."""
+    walk, left = [MODES[0]], set(permutations(MODES, 2))
+
+    def goes_on() -> bool:
+        if not left:
+            return True
+        for step in sorted(step for step in left if step[0] == walk[-1]):
+            left.remove(step)
+            walk.append(step[1])
+            if goes_on():
+                return True
+            left.add(step)
+            walk.pop()
+        return False
+
+    assert goes_on()
+    return walk
+
+
+async def test_a_thread_goes_on_in_every_mode_after_every_other(
+    provider: FakeProvider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    walk = every_order()
+    assert len(walk) == 13
+    monkeypatch.setenv("VIDA_PRACTICE_WORDS_PER_SECOND", "0")
+    thread_id = ""
+    for number, mode in enumerate(walk):
+        monkeypatch.setenv("VIDA_PROVIDER", "practice" if mode == "practice" else "openai")
+        if mode != "practice":
+            monkeypatch.setenv("OPENAI_STATE", mode)
+        async with served() as client:
+            if mode != "practice" and number % 2:
+                provider.then(Answer(output=(Text(pieces=("half ", "of it")),), fault=Break(how="eof", after=1)))
+                cut = (await client.chat(f"cut {number}", thread_id=thread_id))[-1].event.finished.turn
+                assert cut.state == pb.TURN_STATE_INCOMPLETE
+            for text in (f"first {number}", f"second {number}"):
+                finished = (await client.chat(text, thread_id=thread_id))[-1].event.finished
+                assert finished.turn.state == pb.TURN_STATE_COMPLETED
+                assert finished.turn.provider == ("practice" if mode == "practice" else "openai")
+                thread_id = finished.turn.thread_id
+                if mode != "practice":
+                    shown, record = await shown_and_on_record(provider, client, thread_id)
+                    assert shown == record
+                    sent = provider.posts[-1]
+                    assert ("conversation" in sent, sent["store"]) == (mode == "conversation", mode != "stateless")
+            if mode != "practice":
+                # The second message finds the copy in step: nothing but itself is sent.
+                assert ("previous_response_id" in sent) == (mode == "response_chain")
+                assert (len(sent["input"]) == 1) == (mode != "stateless")
+    assert provider.script == []
+
+
+async def test_a_provider_that_is_down_is_spared_and_nothing_is_accepted(
+    provider: FakeProvider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retry, "_BACKOFF", (0.0, 0.0))
+    provider.then(*[HttpError(status=503)] * 5)
+    async with served() as client:
+        failed = (await client.chat("one"))[-1].event.finished.turn
+        assert (failed.state, failed.error.reason) == (pb.TURN_STATE_FAILED, "PROVIDER_UNAVAILABLE")
+        assert failed.error.retryable
+        second = client.agents.Chat(message("two"), timeout=DEADLINE)
+        turn_id = (await second.read()).event.started.turn_id
+        await until(lambda: not provider.script)
+        await until(lambda: client.container.agent().refusal() is not None)
+        for call in (
+            client.agents.SendMessage(
+                api.SendMessageRequest(user_id="ada", content=[pb.ContentPart(text="three")])
+            ),
+            client.chat("three"),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await call
+            assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+            assert reason(refused.value) == "PROVIDER_UNAVAILABLE"
+            info = detail(refused.value, error_details_pb2.RetryInfo)
+            assert info is not None
+            assert 5 < info.retry_delay.seconds <= 10
+        listed = await client.threads.ListThreads(threads_api.ListThreadsRequest(user_id="ada"))
+        assert len(listed.threads) == 2
+        assert len(provider.posts) == 5
+        await client.agents.CancelTurn(api.CancelTurnRequest(user_id="ada", turn_id=turn_id))
 
 
 async def test_cancel_reaches_the_provider(provider: FakeProvider) -> None:

@@ -159,7 +159,6 @@ class Responses:
             return bad(LOCKED, code="conversation_locked", param="conversation")
         if complaint := complaint_about_calls(given.context):
             return bad(complaint, param="input")
-        provider.shown.append(given.context)
         if tokens > self._provider.context_limit and not compacts and body.get("truncation") != "auto":
             return bad(_TOO_LONG, code="context_length_exceeded", param="input")
         return None
@@ -211,6 +210,7 @@ class Responses:
         answer = step.as_answer() if isinstance(step, Load) else step
         to_render = LoadStream.answer() if load else answer
         words = last_words(given.context)
+        provider.shown.append(given.context)
         rendering = Rendering(body, to_render, words, provider.numbers, tokens, compacts=compacts)
         return await self._run(exchange, given, rendering, load or answer)
 

@@ -25,7 +25,7 @@ from core.model.events import TextDelta
 from core.model.message import RefusalPart, Role, TextPart, ToolExchange
 from core.model.thread import ProviderState
 from core.model.turn import TurnReason
-from core.ports.agent import AgentFailed, RoundFinished, StateChanged, ToolRound
+from core.ports.agent import RoundFinished, StateChanged, ToolRound
 from fake_provider import (
     Answer,
     Break,
@@ -126,6 +126,7 @@ async def test_what_is_sent(provider: FakeProvider, thread: ThreadOfTest) -> Non
         "reasoning": {"effort": "none"},
         "text": {"verbosity": "low"},
         "max_output_tokens": 2048,
+        "context_management": [{"type": "compaction", "compact_threshold": 737_600}],
         "metadata": {
             "thread_id": "thread-1",
             "turn_id": "turn-1",
@@ -164,7 +165,7 @@ async def test_usage_is_counted(provider: FakeProvider, thread: ThreadOfTest) ->
     events = await thread.round(thread.begin("Hello"))
     finished = events[-1]
     assert isinstance(finished, RoundFinished)
-    assert finished.keeps_copy
+    assert finished.copy is not None
     assert finished.shortfall is None
     assert finished.usage.input_tokens > finished.usage.cached_input_tokens > 0
     assert finished.usage.output_tokens > 0
@@ -223,7 +224,7 @@ async def test_a_conversation_lost_between_two_rounds_is_rebuilt_with_the_rounds
     assert len(thread.state.retired) == 1
 
 
-async def test_a_round_that_broke_off_is_repeated_on_a_fresh_conversation(
+async def test_a_round_that_broke_off_is_repeated_with_all_of_the_turn(
     provider: FakeProvider, thread: ThreadOfTest
 ) -> None:
     provider.then(Answer(output=(Call("goals", "{}", "call_a"),)), Answer(fault=Break(how="eof", after=0)))
@@ -231,11 +232,15 @@ async def test_a_round_that_broke_off_is_repeated_on_a_fresh_conversation(
     await thread.round(request)
     exchange = ToolExchange("call_a", "goals", "{}", "none", False)
     later = replace(request, rounds=(ToolRound("", (exchange,)),))
-    with pytest.raises(AgentFailed):
-        await thread.round(later)
     assert said(await thread.round(later)) == "You said: none What would you like to change?"
-    assert len(provider.conversations) == 2
-    assert len(provider.posts[-1]["input"]) == 3
+    (conversation,) = provider.conversations.values()
+    assert [len(body["input"]) for body in provider.posts] == [1, 1, 3]
+    assert words(conversation.items) == [
+        "user: My goals?",
+        "call call_a: goals",
+        "answer call_a: none",
+        "assistant: You said: none What would you like to change?",
+    ]
 
 
 async def test_a_conversation_with_an_unanswered_call_is_rebuilt(
@@ -283,17 +288,82 @@ async def test_a_lost_conversation_is_rebuilt_from_the_record_item_by_item(
     )
 
 
-async def test_a_copy_that_is_behind_the_record_is_rebuilt(provider: FakeProvider, thread: ThreadOfTest) -> None:
+async def test_a_copy_that_is_behind_the_record_is_told_what_is_missing(
+    provider: FakeProvider, thread: ThreadOfTest
+) -> None:
+    await thread.say("First")
+    thread.add(Role.USER, "A turn that failed")
+    await thread.say("Last")
+    (conversation,) = provider.conversations.values()
+    assert words(conversation.items)[2:4] == ["user: A turn that failed", "user: Last"]
+    assert thread.state == ProviderState(provider="openai", conversation_id=conversation.id, synced_to=5)
+    assert len(provider.posts) == 2
+
+
+async def test_what_the_record_does_not_have_is_deleted_from_the_copy(
+    provider: FakeProvider, thread: ThreadOfTest
+) -> None:
+    await thread.say("First")
+    (conversation,) = provider.conversations.values()
+    extra: Any = [
+        {"id": "rs_x", "type": "reasoning", "summary": []},
+        {"id": "fc_x", "type": "function_call", "call_id": "x", "name": "goals", "arguments": "{}"},
+    ]
+    asked: Any = {
+        "id": "msg_x",
+        "type": "message",
+        "role": "user",
+        "content": [{"type": "input_text", "text": "?"}],
+    }
+    conversation.items += [asked, *extra]
+    thread.add(Role.USER, "?")
+    thread.add(Role.ASSISTANT, "Half of", partial=True)
+    await thread.say("Last")
+    assert list(provider.conversations) == [conversation.id]
+    assert words(conversation.items) == [
+        "user: First",
+        "assistant: You said: First What would you like to change?",
+        "user: ?",
+        "assistant: Half of",
+        "user: Last",
+        "assistant: You said: Last What would you like to change?",
+    ]
+    deleted = [request.path.rpartition("/")[2] for request in provider.requests if request.method == "DELETE"]
+    assert deleted == ["fc_x", "rs_x", "msg_x"]
+
+
+async def test_what_is_too_much_to_repair_is_built_anew(provider: FakeProvider, thread: ThreadOfTest) -> None:
     await thread.say("First")
     old = next(iter(provider.conversations))
-    thread.add(Role.USER, "A turn that failed")
+    for number in range(21):
+        thread.add(Role.USER, f"Unanswered {number}")
     await thread.say("Last")
     assert thread.state is not None
     assert thread.state.retired == (old,)
-    assert words(provider.conversations[thread.state.conversation_id or ""].items)[2:4] == [
-        "user: A turn that failed",
-        "user: Last",
-    ]
+    assert len(provider.conversations[thread.state.conversation_id or ""].items) == 25
+
+
+async def test_a_repair_that_the_provider_refuses_is_given_up(
+    provider: FakeProvider, thread: ThreadOfTest
+) -> None:
+    await thread.say("First")
+    thread.add(Role.USER, "Unanswered")
+    provider.refusals["items"] = [HttpError(status=404)]
+    await thread.say("Last")
+    assert len(provider.conversations) == 2
+    assert thread.state is not None
+    assert len(thread.state.retired) == 1
+
+
+async def test_a_repair_is_tried_again_as_a_reply_is(
+    provider: FakeProvider, thread: ThreadOfTest, naps: Naps
+) -> None:
+    await thread.say("First")
+    thread.add(Role.USER, "Unanswered")
+    provider.refusals["items"] = [HttpError(status=503), HttpError(status=400, code="conversation_locked")]
+    await thread.say("Last")
+    assert len(naps.taken) == 2
+    assert len(provider.conversations) == 1
     assert len(provider.posts) == 2
 
 
@@ -317,7 +387,8 @@ async def test_a_copy_that_was_not_finished_is_not_used(provider: FakeProvider, 
     assert thread.state is not None
     assert (thread.state.synced_to, len(provider.conversations)) == (-1, 1)
     await thread.say("Again")
-    assert len(thread.state.retired) == 1
+    (conversation,) = provider.conversations.values()
+    assert [line[:4] for line in words(conversation.items)] == ["user"] * 27 + ["assi"]
 
 
 async def test_a_locked_conversation_is_waited_for(
@@ -342,12 +413,27 @@ async def test_a_conversation_that_stays_locked_is_replaced(
     assert len(provider.conversations) == 2
 
 
-async def test_after_an_unknown_outcome_the_copy_is_in_doubt(provider: FakeProvider, thread: ThreadOfTest) -> None:
+async def test_after_an_unknown_outcome_the_provider_is_asked_what_it_has(
+    provider: FakeProvider, thread: ThreadOfTest
+) -> None:
     await thread.say("First")
-    provider.then(Answer(fault=Break(how="eof", after=0)))
-    assert await fails(thread) == (TurnReason.PROVIDER_TRUNCATED, "")
-    assert thread.state is not None
-    assert thread.state.synced_to == -1
+    (conversation,) = provider.conversations.values()
+    gate = Gate()
+    provider.then(HttpError(reset=True, gate=gate))
+    turn = asyncio.create_task(thread.say("Second"))
+    await gate.reached.wait()
+    # The request had its effect all the same.
+    late: Any = {
+        "id": "msg_x",
+        "type": "message",
+        "role": "user",
+        "content": [{"type": "input_text", "text": "?"}],
+    }
+    conversation.items.append({**late, "content": [{"type": "input_text", "text": "Second"}]})
+    gate.released.set()
+    await turn
+    assert [request.method for request in provider.requests[-4:]] == ["POST", "GET", "DELETE", "POST"]
+    assert [line for line in words(conversation.items) if line == "user: Second"] == ["user: Second"]
 
 
 async def test_without_state_every_request_says_everything(
@@ -388,7 +474,7 @@ async def test_an_incomplete_answer_says_so(
     assert said(events) == "Half an"
     finished = events[-1]
     assert isinstance(finished, RoundFinished)
-    assert (finished.shortfall, finished.keeps_copy) == (shortfall, False)
+    assert (finished.shortfall, finished.copy) == (shortfall, None)
 
 
 async def test_an_answer_incomplete_for_unknown_reasons_broke_off(
@@ -440,7 +526,6 @@ async def test_unfit_characters_are_replaced_and_halves_joined(
         (Answer(fault=Break(how="eof")), TurnReason.PROVIDER_TRUNCATED, "You said"),
         (Answer(fault=Break(how="half")), TurnReason.PROVIDER_TRUNCATED, "You said"),
         (Answer(fault=Break(how="cut")), TurnReason.PROVIDER_TRUNCATED, "You said"),
-        (Answer(fault=Break(how="cut", after=0)), TurnReason.PROVIDER_TRUNCATED, ""),
         (Answer(fault=Break(how="malformed")), TurnReason.PROVIDER_PROTOCOL, "You said"),
         (
             Answer(ending=Failed()),
@@ -462,13 +547,11 @@ async def test_unfit_characters_are_replaced_and_halves_joined(
             Answer(output=(), ending=ErrorEvent("context_length_exceeded", nested=True)),
             TurnReason.CONTEXT_TOO_LONG,
             "",
-        ),
-        (HttpError(status=400, code="context_length_exceeded"), TurnReason.CONTEXT_TOO_LONG, ""),
+        ),  # of a thread that has nothing to leave out
         (HttpError(status=429, code="insufficient_quota"), TurnReason.PROVIDER_RATE_LIMITED, ""),
         (HttpError(status=400, body=b"<html>"), TurnReason.PROVIDER_CONFIG, ""),
         (HttpError(status=400, body=b'{"detail": "no"}'), TurnReason.PROVIDER_CONFIG, ""),
-        (HttpError(reset=True), TurnReason.PROVIDER_UNAVAILABLE, ""),
-        (Answer(output=(Text(text="x" * (2 << 20), deltas=False),)), TurnReason.PROVIDER_PROTOCOL, ""),
+        (Answer(output=(Text(text="x" * (2 << 20), deltas=False),)), TurnReason.OUTPUT_LIMIT, ""),
     ],
 )
 async def test_failures_are_not_repeated(
@@ -487,6 +570,8 @@ async def test_failures_are_not_repeated(
         HttpError(status=500),
         HttpError(status=503, code="server_is_overloaded"),
         HttpError(status=408),
+        HttpError(reset=True),
+        Answer(fault=Break(how="cut", after=0)),
         rate_limited(),
         Answer(output=(), ending=Failed()),
         Answer(output=(), ending=Failed("rate_limit_exceeded")),
@@ -499,7 +584,8 @@ async def test_what_can_pass_is_tried_twice_more(
 ) -> None:
     provider.then(failure, failure)
     assert await thread.say("Hello") == "You said: Hello What would you like to change?"
-    assert [request.headers["x-client-request-id"] for request in provider.requests[-3:]] == [
+    posts = [request for request in provider.requests if request.path == "/v1/responses"]
+    assert [request.headers["x-client-request-id"] for request in posts] == [
         "turn-1-0-0",
         "turn-1-0-1",
         "turn-1-0-2",
@@ -555,9 +641,6 @@ async def test_a_server_without_conversations_is_a_fault_of_the_configuration(
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
-        (Answer(headers_gate=Gate()), TurnReason.PROVIDER_TIMEOUT),
-        (Answer(fault=Break(how="stall", after=0)), TurnReason.PROVIDER_TIMEOUT),
-        (Answer(fault=Break(how="comments", after=0)), TurnReason.PROVIDER_TIMEOUT),
         (Answer(fault=Break(how="stall", after=2)), TurnReason.PROVIDER_STALLED),
         (Answer(fault=Break(how="comments", after=2)), TurnReason.PROVIDER_STALLED),
     ],

@@ -98,7 +98,7 @@ class Left:
 async def left(thread: ThreadOfTest, request: ReplyRequest, length: int = 0) -> Left:
     """Reads at least so much of a round, and leaves it."""
     text, handle = "", ""
-    async with aclosing(thread.agent.reply(replace(request, state=thread.state))) as reply:
+    async with aclosing(thread.agent.reply(thread.handed(request))) as reply:
         async for event in reply:
             thread.note(event)
             if isinstance(event, TextDelta):
@@ -141,7 +141,7 @@ async def test_the_handle_comes_before_anything_that_is_said(provider: FakeProvi
         pause.gate.released.set()
         events = [event async for event in reply]
     assert said(events) == "You said: Hello What would you like to change?"
-    assert finished(events).keeps_copy
+    assert finished(events).copy is not None
     (body,) = provider.posts
     assert {name: body[name] for name in ("background", "store", "stream")} == dict.fromkeys(
         ("background", "store", "stream"), True
@@ -200,7 +200,7 @@ async def test_a_reply_goes_on_behind_what_is_on_record(
     events = await thread.round(gone.at(TEXT[:length]))
     assert said(events) == TEXT[length:]
     assert all(event.refusal is refusal for event in events if isinstance(event, TextDelta))
-    assert finished(events).keeps_copy
+    assert finished(events).copy is not None
     assert finished(events).usage.output_tokens > 0
     assert len(provider.posts) == 1
     assert asked(provider) == [("stream", None)]
@@ -211,10 +211,10 @@ async def test_the_next_turn_uses_the_conversation_of_a_resumed_one(
 ) -> None:
     provider.then(Answer(output=(Text(text="One, two."),)))
     gone = await left(thread, thread.begin("Count"), 3)
-    assert finished(await thread.round(gone.at(gone.text))).keeps_copy
+    copy = finished(await thread.round(gone.at(gone.text))).copy
+    assert copy is not None
     thread.add(Role.ASSISTANT, "One, two.")
-    assert thread.state is not None
-    thread.state = replace(thread.state, synced_to=2)
+    thread.state = replace(copy, synced_to=2)
     await thread.say("Go on")
     (conversation,) = provider.conversations.values()
     assert words(conversation.items) == [
@@ -229,7 +229,7 @@ async def test_a_copy_in_doubt_stays_in_doubt(provider: FakeProvider, thread: Th
     gone = await left(thread, thread.begin("Hello"))
     assert thread.state is not None
     thread.state = replace(thread.state, synced_to=UNSYNCED)
-    assert not finished(await thread.round(gone.at(""))).keeps_copy
+    assert finished(await thread.round(gone.at(""))).copy is None
     assert len(provider.conversations) == 1
 
 
@@ -269,7 +269,7 @@ async def test_a_round_behind_tools_goes_on_behind_what_is_on_record(
     whole = "\n\nWell, none.\n\nAnd now?"
     events = await thread.round(gone.at(whole[:length]))
     assert said(events) == whole[length:]
-    assert finished(events).keeps_copy
+    assert finished(events).copy is not None
     assert len(provider.posts) == 2
     assert len(provider.conversations) == 1
 
@@ -293,7 +293,7 @@ async def test_a_shortfall_is_told_on_resuming_too(provider: FakeProvider, threa
     gone = await left(thread, thread.begin("Hello"), 1)
     events = await thread.round(gone.at("Ha"))
     assert said(events) == "lf an"
-    assert (finished(events).shortfall, finished(events).keeps_copy) == (TurnReason.OUTPUT_LIMIT, False)
+    assert (finished(events).shortfall, finished(events).copy) == (TurnReason.OUTPUT_LIMIT, None)
 
 
 async def cannot_resume(thread: ThreadOfTest, gone: Left) -> None:
@@ -376,7 +376,7 @@ async def test_a_response_whose_stream_is_gone_is_read_whole(
     provider.attachments = [replace(TOO_OLD, status=status)]
     events = await thread.round(gone.at(TEXT[:length]))
     assert said(events) == TEXT[length:]
-    assert finished(events).keeps_copy
+    assert finished(events).copy is not None
     assert asked(provider) == [("stream", None), ("whole", None)]
 
 
@@ -423,7 +423,7 @@ async def test_a_lost_connection_is_followed_by_another(
     provider.then(Answer(output=(Text(pieces=PIECES),), fault=Break(how=how, after=after)))
     events = await thread.round(thread.begin("Hello"))
     assert said(events) == TEXT
-    assert finished(events).keeps_copy
+    assert finished(events).copy is not None
     assert len(provider.posts) == len(naps.taken) == len(thread.begun) == 1
     ((kind, cursor),) = asked(provider)
     assert (kind, int(cursor or 0)) == ("stream", after + 4)

@@ -8,22 +8,30 @@ import httpx2
 import openai
 import pytest
 
-from adapters.openai.errors import Exchange, Remedy, classified, fault_in_stream, fault_of, translated
-from adapters.openai.retry import LOCK_WAITS, Patience
+from adapters.openai.errors import (
+    Exchange,
+    ProviderFault,
+    Remedy,
+    classified,
+    fault_in_stream,
+    fault_of,
+    translated,
+)
 from core.model.turn import TurnReason as R
 
 REQUEST = httpx2.Request("POST", "http://127.0.0.1/v1/responses")
 LOCKED = "conversation_locked"
-NONE, RETRY, WAIT, REBUILD = Remedy.NONE, Remedy.RETRY, Remedy.WAIT, Remedy.REBUILD
+NONE, RETRY, LOOK, WAIT = Remedy.NONE, Remedy.RETRY, Remedy.LOOK, Remedy.WAIT
+REBUILD, SHRINK = Remedy.REBUILD, Remedy.SHRINK
 
 
 @pytest.mark.parametrize(
     ("status", "code", "message", "param", "reason", "remedy"),
     [
         (400, LOCKED, "Another process is currently operating", "conversation", R.PROVIDER_UNAVAILABLE, WAIT),
-        (400, "context_length_exceeded", "", "input", R.CONTEXT_TOO_LONG, NONE),
-        (400, "", "This model's maximum context length is 4096 tokens.", "", R.CONTEXT_TOO_LONG, NONE),
-        (413, "", "", "", R.CONTEXT_TOO_LONG, NONE),
+        (400, "context_length_exceeded", "", "input", R.CONTEXT_TOO_LONG, SHRINK),
+        (400, "", "This model's maximum context length is 4096 tokens.", "", R.CONTEXT_TOO_LONG, SHRINK),
+        (413, "", "", "", R.CONTEXT_TOO_LONG, SHRINK),
         (400, "content_filter", "", "", R.CONTENT_FILTERED, NONE),
         (400, "invalid_prompt", "flagged", "", R.CONTENT_FILTERED, NONE),
         (400, "model_not_found", "", "model", R.PROVIDER_CONFIG, NONE),
@@ -37,6 +45,7 @@ NONE, RETRY, WAIT, REBUILD = Remedy.NONE, Remedy.RETRY, Remedy.WAIT, Remedy.REBU
         (401, "invalid_api_key", "", "", R.PROVIDER_CONFIG, NONE),
         (403, "", "", "", R.PROVIDER_CONFIG, NONE),
         (422, "", "", "", R.PROVIDER_CONFIG, NONE),
+        (409, "", "", "", R.PROVIDER_UNAVAILABLE, WAIT),
         (429, "rate_limit_exceeded", "Please try again in 1s.", "", R.PROVIDER_RATE_LIMITED, RETRY),
         (429, "rate_limit_exceeded", "Request too large for gpt-6-luna", "", R.PROVIDER_RATE_LIMITED, NONE),
         (429, "insufficient_quota", "", "", R.PROVIDER_RATE_LIMITED, NONE),
@@ -61,21 +70,21 @@ def test_the_table(status: int | None, code: str, message: str, param: str, reas
         (httpx2.ConnectError("refused"), False, False, R.PROVIDER_UNAVAILABLE, RETRY),
         (httpx2.ConnectTimeout("slow"), False, False, R.PROVIDER_TIMEOUT, RETRY),
         (httpx2.PoolTimeout("full"), False, False, R.PROVIDER_UNAVAILABLE, NONE),
-        (httpx2.ReadTimeout("slow"), False, False, R.PROVIDER_TIMEOUT, NONE),
-        (httpx2.WriteTimeout("slow"), False, False, R.PROVIDER_TIMEOUT, NONE),
-        (httpx2.ReadTimeout("slow"), True, True, R.PROVIDER_STALLED, NONE),
-        (TimeoutError(), True, False, R.PROVIDER_TIMEOUT, NONE),
-        (TimeoutError(), True, True, R.PROVIDER_STALLED, NONE),
-        (httpx2.RemoteProtocolError("gone"), False, False, R.PROVIDER_UNAVAILABLE, NONE),
-        (httpx2.RemoteProtocolError("cut"), True, False, R.PROVIDER_TRUNCATED, NONE),
-        (httpx2.ReadError("reset"), True, True, R.PROVIDER_TRUNCATED, NONE),
-        (ssl.SSLError("odd"), True, True, R.PROVIDER_TRUNCATED, NONE),
-        (anyio.EndOfStream(), True, True, R.PROVIDER_TRUNCATED, NONE),
+        (httpx2.ReadTimeout("slow"), False, False, R.PROVIDER_TIMEOUT, LOOK),
+        (httpx2.WriteTimeout("slow"), False, False, R.PROVIDER_TIMEOUT, LOOK),
+        (httpx2.ReadTimeout("slow"), True, True, R.PROVIDER_STALLED, LOOK),
+        (TimeoutError(), True, False, R.PROVIDER_TIMEOUT, LOOK),
+        (TimeoutError(), True, True, R.PROVIDER_STALLED, LOOK),
+        (httpx2.RemoteProtocolError("gone"), False, False, R.PROVIDER_UNAVAILABLE, LOOK),
+        (httpx2.RemoteProtocolError("cut"), True, False, R.PROVIDER_TRUNCATED, LOOK),
+        (httpx2.ReadError("reset"), True, True, R.PROVIDER_TRUNCATED, LOOK),
+        (ssl.SSLError("odd"), True, True, R.PROVIDER_TRUNCATED, LOOK),
+        (anyio.EndOfStream(), True, True, R.PROVIDER_TRUNCATED, LOOK),
         (httpx2.DecodingError("gzip"), True, True, R.PROVIDER_PROTOCOL, NONE),
         (httpx2.UnsupportedProtocol("ftp"), False, False, R.PROVIDER_CONFIG, NONE),
         (json.JSONDecodeError("bad", "{", 1), True, False, R.PROVIDER_PROTOCOL, NONE),
-        (openai.APITimeoutError(REQUEST), False, False, R.PROVIDER_TIMEOUT, NONE),
-        (openai.APIConnectionError(request=REQUEST), False, False, R.PROVIDER_UNAVAILABLE, NONE),
+        (openai.APITimeoutError(REQUEST), False, False, R.PROVIDER_TIMEOUT, LOOK),
+        (openai.APIConnectionError(request=REQUEST), False, False, R.PROVIDER_UNAVAILABLE, LOOK),
         (openai.OpenAIError("no key"), False, False, R.PROVIDER_CONFIG, NONE),
     ],
 )
@@ -103,7 +112,10 @@ def status_error(status: int, headers: dict[str, str], body: object = None) -> o
     [
         ({"retry-after": "3"}, 3.0),
         ({"retry-after-ms": "250", "retry-after": "1"}, 0.25),
-        ({"retry-after": "Wed, 21 Oct 2026 07:28:00 GMT"}, 0.02),
+        ({"retry-after": "Wed, 21 Oct 2026 07:28:09 GMT", "date": "Wed, 21 Oct 2026 07:28:00 GMT"}, 9.0),
+        ({"retry-after": "Wed, 21 Oct 2026 07:27:00 GMT", "date": "Wed, 21 Oct 2026 07:28:00 GMT"}, 0.0),
+        ({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}, 0.0),
+        ({"retry-after": "soon"}, 0.02),
         ({"retry-after": "nan"}, 0.02),
         ({}, 0.02),
     ],
@@ -131,7 +143,7 @@ def test_what_is_kept_of_an_error_is_safe_to_log() -> None:
         ({"type": "invalid_request_error", "code": LOCKED}, R.PROVIDER_UNAVAILABLE, WAIT),
         ({"code": "404", "message": "Conversation not found"}, R.PROVIDER_CONFIG, REBUILD),
         ({"code": 500}, R.PROVIDER_UNAVAILABLE, RETRY),
-        ({"code": "context_length_exceeded"}, R.CONTEXT_TOO_LONG, NONE),
+        ({"code": "context_length_exceeded"}, R.CONTEXT_TOO_LONG, SHRINK),
         (None, R.PROVIDER_UNAVAILABLE, NONE),
         ("words", R.PROVIDER_UNAVAILABLE, NONE),
     ],
@@ -146,26 +158,29 @@ def test_other_exceptions_are_nobody_elses_fault() -> None:
         raise LookupError
 
 
-async def test_patience_has_an_end() -> None:
-    waited: list[float] = []
-
-    async def sleep(seconds: float) -> None:
-        waited.append(seconds)
-
-    patience = Patience(sleep)
-    limited = classified(429, "", "", "", retry_after=7.0)
-    down = classified(503, "", "", "")
-    locked = classified(400, LOCKED, "", "")
-    assert [await patience.wait(fault) for fault in (limited, down, down)] == [True, True, False]
-    assert waited[0] == 7.0
-    assert 0.75 <= waited[1] <= 1.25
-    waited.clear()
-    assert [await patience.wait(locked) for _ in range(5)] == [True, True, True, True, False]
-    assert all(0.75 * asked <= slept <= 1.25 * asked for asked, slept in zip(LOCK_WAITS, waited, strict=True))
-
-
-async def test_a_wait_that_is_too_long_is_not_begun() -> None:
-    async def sleep(_: float) -> None:
-        raise AssertionError
-
-    assert not await Patience(sleep).wait(classified(429, "", "", "", retry_after=21.0))
+@pytest.mark.parametrize(
+    ("fault", "is_outage"),
+    [
+        (classified(503, "", "", ""), True),
+        (classified(500, "server_error", "", ""), True),
+        (classified(None, "server_is_overloaded", "", ""), True),
+        (fault_of(httpx2.ConnectError("refused"), Exchange()), True),
+        (fault_of(httpx2.ConnectTimeout("slow"), Exchange()), True),
+        (fault_of(httpx2.ReadTimeout("slow"), Exchange()), True),
+        (fault_of(httpx2.RemoteProtocolError("gone"), Exchange()), True),
+        (fault_of(httpx2.RemoteProtocolError("cut"), Exchange(opened=True)), False),
+        (fault_of(httpx2.ReadTimeout("slow"), Exchange(opened=True, started=True)), False),
+        (fault_of(httpx2.PoolTimeout("full"), Exchange()), False),
+        (classified(408, "", "", ""), False),
+        (classified(409, "", "", ""), False),
+        (classified(429, "rate_limit_exceeded", "", ""), False),
+        (classified(429, "insufficient_quota", "", ""), False),
+        (classified(400, LOCKED, "", ""), False),
+        (classified(401, "", "", ""), False),
+        (classified(404, "", "", ""), False),
+        (classified(None, "something_new", "", ""), False),
+    ],
+)
+def test_what_would_have_befallen_any_request(fault: ProviderFault | None, is_outage: bool) -> None:
+    assert fault is not None
+    assert fault.is_outage is is_outage

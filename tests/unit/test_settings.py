@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+import adapters.openai
 from entrypoints.settings import LogFormat, LogLevel, Provider, Settings, SettingsError, StateMode, load_settings
 
 SECRET = "canary-4711"
@@ -76,6 +77,8 @@ def test_openai_needs_a_key_or_a_server(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_reply_that_is_to_be_resumed_must_be_stored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_BACKGROUND", "true")
     assert load_settings().openai_background
+    monkeypatch.setenv("OPENAI_STATE", "response_chain")
+    assert load_settings().openai_background
     monkeypatch.setenv("OPENAI_STATE", "stateless")
     (fault,) = faults()
     assert fault.startswith("OPENAI_BACKGROUND: ")
@@ -84,7 +87,8 @@ def test_a_reply_that_is_to_be_resumed_must_be_stored(monkeypatch: pytest.Monkey
 
 BAD = {
     "OPENAI_THREAD_TTL": ["-1", "36501", "1.5", f"{SECRET}"],
-    "OPENAI_STATE": ["response_chain", SECRET],
+    "OPENAI_STATE": ["chain", SECRET],
+    "OPENAI_CONTEXT_TOKENS": ["0", "2047", "100000001", SECRET],
     "OPENAI_BACKGROUND": ["maybe", SECRET],
     "VIDA_DATABASE_URL": [
         f"mysql://u:{SECRET}@h/d",
@@ -229,3 +233,7 @@ def test_settings_never_change() -> None:
     with pytest.raises(ValueError):
         load_settings().listen = "x"
     assert {str(field.validation_alias)[:5] for field in Settings.model_fields.values()} == {"OPENA", "VIDA_"}
+
+
+def test_the_adapter_knows_every_state_mode() -> None:
+    assert {mode.value for mode in StateMode} == {mode.value for mode in adapters.openai.StateMode}

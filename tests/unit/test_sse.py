@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapters.openai.errors import ProviderFault
-from adapters.openai.stream import SseSplitter, TextCleaner, Watchdog, clean, decoded
+from adapters.openai.stream import Silence, SseSplitter, TextCleaner, Watchdog, clean, decoded
 from core.model.turn import TurnReason
 
 DELTA = "response.output_text.delta"
@@ -85,7 +85,7 @@ def test_an_endless_event_is_refused(size: int) -> None:
 
     with pytest.raises(ProviderFault) as caught:
         feed_without_end()
-    assert caught.value.reason is TurnReason.PROVIDER_PROTOCOL
+    assert caught.value.reason is TurnReason.OUTPUT_LIMIT
 
 
 def test_an_event_that_is_too_long_is_refused_also_in_one_piece() -> None:
@@ -122,8 +122,11 @@ async def soon() -> str:
 
 
 async def test_only_an_event_ends_a_silence() -> None:
-    watchdog = Watchdog(first_event=0.0, idle=10.0)
+    watchdog = Watchdog(Silence(first_event=0.0, idle=10.0, last_event=0.0))
     with pytest.raises(TimeoutError):
         await watchdog.wait(soon())
     watchdog.heard()
     assert await watchdog.wait(soon()) == "heard"
+    watchdog.heard(all_said=True)
+    with pytest.raises(TimeoutError):
+        await watchdog.wait(soon())

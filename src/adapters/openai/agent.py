@@ -3,6 +3,7 @@
 import asyncio
 import hmac
 import logging
+import random
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from hashlib import sha256
@@ -14,29 +15,23 @@ from openai.types.responses import FunctionToolParam, ResponseTextConfigParam
 from openai.types.shared_params import Reasoning
 
 from adapters.openai import tuning
+from adapters.openai.context import Context
 from adapters.openai.errors import ProviderFault, Remedy
 from adapters.openai.items import labels
-from adapters.openai.memory import PROVIDER, ConversationMemory, Memory, StatelessMemory, StateMode
+from adapters.openai.memory import PROVIDER, ChainMemory, ConversationMemory, Memory, StatelessMemory, StateMode
 from adapters.openai.reading import Reading
 from adapters.openai.responses import Call, Responses
-from adapters.openai.retry import Patience, Sleep
+from adapters.openai.retry import Clock, Patience, Policy, Sleep, loop_time
+from adapters.openai.stream import Silence
 from core.model.agent import DEFAULT_MODEL, AgentDefinition
 from core.model.events import TextDelta, ToolCalled
-from core.model.turn import TurnReason
 from core.ports.agent import Agent, AgentEvent, Begun, CannotResume, ReplyRequest, Resumption, RoundFinished
 from core.ports.tools import ToolSpec
 
 MIN_OUTPUT_TOKENS = 16
 
-_OUTCOME_UNKNOWN = frozenset(
-    {
-        TurnReason.PROVIDER_PROTOCOL,
-        TurnReason.PROVIDER_STALLED,
-        TurnReason.PROVIDER_TIMEOUT,
-        TurnReason.PROVIDER_TRUNCATED,
-    }
-)
-"""After these the provider may or may not have added the turn to its copy."""
+CONTEXT_TOKENS = 128_000
+"""What a model is taken to read that we know nothing of."""
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +40,14 @@ class OpenAIAgent(Agent):
     """Writes replies through the Responses API.
 
     `model` serves the definitions that name none. `user_key` is the secret under which users are known to the
-    provider: it sees their hash. A provider may be silent for `first_event` seconds before its first event
-    and for `idle` seconds between two. What is logged of a failure is its reason, status, code and ids.
+    provider: it sees their hash. A provider may be silent for `first_event` seconds before its first event, for
+    `idle` seconds between two, and for `last_event` seconds once all items of its answer are done. What is rebuilt
+    of a thread fits into the model's window, or into `context_tokens` where that is not known. `clock` gives
+    seconds, those of the loop in which a request's deadline is. What is logged of a failure is its reason, status,
+    code and ids.
+
+    A request is repeated only before anything of its answer was seen, only where that can help, after a look at
+    what the first one has left, and within the retry budget of the process; while its breaker is open nobody asks.
 
     With `background` the provider writes each response to its end, read or not: a lost connection is followed by
     another one, and another process can resume. That needs a state mode that keeps something there.
@@ -60,9 +61,13 @@ class OpenAIAgent(Agent):
         user_key: bytes | str,
         state_mode: StateMode | str = StateMode.CONVERSATION,
         background: bool = False,
+        context_tokens: int = CONTEXT_TOKENS,
         first_event: float = 30.0,
         idle: float = 45.0,
+        last_event: float = 10.0,
         sleep: Sleep = asyncio.sleep,
+        clock: Clock = loop_time,
+        chance: random.Random | None = None,
     ) -> None:
         self._client = client
         self._model = model
@@ -71,8 +76,9 @@ class OpenAIAgent(Agent):
         if background and self._state_mode is StateMode.STATELESS:
             raise ValueError("what is to be resumed must be stored")
         self._background = background
-        self._sleep = sleep
-        self._responses = Responses(client, first_event=first_event, idle=idle, sleep=sleep)
+        self._context_tokens = context_tokens
+        self._policy = Policy(sleep, clock, chance or random.Random())  # noqa: S311 - spreads load, guards nothing
+        self._responses = Responses(client, Silence(first_event, idle, last_event), self._policy)
 
     @property
     def provider(self) -> str:
@@ -81,20 +87,26 @@ class OpenAIAgent(Agent):
     def model(self, definition: AgentDefinition) -> str:
         return self._model if definition.model == DEFAULT_MODEL else definition.model
 
+    def refusal(self) -> float | None:
+        return self._policy.breaker.refusal()
+
     async def reply(self, request: ReplyRequest) -> AsyncGenerator[AgentEvent, None]:
-        patience = Patience(self._sleep)
+        patience = Patience(self._policy, request.deadline)
         memory = self._memory(request)
         resume = request.resume
         for number in count():
             visible = resume is not None and resume.text != ""
             try:
                 if resume is None:
+                    await patience.admission()
                     async with aclosing(memory.prepare()) as changes:
                         async for change in changes:
                             yield change
                 async with aclosing(self._round(request, memory, number, resume)) as events:
                     async for event in events:
-                        visible = visible or not isinstance(event, Begun)
+                        if not visible and not isinstance(event, Begun):
+                            visible = True
+                            self._policy.breaker.succeeded()
                         yield event
             except CannotResume:
                 logger.warning(
@@ -103,9 +115,9 @@ class OpenAIAgent(Agent):
                 raise
             except ProviderFault as fault:
                 _log(fault, request, number)
-                if visible or not await _worth_another_try(fault, memory, patience):
-                    if fault.reason in _OUTCOME_UNKNOWN and (doubt := memory.doubt()):
-                        yield doubt
+                if fault.is_outage and not visible:
+                    self._policy.breaker.failed()
+                if visible or not await self._worth_another_try(fault, memory, patience):
                     raise
                 resume = None
             else:
@@ -115,18 +127,37 @@ class OpenAIAgent(Agent):
         await self._responses.stop(handle)
 
     def _memory(self, request: ReplyRequest) -> Memory:
+        context = Context(request, tuning.window(self.model(request.definition)) or self._context_tokens)
         match self._state_mode:
             case StateMode.CONVERSATION:
-                return ConversationMemory(self._client, request)
+                return ConversationMemory(self._client, request, context)
+            case StateMode.RESPONSE_CHAIN:
+                return ChainMemory(request, context)
             case StateMode.STATELESS:
-                return StatelessMemory(request)
+                return StatelessMemory(request, context)
+
+    async def _worth_another_try(self, fault: ProviderFault, memory: Memory, patience: Patience) -> bool:
+        """Whether the request may be made again, after what it takes for that."""
+        match fault.remedy:
+            case Remedy.REBUILD:
+                return memory.forget()
+            case Remedy.SHRINK:
+                return await memory.shrink()
+            case Remedy.LOOK if self._background:
+                return False  # it may still be written, whatever a look would show
+        if await patience.wait(fault):
+            memory.doubt()
+            return True
+        # A conversation that stays locked may be held by a response that will never end.
+        return fault.remedy is Remedy.WAIT and memory.forget()
 
     async def _round(
         self, request: ReplyRequest, memory: Memory, number: int, resume: Resumption | None
     ) -> AsyncGenerator[Begun | TextDelta | ToolCalled | RoundFinished, None]:
         """Sends the request once, or finds the response to it that was begun before, and reads that."""
         follows_text = any(finished.text for finished in request.rounds)
-        reading = Reading(follows_text=follows_text, known=resume.text if resume else "")
+        known = resume.text if resume else ""
+        reading = Reading(follows_text=follows_text, known=known, again=self._background)
         untold = self._background and resume is None
         if resume is not None:
             steps = self._responses.resume(resume.handle, reading)
@@ -142,16 +173,19 @@ class OpenAIAgent(Agent):
                 for delta in deltas:
                     yield delta
         assert reading.end is not None
+        if reading.oddities:
+            logger.info("an odd stream: %s turn_id=%s", reading.oddities, request.turn_id)
         for called in reading.end.calls:
             yield called
         shortfall = reading.end.shortfall
-        mirrored = memory.keeps_copy and memory.conversation is not None and shortfall is None
-        yield RoundFinished(reading.end.usage, shortfall, keeps_copy=mirrored)
+        copy = memory.copy(reading.response_id) if shortfall is None else None
+        yield RoundFinished(reading.end.usage, shortfall, copy)
 
     async def _call(self, request: ReplyRequest, memory: Memory, number: int) -> Call:
         definition = request.definition
         user = hmac.new(self._user_key, request.user_id.encode(), sha256).hexdigest()
         model = self.model(definition)
+        compact_at = tuning.compact_at(model) if memory.stores else None
         effort, verbosity = tuning.effort(definition, model), tuning.verbosity(definition, model)
         # The provider's own words, which its types spell out; a wrong one is its to refuse.
         reasoning = cast("Reasoning", {"effort": effort}) if effort else omit
@@ -161,12 +195,16 @@ class OpenAIAgent(Agent):
             instructions=definition.instructions or omit,
             input=await memory.input(),
             conversation=memory.conversation or omit,
-            store=memory.keeps_copy,
+            previous_response_id=memory.previous or omit,
+            store=memory.stores,
             background=self._background or omit,
             tools=[_tool(spec) for spec in request.tools] or omit,
             parallel_tool_calls=True if request.tools else omit,
             reasoning=reasoning,
             text=text,
+            context_management=omit
+            if compact_at is None
+            else [{"type": "compaction", "compact_threshold": compact_at}],
             max_output_tokens=max(definition.max_output_tokens, MIN_OUTPUT_TOKENS),
             metadata={**labels(request), "turn_id": request.turn_id},
             safety_identifier=user,
@@ -177,15 +215,6 @@ class OpenAIAgent(Agent):
 
     async def aclose(self) -> None:
         await self._client.close()
-
-
-async def _worth_another_try(fault: ProviderFault, memory: Memory, patience: Patience) -> bool:
-    if fault.remedy is Remedy.REBUILD:
-        return memory.forget()
-    if await patience.wait(fault):
-        return True
-    # A conversation that stays locked may be held by a response that will never end.
-    return fault.remedy is Remedy.WAIT and memory.forget()
 
 
 def _tool(spec: ToolSpec) -> FunctionToolParam:

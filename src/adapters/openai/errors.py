@@ -6,6 +6,8 @@ import ssl
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from enum import Enum, auto
 from typing import Any
 
@@ -22,11 +24,15 @@ class Remedy(Enum):
 
     NONE = auto()
     RETRY = auto()
-    """The same request, a little later: this one had no effect."""
+    """The same request, a little later: this one was refused."""
+    LOOK = auto()
+    """The same request, once it is known what has become of this one."""
     WAIT = auto()
     """The conversation is busy with another request."""
     REBUILD = auto()
     """The provider's copy of the thread is gone or out of step."""
+    SHRINK = auto()
+    """Less of the thread."""
 
 
 class ProviderFault(AgentFailed):
@@ -48,6 +54,13 @@ class ProviderFault(AgentFailed):
         self.code = code
         self.retry_after = retry_after
         self.request_id = request_id
+
+    @property
+    def is_outage(self) -> bool:
+        """Whether any other request would have failed as well."""
+        mute = self.reason in (TurnReason.PROVIDER_UNAVAILABLE, TurnReason.PROVIDER_TIMEOUT)
+        refused = self.status is not None and self.status < 500
+        return mute and not refused and self.remedy in (Remedy.RETRY, Remedy.LOOK)
 
 
 @dataclass(slots=True)
@@ -94,7 +107,8 @@ def fault_of(error: Exception, exchange: Exchange) -> ProviderFault | None:
         case httpx2.PoolTimeout():
             fault = ProviderFault(TurnReason.PROVIDER_UNAVAILABLE)
         case TimeoutError() | openai.APITimeoutError() | httpx2.TimeoutException():
-            fault = ProviderFault(TurnReason.PROVIDER_STALLED if exchange.started else TurnReason.PROVIDER_TIMEOUT)
+            reason = TurnReason.PROVIDER_STALLED if exchange.started else TurnReason.PROVIDER_TIMEOUT
+            fault = ProviderFault(reason, Remedy.LOOK)
         case openai.APIResponseValidationError() | httpx2.DecodingError():
             fault = ProviderFault(TurnReason.PROVIDER_PROTOCOL)
         case json.JSONDecodeError() | UnicodeDecodeError():
@@ -155,12 +169,12 @@ def classified(
 
 
 def _meaning(status: int | None, code: str, message: str, param: str) -> tuple[TurnReason, Remedy]:
-    if code in _LOCKED:
+    if code in _LOCKED or status == 409:
         return TurnReason.PROVIDER_UNAVAILABLE, Remedy.WAIT
     if code in _TOO_LONG or status == 413:
-        return TurnReason.CONTEXT_TOO_LONG, Remedy.NONE
+        return TurnReason.CONTEXT_TOO_LONG, Remedy.SHRINK
     if status in (None, 400) and ("context window" in message or "maximum context length" in message):
-        return TurnReason.CONTEXT_TOO_LONG, Remedy.NONE  # compatible servers have no code for it
+        return TurnReason.CONTEXT_TOO_LONG, Remedy.SHRINK  # compatible servers have no code for it
     if code in _FILTERED:
         return TurnReason.CONTENT_FILTERED, Remedy.NONE
     if code in _QUOTA or "request too large" in message:
@@ -184,9 +198,7 @@ def _meaning(status: int | None, code: str, message: str, param: str) -> tuple[T
 
 def _fault_of_status(error: openai.APIStatusError) -> ProviderFault:
     message = _text(error.message)
-    headers = error.response.headers
-    wait = _number(headers.get("retry-after-ms"), 0.001)
-    wait = _number(headers.get("retry-after"), 1.0) if wait is None else wait
+    wait = _retry_after(error.response.headers)
     fault = classified(
         error.status_code,
         error.code or "",
@@ -199,8 +211,27 @@ def _fault_of_status(error: openai.APIStatusError) -> ProviderFault:
 
 
 def _cut(exchange: Exchange) -> ProviderFault:
-    opened = exchange.opened
-    return ProviderFault(TurnReason.PROVIDER_TRUNCATED if opened else TurnReason.PROVIDER_UNAVAILABLE)
+    reason = TurnReason.PROVIDER_TRUNCATED if exchange.opened else TurnReason.PROVIDER_UNAVAILABLE
+    return ProviderFault(reason, Remedy.LOOK)
+
+
+def _retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds that the headers ask for. A date counts from the provider's own, so that no clock need be right."""
+    wait = _number(headers.get("retry-after-ms"), 0.001)
+    if wait is None:
+        wait = _number(headers.get("retry-after"), 1.0)
+    if wait is None and (until := _date(headers.get("retry-after"))) is not None:
+        now = _date(headers.get("date")) or datetime.now(UTC)
+        wait = max((until - now).total_seconds(), 0.0)
+    return wait
+
+
+def _date(text: str | None) -> datetime | None:
+    try:
+        found = parsedate_to_datetime(text or "")
+    except ValueError:
+        return None
+    return found if found.tzinfo else found.replace(tzinfo=UTC)
 
 
 def _asked_for(message: str) -> float | None:

@@ -9,31 +9,40 @@ from typing import Protocol
 from openai import AsyncOpenAI, omit
 from openai.types.responses import ResponseInputItemParam
 
-from adapters.openai.errors import Exchange, ProviderFault, translated
+from adapters.openai.context import Context
+from adapters.openai.errors import Exchange, ProviderFault, Remedy, translated
 from adapters.openai.items import history_items, labels, output_items, turn_items
+from adapters.openai.repair import MAX_ITEMS, PAGE, Repair, repair
+from adapters.openai.stream import decoded
 from core.model.thread import UNSYNCED, ProviderState
 from core.model.turn import TurnReason
 from core.ports.agent import ReplyRequest, StateChanged
 
 PROVIDER = "openai"
-MAX_ITEMS = 20
-"""Items that a conversation takes in one call."""
 
 
 class StateMode(StrEnum):
     """Where the provider's copy of a thread is kept."""
 
     CONVERSATION = "conversation"
+    RESPONSE_CHAIN = "response_chain"
     STATELESS = "stateless"
 
 
 class Memory(Protocol):
-    """The provider's copy of one thread, during one call of `reply`."""
+    """The provider's copy of one thread, during one call of `reply`.
 
-    keeps_copy: bool
-    """Whether the provider's copy mirrors a turn once its response is completed."""
+    A copy is in step where it mirrors the transcript up to this turn's message, or the turn so far. Whatever may
+    have put it out of step, a failure, a cancellation, a crash, another provider or another mode in between, has
+    left `synced_to` behind: there is no flag to forget.
+    """
+
+    stores: bool
+    """Whether the provider keeps what is said."""
     conversation: str | None
     """The conversation to reply on, once prepared."""
+    previous: str | None
+    """The response to reply to, once prepared."""
 
     @abstractmethod
     def prepare(self) -> AsyncGenerator[StateChanged, None]:
@@ -44,41 +53,65 @@ class Memory(Protocol):
         """What the next request has to say, once prepared."""
 
     @abstractmethod
+    def doubt(self) -> None:
+        """The last request may have left anything in the copy: `prepare` looks at it."""
+
+    @abstractmethod
     def forget(self) -> bool:
         """Gives up a copy that the provider refuses; `prepare` makes another. False if that can't help."""
 
     @abstractmethod
-    def doubt(self) -> StateChanged | None:
-        """Says that nobody knows what the copy mirrors now; None where there is no copy."""
+    async def shrink(self) -> bool:
+        """Gives up a copy that is too long for the model, for a shorter one. False if that can't help."""
+
+    @abstractmethod
+    def copy(self, response_id: str | None) -> ProviderState | None:
+        """The copy with the turn so far in it, now that this response is completed. None if there is no such."""
 
 
 class ConversationMemory(Memory):
-    """A conversation at the provider, built anew from the transcript wherever the two may differ."""
+    """A conversation at the provider. Out of step it is repaired where that is little work, else built anew."""
 
-    keeps_copy = True
+    stores = True
+    previous = None
 
-    def __init__(self, client: AsyncOpenAI, request: ReplyRequest) -> None:
+    def __init__(self, client: AsyncOpenAI, request: ReplyRequest, context: Context) -> None:
         self._client = client
         self._request = request
+        self._context = context
         self._state = request.state or ProviderState(provider=PROVIDER)
-        # Between the rounds of a turn the copy is ahead of the record, and right unless somebody doubts it.
-        synced_to = self._state.synced_to
-        in_step = synced_to != UNSYNCED if request.rounds else synced_to == request.message.index - 1
+        self._knows_rounds = bool(request.rounds) and self._state.synced_to == request.message.index
+        in_step = self._knows_rounds or _is_at_message(self._state, request)
         self.conversation = self._state.conversation_id if in_step else None
-        self._fresh = False
+        self._gone = self._state.conversation_id is None
+        self._built = False
 
     async def prepare(self) -> AsyncGenerator[StateChanged, None]:
         if self.conversation is not None:
             return
-        self._fresh = True
-        items = history_items(await self._request.history())
+        self._knows_rounds = False
+        known = None if self._gone else self._state.conversation_id
+        if known is not None and await self._repaired(known):
+            self.conversation = known
+            mirrored = self._request.message.index - 1
+            if self._state.synced_to != mirrored:
+                yield self._changed(known, mirrored)
+            return
+        async for changed in self._build():
+            yield changed
+
+    async def _build(self) -> AsyncGenerator[StateChanged, None]:
+        self._built = True
+        items = await self._context.items()
         first, rest = items[:MAX_ITEMS], items[MAX_ITEMS:]
         with translated(Exchange()):
             created = await self._client.conversations.create(items=first or omit, metadata=labels(self._request))
         conversation = getattr(created, "id", None)
         if not isinstance(conversation, str):
             raise ProviderFault(TurnReason.PROVIDER_PROTOCOL)
+        self._gone = False
         mirrored = self._request.message.index - 1
+        # Its id is nowhere else: the provider does not list conversations.
         yield self._changed(conversation, UNSYNCED if rest else mirrored)
         for start in range(0, len(rest), MAX_ITEMS):
             with translated(Exchange()):
@@ -87,48 +120,166 @@ class ConversationMemory(Memory):
             yield self._changed(conversation, mirrored)
         self.conversation = conversation
 
+    async def _repaired(self, conversation: str) -> bool:
+        """Brings a conversation into step with the transcript. False where it must be built anew."""
+        try:
+            todo = await self._look(conversation)
+            if todo is None:
+                return False
+            items = self._client.conversations.items
+            for item_id in todo.delete:
+                with translated(Exchange()):
+                    await items.delete(item_id, conversation_id=conversation)
+            if todo.add:
+                with translated(Exchange()):
+                    await items.create(conversation, items=todo.add)
+        except ProviderFault as fault:
+            if fault.remedy is not Remedy.REBUILD:
+                raise
+            return False
+        return True
+
+    async def _look(self, conversation: str) -> Repair | None:
+        with translated(Exchange()):
+            raw = self._client.conversations.items.with_raw_response
+            found = await raw.list(conversation, order="desc", limit=PAGE)
+        listed = decoded(found.content) or {}
+        newest = listed.get("data")
+        if not isinstance(newest, list) or not all(isinstance(item, dict) for item in newest):
+            raise ProviderFault(TurnReason.PROVIDER_PROTOCOL)
+        return repair(
+            newest[::-1],
+            is_all=listed.get("has_more") is False,
+            lines=await self._context.lines(),
+            synced_to=self._state.synced_to,
+        )
+
     def _changed(self, conversation: str, synced_to: int) -> StateChanged:
-        old = self._state.conversation_id
-        retired = self._state.retired
-        if old is not None and old != conversation:
-            retired = (*retired, old)
-        self._state = replace(self._state, conversation_id=conversation, synced_to=synced_to, retired=retired)
+        self._state = _replaced(self._state, conversation_id=conversation, synced_to=synced_to)
         return StateChanged(self._state)
 
     async def input(self) -> list[ResponseInputItemParam]:
-        if self._fresh or not self._request.rounds:
-            return turn_items(self._request)
-        return output_items(self._request.rounds[-1])
+        return output_items(self._request.rounds[-1]) if self._knows_rounds else turn_items(self._request)
+
+    def doubt(self) -> None:
+        self.conversation = None
 
     def forget(self) -> bool:
-        if self._fresh:
+        if self._built:
             return False
-        self.conversation = None
+        self.conversation, self._gone = None, True
         return True
 
-    def doubt(self) -> StateChanged | None:
-        return self._changed(self.conversation, UNSYNCED) if self.conversation is not None else None
+    async def shrink(self) -> bool:
+        if not await self._context.shrink():
+            return False
+        self.conversation, self._gone = None, True
+        return True
+
+    def copy(self, response_id: str | None) -> ProviderState | None:
+        if self.conversation is None:
+            return None
+        return _replaced(self._state, conversation_id=self.conversation, synced_to=self._request.message.index)
 
 
-class StatelessMemory(Memory):
-    """No copy at all: every request says everything. For servers without conversations, and for data that
-    must not stay at the provider."""
+class ChainMemory(Memory):
+    """A chain of responses, each of which names the one before. What has failed is no link of it: the next request
+    goes on from the last response that mirrors the transcript, and says what is missing since."""
 
-    keeps_copy = False
+    stores = True
     conversation = None
 
-    def __init__(self, request: ReplyRequest) -> None:
+    def __init__(self, request: ReplyRequest, context: Context) -> None:
         self._request = request
+        self._context = context
+        self._state = request.state or ProviderState(provider=PROVIDER)
+        self.previous = self._state.response_id if self._state.synced_to != UNSYNCED else None
 
     async def prepare(self) -> AsyncGenerator[StateChanged, None]:
         return
         yield  # makes this a generator
 
     async def input(self) -> list[ResponseInputItemParam]:
-        return history_items(await self._request.history()) + turn_items(self._request)
+        request, mirrored = self._request, self._state.synced_to
+        if self.previous is None:
+            return await self._context.items() + turn_items(request)
+        if request.rounds and mirrored == request.message.index:
+            return output_items(request.rounds[-1])
+        missing: list[ResponseInputItemParam] = []
+        if mirrored < request.message.index - 1:
+            missing = history_items(line for line in await self._context.lines() if line.index > mirrored)
+        return missing + turn_items(request)
+
+    def doubt(self) -> None:
+        """Nothing that was asked for has changed what it began with."""
+
+    def forget(self) -> bool:
+        if self.previous is None:
+            return False
+        self.previous = None
+        return True
+
+    async def shrink(self) -> bool:
+        self.previous = None
+        return await self._context.shrink()
+
+    def copy(self, response_id: str | None) -> ProviderState | None:
+        if response_id is None:
+            return None
+        state = self._state
+        if self.previous is not None:
+            state = replace(state, response_id=None)  # the chain leads to it
+        return _replaced(state, response_id=response_id, synced_to=self._request.message.index)
+
+
+class StatelessMemory(Memory):
+    """No copy at all: every request says everything. For servers that keep nothing, and for data that must not
+    stay at the provider."""
+
+    stores = False
+    conversation = None
+    previous = None
+
+    def __init__(self, request: ReplyRequest, context: Context) -> None:
+        self._request = request
+        self._context = context
+
+    async def prepare(self) -> AsyncGenerator[StateChanged, None]:
+        return
+        yield  # makes this a generator
+
+    async def input(self) -> list[ResponseInputItemParam]:
+        return await self._context.items() + turn_items(self._request)
+
+    def doubt(self) -> None:
+        """There is nothing to look at."""
 
     def forget(self) -> bool:
         return False
 
-    def doubt(self) -> StateChanged | None:
+    async def shrink(self) -> bool:
+        return await self._context.shrink()
+
+    def copy(self, response_id: str | None) -> ProviderState | None:
         return None
+
+
+def _is_at_message(state: ProviderState, request: ReplyRequest) -> bool:
+    """Whether a copy mirrors all that was said before the turn, or began to be resumed."""
+    mirrored = state.synced_to == request.message.index - 1
+    return mirrored and (not request.rounds or request.resume is not None)
+
+
+def _replaced(
+    state: ProviderState, *, synced_to: int, conversation_id: str | None = None, response_id: str | None = None
+) -> ProviderState:
+    """The state with another copy; the one before is retired."""
+    now = (conversation_id, response_id)
+    old = tuple(copy for copy in (state.conversation_id, state.response_id) if copy and copy not in now)
+    return replace(
+        state,
+        conversation_id=conversation_id,
+        response_id=response_id,
+        synced_to=synced_to,
+        retired=(*state.retired, *old),
+    )

@@ -12,17 +12,19 @@ from core.ports.agent import CannotResume
 class Reading:
     """One response as far as it has been read.
 
-    `known` is text of it that was read before. It comes again, must be the same, and is not handed out.
+    `known` is text of it that was read before. It comes again, must be the same, and is not handed out. `again`
+    says that all of it can be had again.
     """
 
-    def __init__(self, *, follows_text: bool, known: str = "") -> None:
+    def __init__(self, *, follows_text: bool, known: str = "", again: bool = False) -> None:
         self._follows_text = follows_text
+        self._again = again
         self._said = [known]
         self.rewind()
 
     def rewind(self) -> None:
         """The response comes again from its beginning: what was said of it is known."""
-        self._reader = RoundReader(follows_text=self._follows_text)
+        self._reader = RoundReader(follows_text=self._follows_text, again=self._again)
         self._known = "".join(self._said)
         self._recalled = 0
 
@@ -40,6 +42,26 @@ class Reading:
     def is_over(self) -> bool:
         """Whether there is nothing more to read."""
         return self.end is not None or self.fault is not None
+
+    @property
+    def all_said(self) -> bool:
+        """Whether only the end is missing."""
+        return self._reader.all_said
+
+    @property
+    def has_gap(self) -> bool:
+        """Whether events are missing that can be had again: those behind `cursor`."""
+        return self._reader.has_gap
+
+    @property
+    def oddities(self) -> str:
+        """What was odd about the events, to be logged; "" for nothing."""
+        counts = {"duplicates": self._reader.duplicates, "gaps": self._reader.gaps}
+        return " ".join(f"{name}={count}" for name, count in counts.items() if count)
+
+    def reopen(self) -> None:
+        """What follows `cursor` comes again."""
+        self._reader.reopen()
 
     @property
     def response_id(self) -> str | None:

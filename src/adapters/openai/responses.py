@@ -10,8 +10,8 @@ from openai import AsyncAPIResponse, AsyncOpenAI, omit
 
 from adapters.openai.errors import Exchange, ProviderFault, Remedy, translated
 from adapters.openai.reading import Reading
-from adapters.openai.retry import Patience, Sleep
-from adapters.openai.stream import SseSplitter, Watchdog, decoded, drain
+from adapters.openai.retry import Patience, Policy
+from adapters.openai.stream import Silence, SseSplitter, Watchdog, decoded, drain
 from core.model.events import TextDelta
 from core.model.turn import TurnReason
 from core.ports.agent import CannotResume
@@ -29,13 +29,12 @@ logger = logging.getLogger(__name__)
 
 
 class Responses:
-    """Reads and stops responses. A provider may be silent as long as OpenAIAgent says, on each connection."""
+    """Reads and stops responses. `silence` bounds each connection."""
 
-    def __init__(self, client: AsyncOpenAI, *, first_event: float, idle: float, sleep: Sleep) -> None:
+    def __init__(self, client: AsyncOpenAI, silence: Silence, policy: Policy) -> None:
         self._client = client
-        self._first_event = first_event
-        self._idle = idle
-        self._sleep = sleep
+        self._silence = silence
+        self._policy = policy
 
     async def read(self, call: Call, reading: Reading) -> AsyncGenerator[list[TextDelta], None]:
         """Reads an answer to its end, step by step. Raises ProviderFault.
@@ -43,7 +42,7 @@ class Responses:
         Closing it closes the connection: that stops a response that is not written in the background.
         """
         exchange = Exchange()
-        watchdog = Watchdog(self._first_event, self._idle)
+        watchdog = Watchdog(self._silence)
         splitter = SseSplitter()
         with translated(exchange):
             async with AsyncExitStack() as stack:
@@ -54,12 +53,15 @@ class Responses:
                 while reading.end is None:
                     chunk = await watchdog.wait(anext(chunks, None))
                     if chunk is None:
-                        raise ProviderFault(TurnReason.PROVIDER_TRUNCATED)
+                        raise ProviderFault(TurnReason.PROVIDER_TRUNCATED, Remedy.LOOK)
                     events = splitter.feed(chunk)
                     if events:
                         exchange.started = True
-                        watchdog.heard()
-                        yield reading.read(events)
+                        deltas = reading.read(events)
+                        watchdog.heard(all_said=reading.all_said)
+                        yield deltas
+                    if reading.has_gap:
+                        raise ProviderFault(TurnReason.PROVIDER_TRUNCATED, Remedy.LOOK)
                     if reading.fault is not None:
                         raise reading.fault
                 await drain(chunks)
@@ -74,7 +76,7 @@ class Responses:
         except ProviderFault as fault:
             if reading.response_id is None or fault is reading.fault:
                 raise
-            response_id, patience = reading.response_id, Patience(self._sleep)
+            response_id, patience = reading.response_id, Patience(self._policy)
             await _bear(fault, response_id, patience)
         else:
             return
@@ -89,11 +91,12 @@ class Responses:
 
         Raises ProviderFault, and CannotResume where the provider does not have it any more.
         """
-        patience = patience or Patience(self._sleep)
+        patience = patience or Patience(self._policy)
         while True:
             cursor = reading.cursor
             if cursor is None:
                 reading.rewind()
+            reading.reopen()
             place = reading.place
             call = self._client.responses.with_streaming_response.retrieve(
                 response_id, stream=True, starting_after=omit if cursor is None else cursor
@@ -109,7 +112,7 @@ class Responses:
             else:
                 return
             if reading.place != place:
-                patience = Patience(self._sleep)
+                patience = Patience(self._policy)
             elif (event := await self._last_event(response_id, lost)) is not None:
                 reading.rewind()
                 yield reading.read([event])
@@ -125,7 +128,7 @@ class Responses:
         """
         try:
             with translated(Exchange()):
-                async with asyncio.timeout(self._first_event):
+                async with asyncio.timeout(self._silence.first_event):
                     found = await self._client.responses.with_raw_response.retrieve(response_id)
             status = (decoded(found.content) or {}).get("status")
         except ProviderFault as fault:
@@ -142,13 +145,13 @@ class Responses:
 
     async def stop(self, response_id: str) -> None:
         """Cancels a response that is written in the background. Never fails, and takes STOP_SECONDS at most."""
-        patience = Patience(self._sleep)
+        patience = Patience(self._policy)
         try:
             async with asyncio.timeout(STOP_SECONDS):
                 while (fault := await self._cancel(response_id)) is not None:
                     if fault.status in _REFUSED:
                         return
-                    if not await patience.wait(fault, harmless=True):
+                    if not await patience.wait_to_look_again(fault):
                         _log("a response can't be stopped", response_id, fault)
                         return
         except TimeoutError:
@@ -171,7 +174,7 @@ async def _bear(fault: ProviderFault, response_id: str, patience: Patience) -> N
     It has no remedy then: the response is still being written, and must not be asked for a second time.
     """
     _log("lost sight of a response", response_id, fault)
-    if not await patience.wait(fault, harmless=True):
+    if not await patience.wait_to_look_again(fault):
         fault.remedy = Remedy.NONE
         raise fault
 

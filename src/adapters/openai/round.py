@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from adapters.openai.errors import ProviderFault, fault_in_stream
+from adapters.openai.errors import ProviderFault, Remedy, fault_in_stream
 from adapters.openai.stream import TextCleaner, clean, decoded
 from core.model.events import TextDelta, ToolCalled
 from core.model.turn import TurnReason, Usage
@@ -50,14 +50,28 @@ class RoundReader:
     Text is handed out as it comes, calls only with the end: before it the provider may still fail. A message
     that follows other text of this reply is set apart from it by an empty line; `follows_text` says that an
     earlier round had some. Events are told apart by their `type` and unknown ones ignored. `response_id` is the
-    response's name once it has come, `sequence` the number of the last event, -1 while none had one.
+    response's name once it has come, `sequence` the number of the last event, -1 while none had one. `all_said`
+    says that every item that was begun is done, and the last was no mere thought.
+
+    Events that come twice are left out, by their numbers. Where numbers are missing nothing is made up for it: the
+    whole texts, which come later, show whether text was lost, and then the response has failed. With `again` the
+    missing events can be had instead: reading stops before the gap, and `has_gap` says so. A gap that is still
+    there when they came again is how that server counts. `duplicates` and `gaps` are counted.
     """
 
-    def __init__(self, *, follows_text: bool = False) -> None:
+    def __init__(self, *, follows_text: bool = False, again: bool = False) -> None:
         self.end: RoundEnd | None = None
         self.fault: ProviderFault | None = None
         self.response_id: str | None = None
         self.sequence = -1
+        self.all_said = False
+        self.has_gap = False
+        self.duplicates = 0
+        self.gaps = 0
+        self._again = again
+        self._gap_at: int | None = None
+        self._unread = 0
+        self._open: set[int] = set()
         self._parts: dict[Key, _Part] = {}
         self._calls: dict[str, ToolCalled] = {}
         self._cleaner = TextCleaner()
@@ -75,9 +89,11 @@ class RoundReader:
         try:
             for data in events:
                 event = decoded(data)
-                if event is not None and self._is_new(event):
+                if event is None:
+                    self._unread += 1
+                elif self._is_next(event):
                     self._take(event)
-                if self.end is not None:
+                if self.end is not None or self.has_gap:
                     break
         except ProviderFault as fault:
             # Returned beside the text that came before it, which must not depend on how the bytes were cut.
@@ -85,13 +101,24 @@ class RoundReader:
         out, self._out = self._out, []
         return out
 
-    def _is_new(self, event: Mapping[str, Any]) -> bool:
+    def reopen(self) -> None:
+        """The events behind `sequence` come again."""
+        self.has_gap = False
+        self._unread = 0
+
+    def _is_next(self, event: Mapping[str, Any]) -> bool:
         number = event.get("sequence_number")
         if not isinstance(number, int):
             return True  # compatible servers leave it out
         if number <= self.sequence:
+            self.duplicates += 1
             return False
-        self.sequence = number
+        if 0 <= self.sequence < number - 1 - self._unread and self._gap_at != self.sequence:
+            self.gaps += 1
+            if self._again:
+                self.has_gap, self._gap_at = True, self.sequence
+                return False
+        self.sequence, self._unread = number, 0
         return True
 
     def _take(self, event: Mapping[str, Any]) -> None:
@@ -104,8 +131,14 @@ class RoundReader:
                 self._settle(_key(event), _string(event, "text"), refusal=False)
             case "response.refusal.done":
                 self._settle(_key(event), _string(event, "refusal"), refusal=True)
+            case "response.output_item.added":
+                self._open.add(_number(event, "output_index"))
+                self.all_said = False
             case "response.output_item.done":
-                self._take_item(_number(event, "output_index"), _mapping(event, "item"))
+                index, item = _number(event, "output_index"), _mapping(event, "item")
+                self._take_item(index, item)
+                self._open.discard(index)
+                self.all_said = not self._open and item.get("type") != "reasoning"
             case "response.completed":
                 self._finish(_mapping(event, "response"), None)
             case "response.incomplete":
@@ -113,7 +146,7 @@ class RoundReader:
                 details = response.get("incomplete_details")
                 reason = details.get("reason") if isinstance(details, Mapping) else None
                 if reason not in _SHORTFALLS:
-                    raise ProviderFault(TurnReason.PROVIDER_TRUNCATED)
+                    raise ProviderFault(TurnReason.PROVIDER_TRUNCATED, Remedy.LOOK)
                 self._finish(response, _SHORTFALLS[reason])
             case "response.failed":
                 raise fault_in_stream(_mapping(event, "response").get("error"))
@@ -156,6 +189,7 @@ class RoundReader:
         if part is None:
             part = self._parts[key] = _Part()
         part.pieces.append(text)
+        self.all_said = False
         self._say(self._cleaner.feed(text), refusal)
 
     def _settle(self, key: Key, whole: str, *, refusal: bool) -> None:
@@ -183,12 +217,13 @@ class RoundReader:
             text, self._gap_due = "\n\n" + text, False
         self._length += len(text)
         if self._length > MAX_TEXT:
-            raise ProviderFault(TurnReason.PROVIDER_PROTOCOL)
+            raise ProviderFault(TurnReason.OUTPUT_LIMIT)
         if self._out and self._out[-1].refusal is refusal:
             text = self._out.pop().text + text
         self._out.append(TextDelta(text, refusal))
 
     def _finish(self, response: Mapping[str, Any], shortfall: TurnReason | None) -> None:
+        self.response_id = self.response_id or _id(response)
         output = response.get("output")
         silent = not self._parts
         for index, item in enumerate(output if isinstance(output, list) else []):

@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import jiter
@@ -23,6 +24,7 @@ _WANTED = frozenset(
         b"response.output_text.done",
         b"response.refusal.delta",
         b"response.refusal.done",
+        b"response.output_item.added",
         b"response.output_item.done",
         b"response.completed",
         b"response.incomplete",
@@ -35,7 +37,7 @@ class SseSplitter:
     """Splits a stream of Server-Sent Events, however it is cut into chunks.
 
     Takes LF, CRLF and CR. Half an event at the end of the stream is no event. Raises ProviderFault
-    (`PROVIDER_PROTOCOL`) where an event is longer than `max_event` bytes.
+    (`OUTPUT_LIMIT`) where an event is longer than `max_event` bytes.
     """
 
     def __init__(self, max_event: int = MAX_EVENT_BYTES) -> None:
@@ -78,7 +80,7 @@ class SseSplitter:
 
     def _check(self, size: int) -> None:
         if size > self._max_event:
-            raise ProviderFault(TurnReason.PROVIDER_PROTOCOL)
+            raise ProviderFault(TurnReason.OUTPUT_LIMIT)
 
 
 def _data_of(block: bytes) -> bytes | None:
@@ -145,19 +147,29 @@ def clean(text: str) -> str:
     return text
 
 
+@dataclass(frozen=True, slots=True)
+class Silence:
+    """How long a provider may be silent, in seconds: before its first event, between two events, and before the
+    last one, once all items of its answer are done."""
+
+    first_event: float
+    idle: float
+    last_event: float
+
+
 class Watchdog:
     """Bounds the silence of a provider. Only events end a silence: comments and bytes don't.
 
     The time that the reader spends elsewhere between two waits is not counted.
     """
 
-    def __init__(self, first_event: float, idle: float) -> None:
-        self._left = first_event
-        self._idle = idle
+    def __init__(self, silence: Silence) -> None:
+        self._silence = silence
+        self._left = silence.first_event
 
-    def heard(self) -> None:
-        """An event came."""
-        self._left = self._idle
+    def heard(self, *, all_said: bool = False) -> None:
+        """An event came; `all_said`: and only the end can follow."""
+        self._left = self._silence.last_event if all_said else self._silence.idle
 
     async def wait(self, awaitable: Awaitable[T]) -> T:
         """Waits within what is left of the silence. Raises TimeoutError."""

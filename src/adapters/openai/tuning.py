@@ -38,6 +38,26 @@ def verbosity(definition: AgentDefinition, model: str) -> str:
     return ""
 
 
+_WINDOWS = (
+    (re.compile(r"gpt-6-luna.*"), 922_000),
+    (re.compile(r"gpt-4\.1.*"), 1_000_000),
+    (re.compile(r"gpt-4o.*"), 128_000),
+)
+"""Tokens that models read (developers.openai.com/api/docs/models); others are not known."""
+
+
+def window(model: str) -> int | None:
+    """The tokens that a model reads, if that is known."""
+    return next((size for name, size in _WINDOWS if name.fullmatch(model)), None)
+
+
+def compact_at(model: str) -> int | None:
+    """The tokens of context from which on the provider itself is to compact it, None where it is not asked to:
+    a model or a server that does not know the parameter refuses the request."""
+    size = window(model)
+    return size * 8 // 10 if size and (_generation(model) or (0, 0)) >= (6, 0) else None
+
+
 def _generation(model: str) -> tuple[int, int] | None:
     """A GPT's generation if it is one that reasons."""
     found = _GPT.fullmatch(model)

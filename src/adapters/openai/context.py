@@ -1,0 +1,92 @@
+"""How much of a thread a request can hold."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from openai.types.responses import ResponseInputItemParam
+
+from adapters.openai.items import history_items, turn_items
+from core.model.message import Message
+from core.ports.agent import ReplyRequest
+
+_BYTES_PER_TOKEN = 3
+"""Of UTF-8. English has rather more than four and Chinese about three: this counts too much, not too little."""
+_ITEM_TOKENS = 8
+"""What an item costs beside its words."""
+_PART_TOKENS = 1_500
+"""What a part costs that is no text, such as an image."""
+
+_WORDS = ("text", "refusal", "arguments", "output", "name")
+
+
+def tokens(items: Iterable[ResponseInputItemParam]) -> int:
+    """An estimate, on the safe side."""
+    return sum(_ITEM_TOKENS + _cost(item) for item in items)
+
+
+def _cost(item: Any) -> int:
+    cost = sum(_length(item[name]) for name in _WORDS if isinstance(item.get(name), str))
+    content = item.get("content", ())
+    if isinstance(content, str):
+        return cost + _length(content)
+    for part in content:
+        words = [part[name] for name in _WORDS if isinstance(part.get(name), str)]
+        cost += sum(map(_length, words)) if words else _PART_TOKENS
+    return cost
+
+
+def _length(text: str) -> int:
+    return -(-len(text.encode()) // _BYTES_PER_TOKEN)
+
+
+class Context:
+    """The part of a thread's transcript that goes into requests of `window` tokens: the newest turns, each whole.
+
+    What the answer may need, the instructions, the tools and the turn itself are set aside first.
+    """
+
+    def __init__(self, request: ReplyRequest, window: int) -> None:
+        self._request = request
+        definition = request.definition
+        tools = json.dumps([dict(spec.parameters) | {"_": spec.description} for spec in request.tools])
+        fixed = _length(definition.instructions) + _length(tools) + definition.max_output_tokens
+        self._room = max(window - fixed - tokens(turn_items(request)), 0)
+        self._used = 0
+        self._shrunk = False
+        self._lines: Sequence[Message] | None = None
+
+    async def lines(self) -> Sequence[Message]:
+        """The whole transcript before this turn."""
+        if self._lines is None:
+            self._lines = await self._request.history()
+        return self._lines
+
+    async def items(self) -> list[ResponseInputItemParam]:
+        """As many of the newest turns as there is room for."""
+        turns = list(_by_turn(await self.lines()).values())
+        kept: list[list[ResponseInputItemParam]] = []
+        self._used = 0
+        for lines in reversed(turns):
+            items = history_items(lines)
+            cost = tokens(items)
+            if self._used + cost > self._room:
+                break
+            self._used += cost
+            kept.append(items)
+        return [item for items in reversed(kept) for item in items]
+
+    async def shrink(self) -> bool:
+        """Halves what `items` gives: the provider counts otherwise. False where that was done, or is nothing."""
+        before = len(await self.items())
+        if self._shrunk or not before:
+            return False
+        self._shrunk, self._room = True, self._used // 2
+        return True
+
+
+def _by_turn(lines: Iterable[Message]) -> Mapping[str, Sequence[Message]]:
+    turns: dict[str, list[Message]] = {}
+    for line in lines:
+        turns.setdefault(line.turn_id, []).append(line)
+    return turns
