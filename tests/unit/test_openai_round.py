@@ -136,3 +136,74 @@ def test_an_answer_that_falls_short_calls_nothing() -> None:
 def test_what_follows_the_end_is_not_read() -> None:
     reader = RoundReader()
     assert reader.read([delta("a"), event("response.completed", response={}), delta("b")]) == [TextDelta("a")]
+
+
+def test_events_that_come_twice_are_counted() -> None:
+    reader = RoundReader()
+    reader.read([delta("a", 4), delta("a", 4), delta("b", 5), delta("a", 4)])
+    assert (reader.duplicates, reader.gaps) == (2, 0)
+
+
+def test_a_gap_is_counted_and_nothing_is_made_up_for_it() -> None:
+    reader = RoundReader()
+    assert reader.read([delta("a", 4), delta("c", 6), delta("d", 7)]) == [TextDelta("acd")]
+    assert (reader.gaps, reader.has_gap, reader.fault) == (1, False, None)
+    reader.read([event("response.output_text.done", text="abcd", output_index=0, content_index=0)])
+    assert reader.fault is not None
+    assert reader.fault.reason is TurnReason.PROVIDER_PROTOCOL
+
+
+def test_a_gap_behind_which_nothing_was_said_is_closed_by_the_whole_text() -> None:
+    reader = RoundReader()
+    whole = event("response.output_text.done", text="abc", output_index=0, content_index=0, sequence_number=9)
+    assert reader.read([delta("a", 4), whole]) == [TextDelta("abc")]
+    assert (reader.gaps, reader.fault) == (1, None)
+
+
+def test_events_that_nobody_reads_are_no_gap() -> None:
+    reader = RoundReader(again=True)
+    assert reader.read([delta("a", 4), b"", b"", delta("b", 7), delta("c", 8)]) == [TextDelta("abc")]
+    assert (reader.gaps, reader.has_gap) == (0, False)
+
+
+def test_where_events_can_be_had_again_reading_stops_before_a_gap() -> None:
+    reader = RoundReader(again=True)
+    assert reader.read([delta("a", 4), delta("c", 6)]) == [TextDelta("a")]
+    assert (reader.has_gap, reader.sequence) == (True, 4)
+    reader.reopen()
+    assert reader.read([delta("b", 5), delta("c", 6)]) == [TextDelta("bc")]
+    assert (reader.has_gap, reader.gaps) == (False, 1)
+
+
+def test_a_gap_that_is_still_there_is_how_the_server_counts() -> None:
+    reader = RoundReader(again=True)
+    reader.read([delta("a", 4), delta("c", 6)])
+    reader.reopen()
+    assert reader.read([delta("c", 6), delta("d", 7)]) == [TextDelta("cd")]
+    assert not reader.has_gap
+
+
+def test_numbers_may_begin_anywhere() -> None:
+    reader = RoundReader(again=True)
+    assert reader.read([delta("a", 7), delta("b", 8)]) == [TextDelta("ab")]
+    assert reader.gaps == 0
+
+
+def test_all_is_said_when_every_item_is_done_and_the_last_was_no_thought() -> None:
+    def added(place: int) -> bytes:
+        return event("response.output_item.added", output_index=place, item={})
+
+    def done(place: int, kind: str) -> bytes:
+        facts = {"call_id": "c", "name": "n", "arguments": "{}"} if kind == "function_call" else {}
+        return event("response.output_item.done", output_index=place, item={"type": kind, **facts})
+
+    reader = RoundReader()
+    seen = []
+    for step in (
+        added(0), done(0, "reasoning"), added(1), delta("a", place=1), done(1, "message"), delta("b", place=2),
+        done(2, "message"), added(3), added(4), done(3, "function_call"), done(4, "message"),
+    ):  # fmt: skip
+        reader.read([step])
+        seen.append(reader.all_said)
+    assert seen == [False, False, False, False, True, False, True, False, False, False, True]
+    assert reader.fault is None
