@@ -343,12 +343,13 @@ async def test_what_is_too_much_to_repair_is_built_anew(provider: FakeProvider, 
     assert len(provider.conversations[thread.state.conversation_id or ""].items) == 25
 
 
+@pytest.mark.parametrize("status", [400, 403, 404])
 async def test_a_repair_that_the_provider_refuses_is_given_up(
-    provider: FakeProvider, thread: ThreadOfTest
+    provider: FakeProvider, thread: ThreadOfTest, status: int
 ) -> None:
     await thread.say("First")
     thread.add(Role.USER, "Unanswered")
-    provider.refusals["items"] = [HttpError(status=404)]
+    provider.refusals["items"] = [HttpError(status=status)]
     await thread.say("Last")
     assert len(provider.conversations) == 2
     assert thread.state is not None

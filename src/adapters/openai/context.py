@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from openai.types.responses import ResponseInputItemParam
@@ -48,13 +49,17 @@ class Context:
 
     def __init__(self, request: ReplyRequest, window: int) -> None:
         self._request = request
-        definition = request.definition
-        tools = json.dumps([dict(spec.parameters) | {"_": spec.description} for spec in request.tools])
-        fixed = _length(definition.instructions) + _length(tools) + definition.max_output_tokens
-        self._room = max(window - fixed - tokens(turn_items(request)), 0)
+        self._window = window
         self._used = 0
         self._shrunk = False
         self._lines: Sequence[Message] | None = None
+
+    @cached_property
+    def _room(self) -> int:
+        request, definition = self._request, self._request.definition
+        tools = json.dumps([dict(spec.parameters) | {"_": spec.description} for spec in request.tools])
+        fixed = _length(definition.instructions) + _length(tools) + definition.max_output_tokens
+        return max(self._window - fixed - tokens(turn_items(request)), 0)
 
     async def lines(self) -> Sequence[Message]:
         """The whole transcript before this turn."""

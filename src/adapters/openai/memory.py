@@ -134,7 +134,7 @@ class ConversationMemory(Memory):
                 with translated(Exchange()):
                     await items.create(conversation, items=todo.add)
         except ProviderFault as fault:
-            if fault.remedy is not Remedy.REBUILD:
+            if fault.remedy in (Remedy.RETRY, Remedy.LOOK, Remedy.WAIT):
                 raise
             return False
         return True
@@ -146,7 +146,7 @@ class ConversationMemory(Memory):
         listed = decoded(found.content) or {}
         newest = listed.get("data")
         if not isinstance(newest, list) or not all(isinstance(item, dict) for item in newest):
-            raise ProviderFault(TurnReason.PROVIDER_PROTOCOL)
+            return None
         return repair(
             newest[::-1],
             is_all=listed.get("has_more") is False,
