@@ -28,10 +28,10 @@ test: $(VENV)/dev.stamp ## run the tests
 	@$(BIN)/python -m pytest
 
 faults-small: $(VENV)/dev.stamp ## kill, freeze and cut everything, for about ten minutes
-	@VIDA_TEST_SIZE=small $(BIN)/python -m pytest -q -s tests/faults tests/simulation
+	@VIDA_TEST_SIZE=small $(BIN)/python -m pytest -q -s tests/faults tests/simulation tests/integration/test_openai_streams.py
 
 faults: $(VENV)/dev.stamp ## the same at the large size, for hours
-	@VIDA_TEST_SIZE=large $(BIN)/python -m pytest -q -s tests/faults tests/simulation
+	@VIDA_TEST_SIZE=large $(BIN)/python -m pytest -q -s tests/faults tests/simulation tests/integration/test_openai_streams.py
 
 check: lint types proto-check test ## everything that must pass before a change lands
 

@@ -35,10 +35,15 @@ from fake_provider import (
 from fake_provider.rendering import Rendering, as_bytes
 from fake_provider.script import Step
 from fake_provider.store import Numbers
-from faults.figures import chance, sized
+from faults.figures import FIGURES, chance, sized
 from openai_lab import MODES, lab, run
 from openai_thread import ThreadOfTest, fails
 from simulation.loop import simulate
+
+STREAMS = sized("STREAMS", 300, 3_000, 20_000)
+"""Turns with faults at random."""
+CUTS = sized("CUTS", 6, 60, 600)
+"""Streams that are cut at every byte."""
 
 # --- the lean path beside the SDK's own
 
@@ -99,7 +104,8 @@ ANSWERS = st.builds(
 )
 
 
-@settings(max_examples=sized("CUTS", 6, 60, 600), deadline=None)
+@pytest.mark.timeout(60 + 10 * CUTS)
+@settings(max_examples=CUTS, deadline=None)
 @given(ANSWERS)
 def test_wherever_a_stream_is_cut_it_reads_as_the_sdk_reads_it(answer: Answer) -> None:
     data = b"".join(rendered(answer))
@@ -116,7 +122,8 @@ def test_wherever_a_stream_is_cut_it_reads_as_the_sdk_reads_it(answer: Answer) -
             assert (reader.end.usage.input_tokens, reader.end.usage.output_tokens) == usage
 
 
-@settings(max_examples=sized("CUTS", 6, 60, 600), deadline=None)
+@pytest.mark.timeout(60 + 10 * CUTS)
+@settings(max_examples=CUTS, deadline=None)
 @given(ANSWERS)
 def test_what_ends_before_its_end_has_none_and_says_nothing_else(answer: Answer) -> None:
     events = rendered(answer)
@@ -281,8 +288,8 @@ def whim(number: int, random: Any) -> tuple[Step, str | None]:
             return replace(odd, output=said, byte_by_byte=random.random() < 0.1), whole
 
 
+@pytest.mark.timeout(60 + STREAMS)
 def test_nothing_is_completed_that_the_provider_did_not_complete() -> None:
-    count = sized("STREAMS", 300, 3_000, 20_000)
     random = chance("streams")
 
     async def main(mode: str, count: int) -> int:
@@ -308,5 +315,6 @@ def test_nothing_is_completed_that_the_provider_did_not_complete() -> None:
                 it.provider.script.clear()
         return completed
 
-    completed = sum(run(main(mode, count // len(MODES))) for mode in MODES)
-    assert count / 10 < completed < count
+    completed = sum(run(main(mode, STREAMS // len(MODES))) for mode in MODES)
+    assert STREAMS / 10 < completed < STREAMS
+    FIGURES.add("streams", {"turns": STREAMS, "completed": completed, "completed without an end": 0})
