@@ -197,7 +197,7 @@ async def test_a_breaker_that_stays_open_ends_the_turn(policy: Policy, time: Tim
     for deadline, longest in ((math.inf, MAX_WAIT), (time.now + 3, 3)):
         begun = time.now
         hurried = Policy(busy, time.clock, random.Random(1))
-        object.__setattr__(hurried, "breaker", policy.breaker)
+        hurried.breaker = policy.breaker
         with pytest.raises(ProviderFault) as caught:
             await Patience(hurried, deadline).admission()
         assert (caught.value.reason, caught.value.remedy) == (TurnReason.PROVIDER_UNAVAILABLE, Remedy.NONE)

@@ -4,7 +4,6 @@ import asyncio
 import math
 import random
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
 
 from adapters.openai.breaker import Breaker
 from adapters.openai.errors import ProviderFault, Remedy
@@ -53,18 +52,15 @@ def loop_time() -> float:
     return asyncio.get_running_loop().time()
 
 
-@dataclass(frozen=True, slots=True)
 class Policy:
     """What the replies of a process have in common: time, chance, the retry budget and the breaker."""
 
-    sleep: Sleep
-    clock: Clock
-    chance: random.Random
-    budget: RetryBudget = field(default_factory=RetryBudget)
-    breaker: Breaker = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "breaker", Breaker(self.clock))
+    def __init__(self, sleep: Sleep, clock: Clock, chance: random.Random) -> None:
+        self.sleep = sleep
+        self.clock = clock
+        self.chance = chance
+        self.budget = RetryBudget()
+        self.breaker = Breaker(clock)
 
 
 class Patience:
