@@ -56,7 +56,7 @@ class Lab:
 
     def shown(self) -> list[str]:
         """What the model was shown last."""
-        return words([item for item in self.provider.contexts[-1] if item["type"] != "reasoning"])
+        return words([item for item in self.provider.shown[-1] if item["type"] != "reasoning"])
 
     async def lags_behind(self, question: str) -> bool:
         """Whether the model was shown anything else than what is on record up to its last answer."""

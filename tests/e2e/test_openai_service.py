@@ -105,7 +105,7 @@ async def shown_and_on_record(
         for line in listed
         if line.role in names
     ]
-    return words([item for item in provider.contexts[-1] if item["type"] == "message"]), record[:-1]
+    return words([item for item in provider.shown[-1] if item["type"] == "message"]), record[:-1]
 
 
 MODES = ("conversation", "response_chain", "stateless", "practice")

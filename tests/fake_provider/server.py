@@ -43,7 +43,8 @@ class FakeProvider:
     `models` or `cancel`; `attachments` says what befalls the next connections that ask for the stream of a
     background response. `cancelled` are the ids of the responses that were cancelled while they were written.
     `requests` are all that came, `rejected` those with parameters that the API does not take, and what they were
-    told. `shown` is what the model was shown each time. `strikes` counts the faults that struck, by their names. `lateness` is of the paced replies.
+    told; `shown` is what the model was shown each time. `strikes` counts the faults that struck, by their names.
+    `lateness` is of the paced replies.
     """
 
     def __init__(

@@ -176,7 +176,7 @@ def test_a_fault(case: Case, mode: str) -> None:
 
 
 def _fresh(step: Step) -> Step:
-    if isinstance(step, HttpError):
+    if not isinstance(step, Answer):
         return step
     fault = step.fault and replace(step.fault, gate=Gate())
     return replace(step, fault=fault, headers_gate=step.headers_gate and Gate())
@@ -238,7 +238,7 @@ def test_a_provider_that_lost_everything_is_told_again_once(mode: str) -> None:
         async with lab(mode) as it:
             await it.say("first")
             it.provider.conversations.clear()
-            it.provider._contexts.clear()
+            it.provider.contexts.clear()
             posts = len(it.provider.posts)
             assert outcome(await it.say("second")) == (COMPLETED, None)
             assert not await it.lags_behind("second")
