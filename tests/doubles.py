@@ -5,13 +5,15 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, S
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 from adapters.system import Ids
 from core.model.agent import AgentDefinition, Catalog, Domain
+from core.model.errors import NotSupported
 from core.model.events import LogEntry, TextDelta, TurnEvent
 from core.model.message import TextPart
 from core.model.turn import Usage
-from core.ports.agent import Agent, AgentEvent, AgentFailed, ReplyRequest, RoundFinished
+from core.ports.agent import Agent, AgentEvent, AgentFailed, JsonAnswer, JsonRequest, ReplyRequest, RoundFinished
 from core.ports.store import Store, Transaction
 from core.ports.system import Clock
 from core.ports.tools import ToolContext, ToolOutput, Tools, ToolSpec
@@ -98,6 +100,9 @@ class ScriptedAgent(Agent):
 
     def refusal(self) -> float | None:
         return self.refused
+
+    async def complete_json(self, request: JsonRequest[Any]) -> JsonAnswer[Any]:
+        raise NotSupported("provider")
 
     async def reply(self, request: ReplyRequest) -> AsyncGenerator[AgentEvent, None]:
         self.requests.append(request)

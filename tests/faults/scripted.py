@@ -17,13 +17,15 @@ import uuid
 from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from adapters.tools.definition import ToolFunction, tool
 from core.model.agent import AgentDefinition, Catalog, Domain
+from core.model.errors import NotSupported
 from core.model.events import TextDelta, ToolCalled
 from core.model.thread import ProviderState
 from core.model.turn import Usage
-from core.ports.agent import Agent, AgentEvent, ReplyRequest, RoundFinished, StateChanged
+from core.ports.agent import Agent, AgentEvent, JsonAnswer, JsonRequest, ReplyRequest, RoundFinished, StateChanged
 from core.ports.tools import ToolContext
 
 _STEMS = ("fern", "Öl", "тень", "🌱", "naïve", "石", "e\u0301tude", "a\u200db", "𝄞lm", "step")
@@ -85,6 +87,9 @@ class ScriptedCoach(Agent):
 
     def refusal(self) -> float | None:
         return None
+
+    async def complete_json(self, request: JsonRequest[Any]) -> JsonAnswer[Any]:
+        raise NotSupported("provider")
 
     async def reply(self, request: ReplyRequest) -> AsyncGenerator[AgentEvent, None]:
         plan = Plan.of("".join(part.text for part in request.message.content))

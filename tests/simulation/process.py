@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from core.model.agent import AgentDefinition, Catalog, Domain
-from core.model.errors import StoreUnavailable
+from core.model.errors import NotSupported, StoreUnavailable
 from core.model.events import TextDelta, ToolCalled
 from core.model.thread import ProviderState
 from core.model.turn import TurnReason, Usage
@@ -19,6 +19,8 @@ from core.ports.agent import (
     AgentFailed,
     Begun,
     CannotResume,
+    JsonAnswer,
+    JsonRequest,
     ReplyRequest,
     RoundFinished,
     StateChanged,
@@ -111,6 +113,9 @@ class WhimsicalAgent(Agent):
 
     def refusal(self) -> float | None:
         return None
+
+    async def complete_json(self, request: JsonRequest[Any]) -> JsonAnswer[Any]:
+        raise NotSupported("provider")
 
     async def reply(self, request: ReplyRequest) -> AsyncGenerator[AgentEvent, None]:
         self.running += 1

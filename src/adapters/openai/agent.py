@@ -4,11 +4,11 @@ import asyncio
 import hmac
 import logging
 import random
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable
 from contextlib import aclosing
 from hashlib import sha256
 from itertools import count
-from typing import cast
+from typing import TypeVar, cast
 
 from openai import AsyncOpenAI, omit
 from openai.types.responses import FunctionToolParam, ResponseTextConfigParam
@@ -17,6 +17,7 @@ from openai.types.shared_params import Reasoning
 from adapters.openai import tuning
 from adapters.openai.context import Context
 from adapters.openai.errors import ProviderFault, Remedy
+from adapters.openai.form import filled, schema_of
 from adapters.openai.items import labels
 from adapters.openai.memory import PROVIDER, ChainMemory, ConversationMemory, Memory, StatelessMemory, StateMode
 from adapters.openai.reading import Reading
@@ -25,8 +26,21 @@ from adapters.openai.retry import Clock, Patience, Policy, Sleep, loop_time
 from adapters.openai.stream import Silence
 from core.model.agent import DEFAULT_MODEL, AgentDefinition
 from core.model.events import TextDelta, ToolCalled
-from core.ports.agent import Agent, AgentEvent, Begun, CannotResume, ReplyRequest, Resumption, RoundFinished
+from core.model.turn import TurnReason, Usage
+from core.ports.agent import (
+    Agent,
+    AgentEvent,
+    Begun,
+    CannotResume,
+    JsonAnswer,
+    JsonRequest,
+    ReplyRequest,
+    Resumption,
+    RoundFinished,
+)
 from core.ports.tools import ToolSpec
+
+T = TypeVar("T")
 
 MIN_OUTPUT_TOKENS = 16
 
@@ -183,7 +197,7 @@ class OpenAIAgent(Agent):
 
     async def _call(self, request: ReplyRequest, memory: Memory, number: int) -> Call:
         definition = request.definition
-        user = hmac.new(self._user_key, request.user_id.encode(), sha256).hexdigest()
+        user = self._known_as(request.user_id)
         model = self.model(definition)
         compact_at = tuning.compact_at(model) if memory.stores else None
         effort, verbosity = tuning.effort(definition, model), tuning.verbosity(definition, model)
@@ -212,6 +226,55 @@ class OpenAIAgent(Agent):
             extra_headers={"X-Client-Request-Id": f"{request.turn_id}-{len(request.rounds)}-{number}"},
             stream=True,
         )
+
+    async def complete_json(self, request: JsonRequest[T]) -> JsonAnswer[T]:
+        patience = Patience(self._policy, self._policy.clock() + request.seconds)
+        try:
+            async with asyncio.timeout(request.seconds):
+                text, usage = await self._completed(request, patience)
+        except TimeoutError as error:
+            raise ProviderFault(TurnReason.PROVIDER_TIMEOUT) from error
+        return JsonAnswer(filled(request.into, text), usage)
+
+    async def _completed(self, request: JsonRequest[T], patience: Patience) -> tuple[str, Usage]:
+        while True:
+            await patience.admission()
+            try:
+                answer = await self._responses.complete(self._question(request))
+            except ProviderFault as fault:
+                logger.warning(
+                    "provider fault: reason=%s status=%s code=%s request_id=%s",
+                    *(fault.reason.value, fault.status, fault.code, fault.request_id),
+                )
+                if fault.is_outage:
+                    self._policy.breaker.failed()
+                if not await patience.wait(fault):
+                    raise
+            else:
+                self._policy.breaker.succeeded()
+                return answer
+
+    def _question(self, request: JsonRequest[T]) -> Awaitable[object]:
+        return self._client.responses.with_raw_response.create(
+            model=self._model,
+            instructions=request.instructions,
+            input=request.text,
+            store=False,
+            text={
+                "format": {
+                    "type": "json_schema",
+                    "name": request.into.__name__,
+                    "schema": schema_of(request.into),
+                    "strict": True,
+                }
+            },
+            max_output_tokens=max(request.max_output_tokens, MIN_OUTPUT_TOKENS),
+            safety_identifier=self._known_as(request.user_id),
+        )
+
+    def _known_as(self, user_id: str) -> str:
+        """What the provider sees of a user."""
+        return hmac.new(self._user_key, user_id.encode(), sha256).hexdigest()
 
     async def aclose(self) -> None:
         await self._client.close()

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing
 from typing import Any
 
@@ -13,7 +13,7 @@ from adapters.openai.reading import Reading
 from adapters.openai.retry import Patience, Policy
 from adapters.openai.stream import Silence, SseSplitter, Watchdog, decoded, drain
 from core.model.events import TextDelta
-from core.model.turn import TurnReason
+from core.model.turn import TurnReason, Usage
 from core.ports.agent import CannotResume
 
 STOP_SECONDS = 8.0
@@ -137,11 +137,28 @@ class Responses:
                 raise CannotResume from fault
             return None
         if status in _ENDED:
-            return b'{"type": "response.%s", "response": %s}' % (status.encode(), found.content)
+            return _as_event(status, found.content)
         if status == "cancelled" or lost.status in _REFUSED:
             _log("a response has no stream", response_id, lost)
             raise CannotResume from lost
         return None
+
+    async def complete(self, call: Awaitable[Any]) -> tuple[str, Usage]:
+        """Reads the raw answer to a request that is not streamed: its whole text. Raises ProviderFault, also for
+        half an answer."""
+        with translated(Exchange()):
+            found = await call
+            status = (decoded(found.content) or {}).get("status")
+        if status not in _ENDED:
+            raise ProviderFault(TurnReason.PROVIDER_PROTOCOL)
+        reading = Reading(follows_text=False)
+        deltas = reading.read([_as_event(status, found.content)])
+        if reading.fault is not None:
+            raise reading.fault
+        assert reading.end is not None
+        if reading.end.shortfall is not None or any(delta.refusal for delta in deltas):
+            raise ProviderFault(reading.end.shortfall or TurnReason.CONTENT_FILTERED)
+        return "".join(delta.text for delta in deltas), reading.end.usage
 
     async def stop(self, response_id: str) -> None:
         """Cancels a response that is written in the background. Never fails, and takes STOP_SECONDS at most."""
@@ -166,6 +183,11 @@ class Responses:
         except ProviderFault as fault:
             return fault
         return None
+
+
+def _as_event(status: str, response: bytes) -> bytes:
+    """The last event of a response that has ended, as its stream would say it."""
+    return b'{"type": "response.%s", "response": %s}' % (status.encode(), response)
 
 
 async def _bear(fault: ProviderFault, response_id: str, patience: Patience) -> None:

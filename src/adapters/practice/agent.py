@@ -4,13 +4,25 @@ import asyncio
 import json
 import re
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
+from typing import TypeVar
 
 from adapters.practice.conversation import Conversation, PastTurn
 from core.model.agent import AgentDefinition
+from core.model.errors import NotSupported
 from core.model.events import TextDelta, ToolCalled
 from core.model.message import Message, Role, ToolExchange
 from core.model.turn import TurnReason, Usage
-from core.ports.agent import Agent, AgentEvent, AgentFailed, ReplyRequest, RoundFinished
+from core.ports.agent import (
+    Agent,
+    AgentEvent,
+    AgentFailed,
+    JsonAnswer,
+    JsonRequest,
+    ReplyRequest,
+    RoundFinished,
+)
+
+T = TypeVar("T")
 
 _WORD = re.compile(r"\s*\S+\s*")
 
@@ -45,6 +57,9 @@ class PracticeAgent(Agent):
 
     def refusal(self) -> float | None:
         return None
+
+    async def complete_json(self, request: JsonRequest[T]) -> JsonAnswer[T]:
+        raise NotSupported("provider")  # it holds conversations and has no judgement of them
 
     async def reply(self, request: ReplyRequest) -> AsyncGenerator[AgentEvent, None]:
         history = await request.history()

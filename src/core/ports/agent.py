@@ -4,7 +4,7 @@ import math
 from abc import abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 from core.model.agent import AgentDefinition, Domain
 from core.model.events import TextDelta, ToolCalled
@@ -12,6 +12,8 @@ from core.model.message import Message, ToolExchange
 from core.model.thread import ProviderState
 from core.model.turn import TurnReason, Usage
 from core.ports.tools import ToolSpec
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +91,30 @@ class RoundFinished:
 AgentEvent = TextDelta | ToolCalled | Begun | StateChanged | RoundFinished
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JsonRequest(Generic[T]):
+    """A question of the service's own about some text, to be answered in a fixed form.
+
+    `into` is that form: a dataclass of plain fields, which are all asked for. The answer may take `seconds`, with
+    all that is tried for it, and `max_output_tokens`. `user_id` is whose text it is.
+    """
+
+    user_id: str
+    instructions: str
+    text: str
+    into: type[T]
+    max_output_tokens: int = 1_000
+    seconds: float = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class JsonAnswer(Generic[T]):
+    """The answer in its form, and what it cost."""
+
+    value: T
+    usage: Usage
+
+
 class AgentFailed(Exception):
     """The agent can't go on with this turn. `reason` is what the caller is told; the cause stays in the log."""
 
@@ -136,6 +162,14 @@ class Agent(Protocol):
     async def stop(self, handle: str) -> None:
         """Stops a round that was `Begun` and that nobody will read. Never fails: what can't be stopped ends by
         itself."""
+
+    @abstractmethod
+    async def complete_json(self, request: JsonRequest[T]) -> JsonAnswer[T]:
+        """Answers a question in a fixed form. Nothing of it is kept at the provider.
+
+        Fails with AgentFailed, also where the answer is not whole or not of that form, and with NotSupported where
+        nobody is there who could answer.
+        """
 
     @abstractmethod
     async def aclose(self) -> None:

@@ -1,0 +1,152 @@
+"""Questions of the service's own, answered in a fixed form."""
+
+import logging
+import random
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from datetime import date
+from enum import StrEnum
+from typing import Literal
+
+import pytest
+
+from adapters.openai.agent import OpenAIAgent
+from adapters.openai.client import make_client
+from adapters.openai.form import schema_of
+from adapters.practice.agent import PracticeAgent
+from core.model.errors import NotSupported
+from core.model.turn import TurnReason, Usage
+from core.ports.agent import AgentFailed, JsonRequest
+from fake_provider import Answer, FakeProvider, HttpError, Incomplete, Text, rate_limited, rule
+from fake_provider.faults import REFUSALS
+from openai_thread import KEY, USER_KEY, Naps
+
+
+class Mood(StrEnum):
+    """How somebody feels."""
+
+    GOOD = "good"
+    BAD = "bad"
+
+
+@dataclass(frozen=True)
+class Step:
+    """Something to do."""
+
+    what: str
+    due: date | None
+
+
+@dataclass(frozen=True)
+class Insight:
+    """What a conversation shows."""
+
+    mood: Mood
+    themes: tuple[str, ...]
+    steps: tuple[Step, ...] = ()
+
+
+QUESTION = JsonRequest(user_id="ada", instructions="Sum it up.", text="I will call Bo.", into=Insight)
+ANSWER = '{"mood": "good", "themes": ["work"], "steps": [{"what": "Call Bo", "due": "2026-12-01"}]}'
+INSIGHT = Insight(Mood.GOOD, ("work",), (Step("Call Bo", date(2026, 12, 1)),))
+
+
+def said(text: str, *, refusal: bool = False, ending: Literal["completed"] | Incomplete = "completed") -> Answer:
+    return Answer(output=(Text(text=text, refusal=refusal),), ending=ending)
+
+
+@pytest.fixture
+async def provider() -> AsyncIterator[FakeProvider]:
+    async with FakeProvider(api_key=KEY) as running:
+        yield running
+
+
+@pytest.fixture
+def naps() -> Naps:
+    return Naps()
+
+
+@pytest.fixture
+async def agent(provider: FakeProvider, naps: Naps) -> AsyncIterator[OpenAIAgent]:
+    client = make_client(KEY, provider.base_url, max_connections=2)
+    agent = OpenAIAgent(client, model="gpt-6-luna", user_key=USER_KEY, sleep=naps, chance=random.Random(1))
+    yield agent
+    await agent.aclose()
+
+
+async def test_an_answer_comes_in_its_form(agent: OpenAIAgent, provider: FakeProvider) -> None:
+    provider.then(said(ANSWER))
+    answer = await agent.complete_json(QUESTION)
+    assert answer.value == INSIGHT
+    assert answer.usage != Usage()
+    (sent,) = provider.posts
+    assert sent["store"] is False
+    assert sent["text"]["format"]["strict"] is True
+    assert sent["text"]["format"]["schema"] == schema_of(Insight)
+    assert "ada" not in str(sent)
+    assert not provider.rejected
+
+
+def test_strict_output_takes_the_form() -> None:
+    schema = schema_of(Insight)
+    assert schema["required"] == ["mood", "themes", "steps"]
+    assert schema["additionalProperties"] is False
+    step = schema["$defs"]["Step"]
+    assert (step["required"], step["additionalProperties"]) == (["what", "due"], False)
+    assert "default" not in str(schema)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (said("I would say: good."), TurnReason.PROVIDER_PROTOCOL),
+        (said('{"mood": "so-so", "themes": [], "steps": []}'), TurnReason.PROVIDER_PROTOCOL),
+        (said("I can't.", refusal=True), TurnReason.CONTENT_FILTERED),
+        (said(ANSWER[:20], ending=Incomplete()), TurnReason.OUTPUT_LIMIT),
+        (said("", ending=Incomplete(reason="content_filter")), TurnReason.CONTENT_FILTERED),
+        (REFUSALS["invalid_key"][0], TurnReason.PROVIDER_CONFIG),
+    ],
+)
+async def test_what_is_no_whole_answer_fails(
+    agent: OpenAIAgent,
+    provider: FakeProvider,
+    answer: Answer | HttpError,
+    reason: TurnReason,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    provider.then(answer)
+    with caplog.at_level(logging.DEBUG), pytest.raises(AgentFailed) as failed:
+        await agent.complete_json(QUESTION)
+    assert failed.value.reason is reason
+    assert len(provider.posts) == 1
+    assert "so-so" not in caplog.text
+
+
+async def test_it_is_asked_again_where_that_can_help(
+    agent: OpenAIAgent, provider: FakeProvider, naps: Naps
+) -> None:
+    provider.then(
+        REFUSALS["unavailable"][0],
+        rate_limited(retry_after="3"),
+        said(ANSWER),
+    )
+    assert (await agent.complete_json(QUESTION)).value == INSIGHT
+    assert len(naps.taken) == 2
+    assert naps.taken[1] == 3.0
+
+
+async def test_its_time_is_bounded(provider: FakeProvider) -> None:
+    provider.rules.append(rule("stall", at="header", times="all", seconds=30))
+    agent = OpenAIAgent(
+        make_client(KEY, provider.base_url, max_connections=2), model="gpt-6-luna", user_key=USER_KEY
+    )
+    request = JsonRequest(user_id="ada", instructions="", text="x", into=Insight, seconds=0.1)
+    with pytest.raises(AgentFailed) as failed:
+        await agent.complete_json(request)
+    assert failed.value.reason is TurnReason.PROVIDER_TIMEOUT
+    await agent.aclose()
+
+
+async def test_the_practice_coach_says_that_it_can_not() -> None:
+    with pytest.raises(NotSupported):
+        await PracticeAgent(words_per_second=0).complete_json(QUESTION)
