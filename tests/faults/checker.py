@@ -4,10 +4,12 @@ import asyncio
 import json
 import random
 import sqlite3
+import time
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from uuid import uuid4
 
 import grpc
 import psycopg
@@ -20,6 +22,8 @@ from faults.cluster import DEADLINE
 from faults.figures import BROKEN, FIGURES
 from faults.scripted import Plan, expected
 
+AGAIN = 0.1
+"""Seconds before a message that was refused UNAVAILABLE is sent again."""
 _BATCH = 400
 _STATES = {
     pb.TURN_STATE_COMPLETED: "completed",
@@ -265,18 +269,27 @@ def pieces(events: Sequence[pb.TurnEvent], after: int) -> list[tuple[int, str]]:
 
 
 async def go_on(address: str, tolds: Sequence[Told]) -> None:
-    """No thread stays blocked: each one answers another message."""
+    """No thread stays blocked: each one answers another message, as soon as the service takes one."""
     threads = {told.thread_id: told.user for told in tolds}
 
     async def ask(agents: Any, thread_id: str, user: str) -> None:
         request = api.SendMessageRequest(
-            user_id=user, thread_id=thread_id, content=[pb.ContentPart(text="words:1 again")]
+            user_id=user,
+            thread_id=thread_id,
+            content=[pb.ContentPart(text="words:1 again")],
+            request_id=uuid4().hex,
         )
-        try:
-            answer = await agents.SendMessage(request, timeout=DEADLINE)
-        except grpc.aio.AioRpcError as error:
-            raise AssertionError(f"thread {thread_id} of {user} is blocked") from error
-        assert answer.turn.state == pb.TURN_STATE_COMPLETED
+        until = time.monotonic() + DEADLINE
+        while True:
+            try:
+                answer = await agents.SendMessage(request, timeout=DEADLINE)
+            except grpc.aio.AioRpcError as error:
+                if error.code() is not grpc.StatusCode.UNAVAILABLE or time.monotonic() > until:
+                    raise AssertionError(f"thread {thread_id} of {user} is blocked") from error
+                await asyncio.sleep(AGAIN)
+            else:
+                assert answer.turn.state == pb.TURN_STATE_COMPLETED
+                return
 
     async with stubs(address) as (agents, _):
         await asyncio.gather(*(ask(agents, thread_id, user) for thread_id, user in threads.items()))
