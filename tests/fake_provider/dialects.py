@@ -6,11 +6,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dialect:
-    """What a server has. `chains` is `previous_response_id`, `missing` what it says where it has nothing."""
+    """What a server has. `chains` is `previous_response_id`, `input_items` the list of what went into a response,
+    `missing` what it says where it has nothing."""
 
     responses: bool = True
     conversations: bool = False
     chains: bool = False
+    input_items: bool = False
     missing: bytes
     missing_type: str = "application/json"
 
@@ -21,6 +23,7 @@ DIALECTS: Mapping[str, Dialect] = {
     "openai": Dialect(
         conversations=True,
         chains=True,
+        input_items=True,
         missing=b'{"error":{"message":"Invalid URL","type":"invalid_request_error","param":null,"code":null}}',
     ),
     "vllm": Dialect(missing=_DETAIL),

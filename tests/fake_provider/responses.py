@@ -54,6 +54,8 @@ class Responses:
                 return await self._count(exchange)
             case ("POST", ["compact"]):
                 return await self._compact(exchange)
+            case (_, [_, "input_items"]) if not provider.dialect.input_items:
+                return await exchange.unknown_route()
             case (_, [response_id, *rest]) if response_id in provider.responses:
                 return await self._serve_one(exchange, response_id, rest)
             case (_, [response_id, *_]):
