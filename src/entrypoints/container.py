@@ -1,6 +1,6 @@
 """The composition root: what is made of what. Nothing is made at import, nothing is wired behind the scenes."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING
 
@@ -9,9 +9,10 @@ from dependency_injector import containers, providers
 from adapters.sql.engines import is_embedded
 from adapters.sql.store import SqlStore
 from adapters.system import Clock, Ids
-from core.model.agent import Catalog
+from core.model.agent import DEFAULT_MODEL, Catalog
 from core.ports.agent import Agent
 from core.ports.store import Store, Transaction
+from core.ports.system import Clock as ClockPort
 from core.ports.system import Ids as IdsPort
 from core.ports.tools import Tools
 from core.use_cases.accept_message import AcceptMessage
@@ -27,6 +28,9 @@ from core.use_cases.turn_feed import TurnFeeds
 from entrypoints.settings import Provider, Settings, SettingsError
 
 if TYPE_CHECKING:
+    from openai import AsyncOpenAI
+
+    from adapters.openai import ModelWatch
     from entrypoints.grpc_api.server import Server
     from entrypoints.grpc_api.services.admin import AdminService
     from entrypoints.grpc_api.services.agents import AgentService
@@ -42,24 +46,42 @@ def _catalog(settings: Settings) -> Catalog:
         raise SettingsError(error.faults) from error
 
 
-def _agent(settings: Settings) -> Agent:
+def models_in_use(settings: Settings, catalog: Catalog) -> list[str]:
+    """The models that the agents reply with."""
+    named = {definition.model for definition in catalog.agents()}
+    return sorted({settings.openai_model if model == DEFAULT_MODEL else model for model in named})
+
+
+def _client(settings: Settings) -> "AsyncOpenAI":
+    from adapters.openai import make_client
+
+    key = settings.openai_api_key.get_secret_value() if settings.openai_api_key else ""
+    return make_client(key, settings.openai_base_url, max_connections=settings.max_turns + 10)
+
+
+def _agent(settings: Settings, client: "Callable[[], AsyncOpenAI]") -> Agent:
     if settings.provider is Provider.PRACTICE:
         from adapters.practice.agent import PracticeAgent
 
         return PracticeAgent(settings.practice_words_per_second)
-    from adapters.openai import OpenAIAgent, make_client
+    from adapters.openai import OpenAIAgent
 
     key = settings.openai_api_key.get_secret_value() if settings.openai_api_key else ""
     user_key = settings.user_hash_key.get_secret_value() if settings.user_hash_key else key
-    client = make_client(key, settings.openai_base_url, max_connections=settings.max_turns + 10)
     return OpenAIAgent(
-        client,
+        client(),
         model=settings.openai_model,
         user_key=user_key or "vida-coach",  # a server without a key is one's own: there is nobody to hide from
         state_mode=settings.openai_state.value,
         background=settings.openai_background,
         context_tokens=settings.openai_context_tokens,
     )
+
+
+def _watch(settings: Settings, client: "AsyncOpenAI", catalog: Catalog, clock: ClockPort) -> "ModelWatch":
+    from adapters.openai import ModelWatch
+
+    return ModelWatch(client, models_in_use(settings, catalog), clock)
 
 
 def _tools(settings: Settings, store: Store, ids: IdsPort) -> Tools:
@@ -157,7 +179,9 @@ class Container(containers.DeclarativeContainer):
     owner = providers.Singleton(lambda ids: ids.new(), ids)
     store = providers.Singleton(SqlStore, settings.provided.database, clock)
     catalog = providers.Singleton(_catalog, settings)
-    agent = providers.Singleton(_agent, settings)
+    client = providers.Singleton(_client, settings)
+    agent = providers.Singleton(_agent, settings, client.provider)
+    watch = providers.Singleton(_watch, settings, client, catalog, clock)
     tools = providers.Singleton(_tools, settings, store, ids)
     feeds = providers.Singleton(TurnFeeds)
     definitions = providers.Singleton(Definitions, catalog)
@@ -197,9 +221,10 @@ async def opened(settings: Settings) -> AsyncIterator[Container]:
 
 
 @asynccontextmanager
-async def running(settings: Settings) -> AsyncIterator[Container]:
+async def running(settings: Settings, *, watching: bool = False) -> AsyncIterator[Container]:
     """The whole service, ready for messages: agents published, turns claimed that wait for a process.
 
+    `watching` has it ask every day how long the provider's models stay.
     On leaving, turns that still run are given up: they wait for another process, or end INTERRUPTED. Raises
     SettingsError and StoreUnavailable.
     """
@@ -214,6 +239,9 @@ async def running(settings: Settings) -> AsyncIterator[Container]:
         stack.push_async_callback(container.accept().settle)
         stack.push_async_callback(container.recover().stop)
         await container.recover().start()
+        if watching and settings.provider is Provider.OPENAI:
+            stack.push_async_callback(container.watch().stop)
+            container.watch().start()
         yield container
 
 

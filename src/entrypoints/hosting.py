@@ -38,7 +38,7 @@ async def hosted(
             await asyncio.to_thread(migrate, settings.database)
         else:
             await asyncio.to_thread(require_current, settings.database)
-        container = await stack.enter_async_context(running(settings))
+        container = await stack.enter_async_context(running(settings, watching=listen is not None))
         address = None
         servers = []
         if embedded:

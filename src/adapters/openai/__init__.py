@@ -4,10 +4,12 @@ from adapters.openai.agent import OpenAIAgent
 from adapters.openai.client import make_client
 from adapters.openai.memory import StateMode
 from adapters.openai.models import KeyRefused, ModelMissing, model_sunset, sunset_warning
+from adapters.openai.watch import ModelWatch
 
 __all__ = [
     "KeyRefused",
     "ModelMissing",
+    "ModelWatch",
     "OpenAIAgent",
     "StateMode",
     "make_client",

@@ -9,6 +9,8 @@ from core.model.turn import TurnReason
 
 SUNSET_WARNING_DAYS = 60
 
+_NOT_FOUND = "model_not_found"
+
 
 class KeyRefused(ProviderFault):
     """The provider does not take the key, or not for this."""
@@ -18,10 +20,12 @@ class KeyRefused(ProviderFault):
 
 
 class ModelMissing(ProviderFault):
-    """The provider does not have the model, or not for this key."""
+    """The provider does not have the model, or not for this key. `named`: it says so itself, in OpenAI's words;
+    else it may be that it tells nobody what it has."""
 
-    def __init__(self, status: int | None) -> None:
-        super().__init__(TurnReason.PROVIDER_CONFIG, status=status)
+    def __init__(self, status: int | None, code: str = "") -> None:
+        super().__init__(TurnReason.PROVIDER_CONFIG, status=status, code=code)
+        self.named = code == _NOT_FOUND
 
 
 async def model_sunset(client: AsyncOpenAI, model: str) -> date | None:
@@ -35,8 +39,8 @@ async def model_sunset(client: AsyncOpenAI, model: str) -> date | None:
     except ProviderFault as fault:
         if fault.status in (401, 403):
             raise KeyRefused(fault.status) from fault
-        if fault.status == 404 or fault.code == "model_not_found":
-            raise ModelMissing(fault.status) from fault
+        if fault.status == 404 or fault.code == _NOT_FOUND:
+            raise ModelMissing(fault.status, fault.code) from fault
         raise
     day = getattr(found, "shutdown_date", None)
     try:
