@@ -1,5 +1,6 @@
 """`vida-coach doctor`: what it looks at, what it says, and what it keeps to itself."""
 
+import asyncio
 import json
 import os
 import sqlite3
@@ -11,16 +12,18 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
-from adapters.openai import models
+from adapters.openai import models, probe
 from adapters.openai.errors import ProviderFault
 from adapters.openai.models import KeyRefused, ModelMissing
+from adapters.openai.probe import Abilities, Found
 from adapters.sql.engines import writer_engine
 from adapters.sql.schema import migrate
 from core.model.turn import TurnReason
 from entrypoints.cli import doctor
 from entrypoints.cli.main import main
 from entrypoints.ownership import Ownership
-from entrypoints.settings import load_settings
+from entrypoints.settings import StateMode, load_settings
+from fake_provider import FakeProvider
 
 SECRET = "sk-canary-0123456789"
 
@@ -261,7 +264,11 @@ def provider_says(monkeypatch: pytest.MonkeyPatch, answer: date | Exception | No
             raise answer
         return answer
 
+    async def abilities(_: Any) -> Abilities:
+        return Abilities(responses=Found.YES, conversations=Found.YES, chains=Found.YES)
+
     monkeypatch.setattr(models, "model_sunset", model_sunset)
+    monkeypatch.setattr(probe, "abilities", abilities)
     monkeypatch.setenv("OPENAI_API_KEY", SECRET)
     return asked
 
@@ -272,6 +279,7 @@ def test_a_key_and_a_model_that_are_good(examine: Any, monkeypatch: pytest.Monke
     report = examine()
     assert report.status("provider") == "ok"
     assert asked == ["some-model"]
+    assert report.status("state") == "ok"
     assert SECRET not in report.printed
 
 
@@ -322,6 +330,107 @@ def test_a_model_that_leaves_soon_is_a_warning_and_one_that_left_a_failure(
     assert examine().status("model") == "fail"
     provider_says(monkeypatch, today + timedelta(days=61))
     assert examine().status("provider") == "ok"
+
+
+def provider_has(monkeypatch: pytest.MonkeyPatch, found: Abilities | Exception) -> None:
+    """A server with a good key and model; what else it has."""
+    provider_says(monkeypatch, None)
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://models.example/v1")
+
+    async def abilities(_: Any) -> Abilities:
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    monkeypatch.setattr(probe, "abilities", abilities)
+
+
+@pytest.mark.parametrize("mode", list(StateMode))
+@pytest.mark.parametrize(
+    ("found", "works", "others"),
+    [
+        (Abilities(Found.YES, Found.YES, Found.YES), {"conversation", "response_chain", "stateless"}, ()),
+        (Abilities(Found.YES, Found.NO, Found.YES), {"response_chain", "stateless"}, ("stateless",)),
+        (Abilities(Found.YES, Found.NO, Found.NO), {"stateless"}, ("stateless",)),
+    ],
+)
+def test_a_state_mode_that_the_server_lacks_fails_and_one_that_works_is_named(
+    examine: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    mode: str,
+    found: Abilities,
+    works: set[str],
+    others: tuple[str, ...],
+) -> None:
+    provider_has(monkeypatch, found)
+    monkeypatch.setenv("OPENAI_STATE", mode)
+    report = examine()
+    check = report.of("state")
+    assert check["status"] == ("ok" if mode in works else "fail")
+    assert report.ok is (mode in works)
+    if mode not in works:
+        assert all(f"OPENAI_STATE={other}" in check["advice"] for other in others)
+        assert f"OPENAI_STATE={mode}" not in check["advice"]
+
+
+def test_what_the_server_does_not_tell_is_no_failure(examine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    provider_has(monkeypatch, Abilities(responses=Found.YES))
+    report = examine()
+    assert (report.ok, report.status("state")) == (True, "warn")
+    assert "OPENAI_STATE=stateless" in report.of("state")["advice"]
+    provider_has(monkeypatch, ProviderFault(TurnReason.PROVIDER_TIMEOUT))
+    report = examine()
+    assert (report.ok, report.status("state")) == (True, "warn")
+
+
+@pytest.mark.parametrize(("chat", "words"), [(Found.YES, "Chat Completions only"), (Found.NO, "no Responses API")])
+def test_a_server_without_the_responses_api_fails_whatever_the_mode(
+    examine: Any, monkeypatch: pytest.MonkeyPatch, chat: Found, words: str
+) -> None:
+    provider_has(monkeypatch, Abilities(Found.NO, Found.NO, Found.NO, chat))
+    for mode in StateMode:
+        monkeypatch.setenv("OPENAI_STATE", mode)
+        check = examine().of("state")
+        assert check["status"] == "fail"
+        assert words in check["detail"]
+        assert "OPENAI_BASE_URL" in check["advice"]
+
+
+@pytest.mark.parametrize(
+    ("like", "mode", "status", "words"),
+    [
+        ("openai", "conversation", "ok", ""),
+        ("openai", "stateless", "ok", ""),
+        ("vllm", "conversation", "fail", "Set OPENAI_STATE=stateless."),
+        ("ollama", "stateless", "ok", ""),
+        ("chat-only", "stateless", "fail", "Update it"),
+    ],
+)
+async def test_a_server_as_it_is(
+    examine: Any, monkeypatch: pytest.MonkeyPatch, like: str, mode: str, status: str, words: str
+) -> None:
+    async with FakeProvider(like=like, api_key=SECRET) as provider:
+        monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+        monkeypatch.setenv("OPENAI_BASE_URL", provider.base_url)
+        monkeypatch.setenv("OPENAI_STATE", mode)
+        report = await asyncio.to_thread(examine)
+        assert not provider.responses
+        assert not provider.conversations
+    assert report.status("state") == status
+    assert report.of("state")["advice"].startswith(words)
+    assert SECRET not in report.printed
+
+
+async def test_a_server_that_refuses_the_key_is_asked_nothing_else(
+    examine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with FakeProvider(api_key="another") as provider:
+        monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+        monkeypatch.setenv("OPENAI_BASE_URL", provider.base_url)
+        report = await asyncio.to_thread(examine)
+        assert {request.path for request in provider.requests} == {"/v1/models/gpt-6-luna"}
+    assert report.status("provider") == "fail"
+    assert "state" not in {check["name"] for check in report.checks}
 
 
 def test_checks_hold_nothing_but_text() -> None:

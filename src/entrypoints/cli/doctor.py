@@ -41,6 +41,9 @@ class Check:
 
 _HEADER = b"SQLite format 3\0"
 
+_NEEDS = {"conversation": "conversations", "response_chain": "responses that it keeps"}
+"""What the state modes need beyond the Responses API."""
+
 _Examine = Callable[["Settings"], Iterator[Check]]
 
 
@@ -50,7 +53,8 @@ def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
         "doctor",
         help="check the set-up and say what to do",
         description="Checks the settings, the agents and their tools, the database and its schema, and the "
-        "provider: whether it takes the key, has the models, and until when. Changes nothing and shows no secret.",
+        "provider: whether it takes the key, has the models and until when, and can do what OPENAI_STATE needs. "
+        "Changes nothing, costs nothing and shows no secret.",
         epilog="exit codes: 0 nothing fails, 1 something does, 2 usage",
     )
     parser.add_argument(
@@ -320,32 +324,30 @@ def _provider(settings: "Settings") -> Iterator[Check]:
 
 async def _openai(settings: "Settings") -> list[Check]:
     from adapters.openai import make_client
-    from core.model.agent import DEFAULT_MODEL
-    from entrypoints.container import Container
+    from entrypoints.container import Container, models_in_use
     from entrypoints.settings import SettingsError
 
     try:
-        catalog: Catalog = Container(settings=settings).catalog()
+        models = models_in_use(settings, Container(settings=settings).catalog())
     except SettingsError:
-        models = {settings.openai_model}  # the agents' own check tells of it
-    else:
-        named = {agent.model for agent in catalog.agents()}
-        models = {settings.openai_model if model == DEFAULT_MODEL else model for model in named}
+        models = [settings.openai_model]  # the agents' own check tells of it
     key = settings.openai_api_key.get_secret_value() if settings.openai_api_key else ""
     async with make_client(key, settings.openai_base_url, max_connections=1) as client:
-        return [await _model(settings, client, model) for model in sorted(models)]
+        checks = [await _model(settings, client, model) for model in models]
+        if not any(check.name == "provider" and check.status is Status.FAIL for check in checks):
+            checks += await _state(settings, client)
+    return checks
 
 
 async def _model(settings: "Settings", client: object, model: str) -> Check:
     from datetime import UTC, datetime
-    from urllib.parse import urlsplit
 
     from adapters.openai.errors import ProviderFault
     from adapters.openai.models import KeyRefused, ModelMissing, model_sunset
     from core.model.turn import TurnReason
 
     own = settings.openai_base_url is not None
-    where = urlsplit(settings.openai_base_url).hostname if settings.openai_base_url else "OpenAI"
+    where = _where(settings)
     try:
         day = await model_sunset(client, model)  # type: ignore[arg-type] # its type costs an import
     except KeyRefused as fault:
@@ -369,6 +371,54 @@ async def _model(settings: "Settings", client: object, model: str) -> Check:
             "Check the network and OPENAI_BASE_URL." if away else "Try again later.",
         )
     return _until(model, day, datetime.now(UTC).date())
+
+
+def _where(settings: "Settings") -> str:
+    from urllib.parse import urlsplit
+
+    return str(urlsplit(settings.openai_base_url).hostname) if settings.openai_base_url else "OpenAI"
+
+
+async def _state(settings: "Settings", client: object) -> list[Check]:
+    """Whether the provider has what the state mode needs. No check where it can't be reached."""
+    from adapters.openai import probe
+    from adapters.openai.errors import ProviderFault
+    from adapters.openai.probe import Found
+    from entrypoints.settings import StateMode
+
+    where, mode = _where(settings), settings.openai_state.value
+    try:
+        found = await probe.abilities(client)  # type: ignore[arg-type] # its type costs an import
+    except ProviderFault as fault:
+        return [Check("state", Status.WARN, f"{where} could not be asked what it can do: {fault.reason.message}")]
+    if found.responses is Found.NO:
+        return [_no_responses(where, found.chat_completions is Found.YES)]
+    working = [f"OPENAI_STATE={other.value}" for other in StateMode if found.supports(other.value) is Found.YES]
+    others = " or ".join(working)
+    match found.supports(mode):
+        case Found.YES:
+            return [Check("state", Status.OK, f"{where} has what OPENAI_STATE={mode} needs")]
+        case Found.NO:
+            advice = f"Set {others}." if others else "Name a server in OPENAI_BASE_URL that has it."
+            detail = f"{where} does not have what OPENAI_STATE={mode} needs: {_NEEDS.get(mode, 'another server')}"
+            return [Check("state", Status.FAIL, detail, advice)]
+        case Found.UNKNOWN:
+            advice = "Talk to it with `vida-coach chat`: does its second reply know what you said before?"
+            advice += f" If not, set {others}." if others else ""
+            return [
+                Check(
+                    "state", Status.WARN, f"{where} does not tell whether OPENAI_STATE={mode} works there", advice
+                )
+            ]
+
+
+def _no_responses(where: str, chat_completions: bool) -> Check:
+    if chat_completions:
+        advice = "Update it, or name a server in OPENAI_BASE_URL that speaks the Responses API."
+        detail = f"{where} speaks Chat Completions only: the service needs the Responses API"
+        return Check("state", Status.FAIL, detail, advice)
+    advice = "Check OPENAI_BASE_URL: most servers want it to end in /v1."
+    return Check("state", Status.FAIL, f"{where} has no Responses API at that address", advice)
 
 
 def _until(model: str, day: "date | None", today: "date") -> Check:
