@@ -17,7 +17,7 @@ from adapters.practice.agent import PracticeAgent
 from core.model.errors import NotSupported
 from core.model.turn import TurnReason, Usage
 from core.ports.agent import AgentFailed, JsonRequest
-from fake_provider import Answer, FakeProvider, HttpError, Incomplete, Text, rate_limited, rule
+from fake_provider import Answer, FakeProvider, Gate, HttpError, Incomplete, Text, rate_limited
 from fake_provider.faults import REFUSALS
 from openai_thread import KEY, USER_KEY, Naps
 
@@ -136,7 +136,8 @@ async def test_it_is_asked_again_where_that_can_help(
 
 
 async def test_its_time_is_bounded(provider: FakeProvider) -> None:
-    provider.rules.append(rule("stall", at="header", times="all", seconds=30))
+    gate = Gate()
+    provider.then(HttpError(gate=gate))
     agent = OpenAIAgent(
         make_client(KEY, provider.base_url, max_connections=2), model="gpt-6-luna", user_key=USER_KEY
     )
@@ -144,6 +145,8 @@ async def test_its_time_is_bounded(provider: FakeProvider) -> None:
     with pytest.raises(AgentFailed) as failed:
         await agent.complete_json(request)
     assert failed.value.reason is TurnReason.PROVIDER_TIMEOUT
+    assert len(provider.posts) == 1
+    gate.released.set()
     await agent.aclose()
 
 
