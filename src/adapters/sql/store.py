@@ -328,12 +328,13 @@ class _LockSession:
         key = int.from_bytes(hashlib.sha256(f"vida-coach:{name}".encode()).digest()[:8], "big", signed=True)
         self._engine = session_engine(url)
         watchdog.watch(self._engine)
-        lock = text("SELECT pg_try_advisory_lock(:key)")
+        self._key = {"key": key}
         try:
             self._connection = self._engine.connect()
             try:
                 with line_of(self._connection):
-                    self.held = bool(self._connection.execute(lock, {"key": key}).scalar_one())
+                    lock = text("SELECT pg_try_advisory_lock(:key)")
+                    self.held = bool(self._connection.execute(lock, self._key).scalar_one())
             except exc.SQLAlchemyError:
                 self._connection.close()
                 raise
@@ -341,7 +342,11 @@ class _LockSession:
             raise translated(error) from error
 
     def close(self) -> None:
-        """Ends the session, and with it the lock."""
+        """Frees the lock, and ends the session: by itself, the server notices that some time later."""
+        with suppress(*FAULTS):  # whatever is wrong with the session, the lock ends with it
+            if self.held:
+                with line_of(self._connection):
+                    self._connection.execute(text("SELECT pg_advisory_unlock(:key)"), self._key)
         self._connection.close()
 
 
