@@ -92,7 +92,7 @@ class ScriptedCoach(Agent):
         raise NotSupported("provider")
 
     async def reply(self, request: ReplyRequest) -> AsyncGenerator[AgentEvent, None]:
-        plan = Plan.of("".join(part.text for part in request.message.content))
+        plan = Plan.of(request.message.text)
         last_round = bool(request.rounds) or not plan.tool
         if not request.rounds:
             await asyncio.sleep(plan.slow_start)

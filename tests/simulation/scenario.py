@@ -495,9 +495,9 @@ class Client:
                 counts["RequestIdReused"] += 1
                 return None
             else:
-                self.judge.acknowledge(
-                    message.user_id, message.request_id, accepted.turn.id, message.content[0].text
-                )
+                (said,) = message.content
+                assert isinstance(said, TextPart)
+                self.judge.acknowledge(message.user_id, message.request_id, accepted.turn.id, said.text)
                 counts["attached"] += accepted.attached
                 return accepted
         return None

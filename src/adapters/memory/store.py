@@ -16,10 +16,11 @@ from datetime import datetime, timedelta
 from typing import TypeVar
 
 from core.model.agent import AgentDefinition, Domain
+from core.model.attachment import data_of, with_data, without_data
 from core.model.events import AttemptRestarted, LogEntry, TurnEvent, TurnFinished, extent, merged, place
 from core.model.events import after as events_after
 from core.model.goal import Goal
-from core.model.message import Message, Role
+from core.model.message import ContentPart, Message, Role, readable
 from core.model.thread import ProviderState, Thread, ThreadState, Tombstone
 from core.model.turn import Continuation, Turn, TurnState
 from core.ports import agents, goals, store, threads, turns
@@ -60,6 +61,7 @@ class Tables:
     claims: dict[str, _Claim] = field(default_factory=dict)
     leases: dict[str, datetime] = field(default_factory=dict)
     tombstones: dict[str, Tombstone] = field(default_factory=dict)
+    attachments: dict[str, dict[int, bytes]] = field(default_factory=dict)
     requests: dict[tuple[str, str, str], tuple[str, str]] = field(default_factory=dict)
     logs: dict[str, tuple[LogEntry, ...]] = field(default_factory=dict)
     goals: dict[str, Goal] = field(default_factory=dict)
@@ -146,6 +148,7 @@ class Threads(_Repository, threads.Threads):
             tables.drop(tables.logs, turn_id)
             tables.drop(tables.replies, turn_id)
             tables.drop(tables.claims, turn_id)
+            tables.drop(tables.attachments, turn_id)
         for key in [key for key, (turn_id, _) in tables.requests.items() if turn_id in turn_ids]:
             tables.drop(tables.requests, key)
         tables.drop(tables.turns_of, thread_id)
@@ -253,7 +256,7 @@ class Messages(_Repository, threads.Messages):
 
     def begin(self, thread_id: str, message: NewMessage) -> Message:
         first = message.at(thread_id, 1)
-        self._tables.put(self._tables.messages, thread_id, (first,))
+        self._tables.put(self._tables.messages, thread_id, (_kept(first),))
         return first
 
     def append(self, thread_id: str, messages: Sequence[NewMessage]) -> Sequence[Message]:
@@ -265,7 +268,7 @@ class Messages(_Repository, threads.Messages):
                 if message.turn_id in self._tables.replies:
                     raise Conflict
                 self._tables.put(self._tables.replies, message.turn_id, message)
-        self._tables.put(self._tables.messages, thread_id, (*earlier, *added))
+        self._tables.put(self._tables.messages, thread_id, (*earlier, *map(_kept, added)))
         moved = replace(
             thread,
             message_count=thread.message_count + len(added),
@@ -276,20 +279,32 @@ class Messages(_Repository, threads.Messages):
         return added
 
     def list(
-        self, thread_id: str, *, after: int | None, newest_first: bool, limit: int | None
+        self, thread_id: str, *, after: int | None, newest_first: bool, limit: int | None, data: int = 0
     ) -> Sequence[Message]:
         lines = self._tables.messages.get(thread_id, ())
         if newest_first:
-            return lines[: len(lines) if after is None else max(0, after - 1)][::-1][:limit]
-        return lines[after or 0 :][:limit]
+            lines = lines[: len(lines) if after is None else max(0, after - 1)][::-1][:limit]
+        else:
+            lines = lines[after or 0 :][:limit]
+        read = set(readable(lines, data))
+        return [self._whole(line) if line.turn_id in read else line for line in lines]
 
     def question_of(self, turn_id: str) -> Message | None:
         turn = self._tables.turns.get(turn_id)
         lines = self._tables.messages.get(turn.thread_id, ()) if turn is not None else ()
-        return next((m for m in reversed(lines) if m.turn_id == turn_id and m.role is Role.USER), None)
+        of_turn = (line for line in reversed(lines) if line.turn_id == turn_id and line.role is Role.USER)
+        return next(map(self._whole, of_turn), None)
 
     def reply_of(self, turn_id: str) -> Message | None:
         return self._tables.replies.get(turn_id)
+
+    def _whole(self, line: Message) -> Message:
+        return replace(line, content=with_data(line.content, self._tables.attachments.get(line.turn_id, {})))
+
+
+def _kept(line: Message) -> Message:
+    """A line as it stands in the transcript."""
+    return replace(line, content=without_data(line.content))
 
 
 class Turns(_Repository, turns.Turns):
@@ -311,9 +326,14 @@ class Turns(_Repository, turns.Turns):
         places = [self._tables.claims[other.id].place for other in unfinished]
         place = max(places, default=0) + 1 if waiting is not None else 0
         if not turn.state.is_terminal:
-            self._tables.put(self._tables.claims, turn.id, _Claim(owner, place, waiting))
+            kept = replace(waiting, content=without_data(waiting.content)) if waiting is not None else None
+            self._tables.put(self._tables.claims, turn.id, _Claim(owner, place, kept))
         self._tables.put(self._tables.turns, turn.id, turn)
         self._tables.put(self._tables.turns_of, turn.thread_id, (*self._of(turn.thread_id), turn.id))
+
+    def attach(self, turn_id: str, content: tuple[ContentPart, ...]) -> None:
+        if data := data_of(content):
+            self._tables.put(self._tables.attachments, turn_id, data)
 
     def get(self, user_id: str, turn_id: str) -> Turn | None:
         turn = self.find(turn_id)
@@ -335,7 +355,10 @@ class Turns(_Repository, turns.Turns):
 
     def waiting_message(self, turn_id: str) -> NewMessage | None:
         claim = self._tables.claims.get(turn_id)
-        return None if claim is None else claim.waiting
+        if claim is None or claim.waiting is None:
+            return None
+        data = self._tables.attachments.get(turn_id, {})
+        return replace(claim.waiting, content=with_data(claim.waiting.content, data))
 
     def holder(self, turn_id: str) -> Holder:
         claim = self._tables.claims.get(turn_id)
@@ -370,6 +393,8 @@ class Turns(_Repository, turns.Turns):
 
     def save_ending(self, turn: Turn) -> str | None:
         self._tables.put(self._tables.turns, turn.id, turn)
+        if self._tables.claims[turn.id].waiting is not None:
+            self._tables.drop(self._tables.attachments, turn.id)
         self._tables.drop(self._tables.claims, turn.id)
         waiting = [other.id for other in self.unfinished(turn.thread_id) if other.state is TurnState.ACCEPTED]
         return waiting[0] if waiting else None

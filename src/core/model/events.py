@@ -7,7 +7,7 @@ Text may therefore be cut or merged anywhere and a cursor stays exact.
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from core.model.message import ContentPart, Message, RefusalPart, TextPart, ToolExchange
+from core.model.message import Message, RefusalPart, ReplyPart, TextPart, ToolExchange
 from core.model.turn import Turn
 
 
@@ -128,13 +128,13 @@ def after(entries: Iterable[LogEntry], position: int) -> list[LogEntry]:
 class Reply:
     """What a log says, read as a conversation: the reply's parts and the tools that it used."""
 
-    parts: tuple[ContentPart, ...]
+    parts: tuple[ReplyPart, ...]
     exchanges: tuple[ToolExchange, ...]
 
 
 def reply_of(events: Iterable[TurnEvent]) -> Reply:
     """Reads a log as a reply: everything after the last restart. A call without an answer is left out."""
-    parts: list[ContentPart] = []
+    parts: list[ReplyPart] = []
     calls: dict[str, ToolCalled] = {}
     exchanges: list[ToolExchange] = []
     for event in merged(events):

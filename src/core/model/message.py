@@ -1,9 +1,11 @@
 """Messages: the lines of a transcript."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 
+from core.model.attachment import MAX_DATA, FilePart, ImagePart, checked, size_of
 from core.model.errors import InvalidField
 
 MAX_PARTS = 32
@@ -33,7 +35,8 @@ class RefusalPart:
     text: str
 
 
-ContentPart = TextPart | RefusalPart
+ReplyPart = TextPart | RefusalPart
+ContentPart = ReplyPart | ImagePart | FilePart
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,14 +70,28 @@ class Message:
     @property
     def text(self) -> str:
         """All text and refusals, concatenated."""
-        return "".join(part.text for part in self.content)
+        return "".join(part.text for part in self.content if isinstance(part, ReplyPart))
 
 
-def check_user_content(content: tuple[ContentPart, ...]) -> None:
-    """Refuses what a user may not send.
+def readable(messages: Iterable[Message], most: int) -> list[str]:
+    """The turns of the messages with bytes attached, in their order, up to the first with which they would be more
+    than `most` in all."""
+    found = []
+    for message in messages:
+        size = sum(map(size_of, message.content))
+        most -= size
+        if most < 0:
+            break
+        if size:
+            found.append(message.turn_id)
+    return found
 
-    Raises InvalidField: no part or more than MAX_PARTS, more than MAX_TEXT code points in all, only white
-    space, U+0000, a refusal.
+
+def checked_user_content(content: tuple[ContentPart, ...]) -> tuple[ContentPart, ...]:
+    """What a user sends, each attachment with the media type that its bytes have.
+
+    Raises InvalidField: no part or more than MAX_PARTS, more than MAX_TEXT code points or MAX_DATA bytes in all,
+    only white space and no attachment, U+0000, a refusal, an attachment that `checked` refuses.
     """
     if not content:
         raise InvalidField("content", "must have at least one part")
@@ -83,9 +100,25 @@ def check_user_content(content: tuple[ContentPart, ...]) -> None:
     for number, part in enumerate(content):
         if isinstance(part, RefusalPart):
             raise InvalidField(f"content[{number}].refusal", "is not for users to send")
-        if "\0" in part.text:
+        if isinstance(part, TextPart) and "\0" in part.text:
             raise InvalidField(f"content[{number}].text", "must not contain U+0000")
-    if sum(len(part.text) for part in content) > MAX_TEXT:
+    texts = [part.text for part in content if isinstance(part, TextPart)]
+    if sum(map(len, texts)) > MAX_TEXT:
         raise InvalidField("content", f"must have at most {MAX_TEXT} code points of text")
-    if not any(part.text.strip() for part in content):
-        raise InvalidField("content", "must not be only white space")
+    if len(texts) == len(content):
+        if not any(text.strip() for text in texts):
+            raise InvalidField("content", "must not be only white space")
+        return content
+    if sum(map(size_of, content)) > MAX_DATA:
+        raise InvalidField("content", f"must have at most {MAX_DATA} bytes of images and files")
+    return tuple(_checked(number, part) for number, part in enumerate(content))
+
+
+def _checked(number: int, part: ContentPart) -> ContentPart:
+    match part:
+        case ImagePart():
+            return checked(part, f"content[{number}].image")
+        case FilePart():
+            return checked(part, f"content[{number}].file")
+        case _:
+            return part

@@ -36,11 +36,12 @@ class Resumption:
 class ReplyRequest:
     """All that an agent may know of a turn.
 
-    `history` loads the lines of the transcript before `message`, oldest first; an agent whose provider keeps
-    the conversation need not call it. `rounds` holds the finished tool rounds of this turn: empty at first.
-    `state` is what the agent last said of the provider's copy, None if it never did or if it was another
-    provider's; in the later rounds of a turn it is the `copy` that came with the round before. `resume` asks for
-    the rest of a round that was begun before. At `deadline`, in the loop's time, the turn's budget is spent.
+    `history` loads the lines of the transcript before `message`, oldest first, the newest images and files with
+    their bytes; an agent whose provider keeps the conversation need not call it. `rounds` holds the finished tool
+    rounds of this turn: empty at first. `state` is what the agent last said of the provider's copy, None if it
+    never did or if it was another provider's; in the later rounds of a turn it is the `copy` that came with the
+    round before. `resume` asks for the rest of a round that was begun before. At `deadline`, in the loop's time,
+    the turn's budget is spent.
     """
 
     turn_id: str

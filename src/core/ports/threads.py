@@ -87,7 +87,8 @@ class Threads(Protocol):
 
     @abstractmethod
     def delete(self, thread_id: str, now: datetime) -> None:
-        """Deletes a locked thread with its messages, turns and logs, and leaves a tombstone."""
+        """Deletes a locked thread with its messages, what is attached to them, turns and logs, and leaves a
+        tombstone."""
 
     @abstractmethod
     def tombstone(self, thread_id: str) -> Tombstone | None:
@@ -127,7 +128,7 @@ class Threads(Protocol):
 
 
 class Messages(Protocol):
-    """The transcript."""
+    """The transcript. Of what is attached to a message it writes no bytes: `Turns.attach` does."""
 
     @abstractmethod
     def begin(self, thread_id: str, message: NewMessage) -> Message:
@@ -140,13 +141,17 @@ class Messages(Protocol):
 
     @abstractmethod
     def list(
-        self, thread_id: str, *, after: int | None, newest_first: bool, limit: int | None
+        self, thread_id: str, *, after: int | None, newest_first: bool, limit: int | None, data: int = 0
     ) -> Sequence[Message]:
-        """Lines of a thread in order of index, beginning behind index `after` in the direction asked for."""
+        """Lines of a thread in order of index, beginning behind index `after` in the direction asked for.
+
+        At most `data` bytes of what is attached are read along, line by line in this order; from the first line on
+        that would bring more, they are left `Unread`.
+        """
 
     @abstractmethod
     def question_of(self, turn_id: str) -> Message | None:
-        """The turn's USER message, once it is in the transcript."""
+        """The turn's USER message, bytes and all, once it is in the transcript."""
 
     @abstractmethod
     def reply_of(self, turn_id: str) -> Message | None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from core.model.events import LogEntry, TurnEvent
+from core.model.message import ContentPart
 from core.model.turn import Continuation, Turn
 from core.ports.threads import NewMessage
 
@@ -81,6 +82,10 @@ class Turns(Protocol):
         """
 
     @abstractmethod
+    def attach(self, turn_id: str, content: tuple[ContentPart, ...]) -> None:
+        """Stores the bytes in the content of a new turn's user message, once. They go where the message goes."""
+
+    @abstractmethod
     def get(self, user_id: str, turn_id: str) -> Turn | None:
         """Reads the user's turn."""
 
@@ -103,7 +108,7 @@ class Turns(Protocol):
 
     @abstractmethod
     def waiting_message(self, turn_id: str) -> NewMessage | None:
-        """The message of a turn that has never been claimed; later it is in the transcript."""
+        """The message of a turn that has never been claimed, bytes and all; later it is in the transcript."""
 
     @abstractmethod
     def holder(self, turn_id: str) -> Holder:
@@ -133,7 +138,8 @@ class Turns(Protocol):
 
     @abstractmethod
     def save_ending(self, turn: Turn) -> str | None:
-        """Stores a locked turn's terminal state: epoch, position, usage, reason, time; its waiting message goes.
+        """Stores a locked turn's terminal state: epoch, position, usage, reason, time; its waiting message goes,
+        with what is attached to it.
         Returns the id of the next turn that waits in its thread."""
 
 

@@ -1,12 +1,15 @@
 """Accepting a message: one short transaction makes it durable and claims its turn."""
 
+import asyncio
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from typing import assert_never
 
 from core.model.agent import AgentDefinition, Catalog, Domain
+from core.model.attachment import FilePart, ImagePart, Source, data_of
 from core.model.errors import (
     AgentNotFound,
     CoreError,
@@ -21,7 +24,7 @@ from core.model.errors import (
     TurnInProgress,
 )
 from core.model.events import TurnStarted, place
-from core.model.message import ContentPart, Role, TextPart, check_user_content
+from core.model.message import ContentPart, RefusalPart, Role, TextPart, checked_user_content
 from core.model.thread import Thread, ThreadState, check_metadata
 from core.model.turn import BusyPolicy, Turn, TurnReason, TurnState, Usage
 from core.model.user import check_user_id
@@ -53,24 +56,47 @@ class IncomingMessage:
     on_busy: BusyPolicy = BusyPolicy.REJECT
     metadata: Mapping[str, str] = field(default_factory=dict)
 
-    def check(self) -> None:
-        """Raises InvalidField for what breaks a rule whatever the store holds."""
+    def checked(self) -> "IncomingMessage":
+        """The message as it is kept. Raises InvalidField for what breaks a rule whatever the store holds."""
         check_user_id(self.user_id)
         if len(self.request_id) > MAX_REQUEST_ID:
             raise InvalidField("request_id", f"must have at most {MAX_REQUEST_ID} characters")
         if "\0" in self.request_id:
             raise InvalidField("request_id", "must not contain U+0000")
-        check_user_content(self.content)
+        content = checked_user_content(self.content)
         check_metadata(self.metadata, "metadata")
         if self.thread_id and self.metadata:
             raise InvalidField("metadata", "is for new threads; use UpdateThread")
+        return self if content is self.content else replace(self, content=content)
 
     def fingerprint(self) -> str:
         """SHA-256 of thread, domain and content: what a repeat with the same request id must share."""
         domain = self.domain or (None if self.thread_id else Domain.GENERAL)
-        content = [["t" if isinstance(part, TextPart) else "r", part.text] for part in self.content]
+        content = [_part_facts(part) for part in self.content]
         canonical = json.dumps([self.thread_id, domain, content], ensure_ascii=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _part_facts(part: ContentPart) -> list[str]:
+    """What makes a part another one. The fingerprints on record hang on it."""
+    match part:
+        case TextPart(text):
+            return ["t", text]
+        case RefusalPart(text):
+            return ["r", text]
+        case ImagePart(source, mime_type, detail):
+            return ["i", _source_facts(source), mime_type, detail]
+        case FilePart(source, filename, mime_type):
+            return ["f", _source_facts(source), mime_type, filename]
+        case _:
+            assert_never(part)
+
+
+def _source_facts(source: Source) -> str:
+    if isinstance(source, bytes):
+        return hashlib.sha256(source).hexdigest()
+    assert isinstance(source, str)  # nobody sends what has not been read
+    return source
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +136,10 @@ class AcceptMessage:
         Cancelling the caller does not undo or stop anything. Raises the errors of contract's accept path. After
         StoreUnavailable it is unknown whether the message is on record; if it is, its turn is found and run.
         """
-        message.check()
+        if data_of(message.content):
+            message = await asyncio.to_thread(message.checked)  # too much to look through in the event loop
+        else:
+            message = message.checked()
         return await self._detached.run(self._accept(message))
 
     async def settle(self) -> None:
@@ -213,6 +242,7 @@ class AcceptMessage:
         )
         started = TurnStarted(turn.id, thread.id, definition.id)
         tx.turns.add(turn, request, owner=self._engine.claimant.owner)
+        tx.turns.attach(turn.id, message.content)
         tx.log.begin(turn.id, [started])
         line = self._line(message, turn_id, now)
         stored = (
@@ -245,6 +275,7 @@ class AcceptMessage:
             raise QueueFull
         turn = _accepted(message, turn_id, thread, now)
         tx.turns.add(turn, request, waiting=self._line(message, turn_id, now))
+        tx.turns.attach(turn.id, message.content)
         tx.log.begin(turn.id, [TurnStarted(turn.id, thread.id, definition.id)])
         tx.threads.touch(thread.id, now)
         return _Recorded(turn=turn)

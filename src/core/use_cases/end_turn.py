@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 
 from core.model.errors import LeaseLost, TurnNotFound
 from core.model.events import TurnEvent, TurnFinished, extent, merged, reply_of
-from core.model.message import ContentPart, Message, Role, TextPart
+from core.model.message import Message, ReplyPart, Role, TextPart
 from core.model.thread import ProviderState
 from core.model.turn import Turn, TurnReason, TurnState, Usage
 from core.ports.store import Transaction
@@ -106,7 +106,7 @@ def end_turn(
     return Ended(ended, message, already=False, next_id=next_id)
 
 
-def _verdict(ending: Ending, parts: Sequence[ContentPart]) -> tuple[TurnState, TurnReason | None]:
+def _verdict(ending: Ending, parts: Sequence[ReplyPart]) -> tuple[TurnState, TurnReason | None]:
     if ending.cancelled:
         return TurnState.CANCELLED, ending.reason
     if ending.reason is None and parts:

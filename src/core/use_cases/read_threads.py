@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from core.model.agent import Domain
+from core.model.attachment import is_unread, size_of
 from core.model.errors import InvalidField, ThreadNotFound, TurnNotFound
 from core.model.message import Message
 from core.model.thread import Thread, ThreadState, check_metadata, check_title
@@ -16,8 +17,9 @@ from core.ports.threads import ThreadKey
 from core.use_cases.paging import make_token, page_size, read_token
 
 _MAX_INDEX = 2**53
-MAX_PAGE_BYTES = 2 * 2**20
-"""Text in a page of messages. gRPC clients refuse responses over 4 MiB unless told otherwise."""
+MAX_PAGE_BYTES = 3 * 2**20
+"""Text, images and files in a page of more than one message. gRPC clients refuse responses over 4 MiB unless told
+otherwise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +73,8 @@ class ReadThreads:
         return page, make_token(scope, [page[-1].last_message_at.isoformat(), page[-1].id])
 
     async def messages(self, query: MessageQuery, size: int, token: str) -> tuple[Sequence[Message], str]:
-        """A page of messages and the token of the next page, empty on the last. Raises ThreadNotFound."""
+        """A page of messages, whole ones, and the token of the next page, empty on the last. Raises
+        ThreadNotFound."""
         check_user_id(query.user_id)
         size = page_size(size)
         scope = ["messages", query.user_id, query.thread_id, query.newest_first]
@@ -82,7 +85,18 @@ class ReadThreads:
 
         def find(tx: Transaction) -> Sequence[Message]:
             _thread(tx, query.user_id, query.thread_id)
-            return tx.messages.list(query.thread_id, after=after, newest_first=query.newest_first, limit=size + 1)
+            lines = tx.messages.list(
+                query.thread_id,
+                after=after,
+                newest_first=query.newest_first,
+                limit=size + 1,
+                data=MAX_PAGE_BYTES,
+            )
+            if lines and is_unread(lines[0].content):
+                whole = tx.messages.question_of(lines[0].turn_id)
+                assert whole is not None  # it is in the transcript
+                return [whole, *lines[1:]]
+            return lines
 
         found = await self._store.read(find)
         page = _within_bytes(found[:size])
@@ -123,7 +137,7 @@ def _within_bytes(messages: Sequence[Message]) -> Sequence[Message]:
     """As many messages as a response can hold that clients take without being asked to, and at least one."""
     size = 0
     for number, message in enumerate(messages):
-        size += len(message.text.encode())
+        size += len(message.text.encode()) + sum(map(size_of, message.content))
         if number and size > MAX_PAGE_BYTES:
             return messages[:number]
     return messages
