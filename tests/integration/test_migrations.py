@@ -183,6 +183,15 @@ async def test_a_database_of_the_first_version_is_brought_along_with_its_data(em
     assert drift(empty_url) == []
 
 
+def test_a_database_of_the_second_version_gets_a_place_for_attachments(empty_url: str) -> None:
+    step(empty_url, "0002")
+    assert any("attachments" in change for change in drift(empty_url))
+    assert migrate(empty_url) is SchemaState.OUTDATED
+    assert drift(empty_url) == []
+    step(empty_url, "-0002")
+    assert any("attachments" in change for change in drift(empty_url))
+
+
 @pytest.mark.parametrize(
     "statement",
     [

@@ -156,7 +156,7 @@ async def test_a_thread_is_deleted_by_one_process_while_another_writes_in_it(
         with pytest.raises(TurnNotFound):
             await writer.threads.turn("ada", turn_id)
         with psycopg.connect(postgres_url) as look:
-            for table in ("assistant_threads", "turns", "messages", "turn_log"):
+            for table in ("assistant_threads", "turns", "messages", "turn_log", "attachments"):
                 assert look.execute(f"SELECT count(*) FROM {table}").fetchone() == (0,)
 
 

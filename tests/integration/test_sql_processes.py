@@ -16,6 +16,7 @@ from adapters.sql.store import SqlStore
 from adapters.sql.tables import metadata
 from adapters.system import Ids
 from core.model.agent import Domain
+from core.model.attachment import FilePart, ImagePart
 from core.model.events import AttemptRestarted, TextDelta, TurnStarted
 from core.model.message import Role, TextPart
 from core.model.thread import ProviderState, Thread, ThreadState
@@ -370,6 +371,8 @@ async def test_nothing_of_a_deleted_thread_is_left_but_its_tombstone(
             def fill(tx: Transaction, thread: Thread = thread, turn: Turn = turn, waiting: Turn = waiting) -> None:
                 tx.messages.append(thread.id, [a_line(turn, Role.TOOL), a_line(turn, Role.ASSISTANT)])
                 tx.turns.add(waiting, REQUEST, waiting=a_line(waiting))
+                tx.turns.attach(turn.id, (ImagePart(b"one"),))
+                tx.turns.attach(waiting.id, (FilePart(b"two"),))
                 tx.log.begin(waiting.id, [TurnStarted(waiting.id, thread.id, turn.agent_id)])
                 tx.log.append([LogAppend(turn.id, 1, 1, TEXT)])
                 tx.threads.save_provider_state(
@@ -381,7 +384,7 @@ async def test_nothing_of_a_deleted_thread_is_left_but_its_tombstone(
         (gone, _), _ = pairs
         await store.write(lambda tx: tx.threads.delete(gone.id, NOW))
         after = {table: rows(database_url, table) for table in metadata.tables}
-        theirs = {"assistant_threads", "turns", "messages", "turn_log"}
+        theirs = {"assistant_threads", "turns", "messages", "turn_log", "attachments"}
         assert {table for table in after if after[table] != before[table]} == {*theirs, "tombstones"}
         for table in theirs:
             assert after[table] == before[table] / 2 > 0

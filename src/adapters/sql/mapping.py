@@ -9,6 +9,7 @@ from typing import Any, assert_never
 from sqlalchemy import Row
 
 from core.model.agent import AgentDefinition, Domain
+from core.model.attachment import Detail, FilePart, ImagePart, Source, Unread
 from core.model.events import (
     AttemptRestarted,
     TextDelta,
@@ -193,7 +194,7 @@ def message_of(row: AnyRow) -> Message:
         turn_id=row.turn_id,
         index=row.number,
         role=Role(row.role),
-        content=tuple(_part_of(kind, text) for kind, text in row.content),
+        content=tuple(map(_part_of, row.content)),
         partial=row.partial,
         created_at=row.created_at,
         tool=ToolExchange(**tool) if tool else None,
@@ -222,7 +223,7 @@ def waiting_of(row: AnyRow) -> NewMessage:
         id=message_id,
         turn_id=row.id,
         role=Role.USER,
-        content=tuple(_part_of(kind, text) for kind, text in content),
+        content=tuple(map(_part_of, content)),
         created_at=row.accepted_at,
     )
 
@@ -232,24 +233,47 @@ def waiting_values(message: NewMessage) -> list[Any]:
     return [message.id, [_part_values(part) for part in message.content]]
 
 
-def _part_of(kind: str, text: str) -> ContentPart:
-    match kind:
-        case "text":
+def _part_of(values: list[Any]) -> ContentPart:
+    match values:
+        case ["text", text]:
             return TextPart(text)
-        case "refusal":
+        case ["refusal", text]:
             return RefusalPart(text)
+        case ["image", source, mime_type, detail]:
+            return ImagePart(_source_of(source), mime_type, Detail(detail))
+        case ["file", source, mime_type, filename]:
+            return FilePart(_source_of(source), filename, mime_type)
         case _:
-            raise ValueError(f"unknown kind of content: {kind!r}")
+            raise ValueError(f"unknown kind of content: {values[:1]!r}")
 
 
-def _part_values(part: ContentPart) -> list[str]:
+def _part_values(part: ContentPart) -> list[Any]:
+    """Of bytes no more than their number: they stand in `attachments`."""
     match part:
         case TextPart(text):
             return ["text", text]
         case RefusalPart(text):
             return ["refusal", text]
+        case ImagePart(source, mime_type, detail):
+            return ["image", _source_values(source), mime_type, detail.value]
+        case FilePart(source, filename, mime_type):
+            return ["file", _source_values(source), mime_type, filename]
         case _:
             assert_never(part)
+
+
+def _source_of(value: str | int) -> Source:
+    return Unread(value) if isinstance(value, int) else value
+
+
+def _source_values(source: Source) -> str | int:
+    match source:
+        case bytes():
+            return len(source)
+        case Unread(size):
+            return size
+        case _:
+            return source
 
 
 def definition_of(stored: Mapping[str, Any]) -> AgentDefinition:

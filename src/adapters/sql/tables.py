@@ -1,7 +1,8 @@
 """The tables.
 
 Every text of a user is in `messages.content`, `messages.tool`, `turn_log.events`, `goals`, or, until its turn is
-claimed or has ended, in `turns.waiting`.
+claimed or has ended, in `turns.waiting`; every image and file of a user is in `attachments`, and its
+kind, size and name are where the text is.
 """
 
 from datetime import UTC, date, datetime
@@ -18,6 +19,7 @@ from sqlalchemy import (
     ForeignKey,
     Index,
     Integer,
+    LargeBinary,
     MetaData,
     Named,
     PrimaryKeyConstraint,
@@ -153,10 +155,18 @@ class MessageColumns(TypedColumns):
     turn_id: Named[str] = Column(String(36), ForeignKey("turns.id"))
     number: Named[int]
     role: Named[str] = Column(String(16))
-    content: Named[list[list[str]]] = Column(JSON, nullable=False)
+    content: Named[list[list[Any]]] = Column(JSON, nullable=False)
     partial: Named[bool] = Column(Boolean)
     tool: Named[dict[str, Any] | None] = Column(JSON(none_as_null=True))
     created_at: Named[datetime] = Column(UtcDateTime, nullable=False)
+
+
+class AttachmentColumns(TypedColumns):
+    """The bytes of images and files. `number` is their part's place in the content of the turn's user message."""
+
+    turn_id: Named[str] = Column(String(36), ForeignKey("turns.id"))
+    number: Named[int]
+    data: Named[bytes] = Column(LargeBinary)
 
 
 class TurnLogColumns(TypedColumns):
@@ -207,6 +217,7 @@ agents = Table("agents", metadata, AgentColumns, UniqueConstraint("slug", "versi
 threads = Table("assistant_threads", metadata, ThreadColumns)
 turns = Table("turns", metadata, TurnColumns)
 messages = Table("messages", metadata, MessageColumns, UniqueConstraint("thread_id", "number"))
+attachments = Table("attachments", metadata, AttachmentColumns, PrimaryKeyConstraint("turn_id", "number"))
 turn_log = Table("turn_log", metadata, TurnLogColumns, PrimaryKeyConstraint("turn_id", "position"))
 goals = Table("goals", metadata, GoalColumns, UniqueConstraint("key"))
 leases = Table("leases", metadata, LeaseColumns)

@@ -1,15 +1,19 @@
 """The repository of messages."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from sqlalchemy import ColumnElement, Integer, Select, bindparam, insert, select, true, update
 
 from adapters.sql import mapping as m
 from adapters.sql import tables as t
+from adapters.sql.repositories.attachments import Attachments
 from adapters.sql.repositories.base import Repository
+from adapters.sql.session import Session
 from adapters.sql.statement import Statement
-from core.model.message import Message, Role
+from core.model.attachment import is_unread, with_data
+from core.model.message import Message, Role, readable
 from core.ports import threads
 from core.ports.threads import NewMessage
 
@@ -37,6 +41,10 @@ _NEWEST_FIRST = Statement(_list(_c.number < bindparam("behind"), _c.number.desc(
 class Messages(Repository, threads.Messages):
     """`messages`."""
 
+    def __init__(self, session: Session) -> None:
+        super().__init__(session)
+        self._attachments = Attachments(session)
+
     def begin(self, thread_id: str, message: NewMessage) -> Message:
         self._session.run(_ADD, m.message_values(thread_id, 1, message))
         return message.at(thread_id, 1)
@@ -49,13 +57,14 @@ class Messages(Repository, threads.Messages):
         return [message.at(thread_id, index) for index, message in enumerate(messages, first)]
 
     def list(
-        self, thread_id: str, *, after: int | None, newest_first: bool, limit: int | None
+        self, thread_id: str, *, after: int | None, newest_first: bool, limit: int | None, data: int = 0
     ) -> Sequence[Message]:
         # A thread has at most as many lines as an index can count.
         behind = after if after is not None else _MOST if newest_first else 0
         parameters = {"of_thread": thread_id, "behind": behind, "limit": _MOST if limit is None else limit}
         rows = self._session.rows(_NEWEST_FIRST if newest_first else _OLDEST_FIRST, parameters)
-        return [m.message_of(row) for row in rows]
+        lines = [m.message_of(row) for row in rows]
+        return self._whole(lines, readable(lines, data))
 
     def question_of(self, turn_id: str) -> Message | None:
         return self._of_turn(turn_id, Role.USER)
@@ -65,4 +74,15 @@ class Messages(Repository, threads.Messages):
 
     def _of_turn(self, turn_id: str, role: Role) -> Message | None:
         row = self._session.row(_OF_TURN, {"turn_id": turn_id, "role": role.value})
-        return None if row is None else m.message_of(row)
+        if row is None:
+            return None
+        line = m.message_of(row)
+        return self._whole([line], [turn_id])[0] if is_unread(line.content) else line
+
+    def _whole(self, lines: Sequence[Message], turn_ids: Sequence[str]) -> Sequence[Message]:
+        """The lines, those of these turns with what is attached to them."""
+        found = self._attachments.of(turn_ids)
+        return [
+            replace(line, content=with_data(line.content, found[line.turn_id])) if line.turn_id in found else line
+            for line in lines
+        ]

@@ -53,6 +53,7 @@ _LOCK = Statement(_one.where(_c.user_id == bindparam("of_user")).with_for_update
 _CHANGE = Statement(_change)
 _TOUCH = Statement(_change.values(is_active=true()))
 _COPIES = Statement(select(_c.user_id, _c.thread_id, _c.provider_state).where(_c.id == _thread_id))
+_DELETE_ATTACHMENTS = Statement(delete(t.attachments).where(t.attachments.c.turn_id.in_(_its_turns)))
 _DELETE_LOGS = Statement(delete(t.turn_log).where(t.turn_log.c.turn_id.in_(_its_turns)))
 _DELETE_MESSAGES = Statement(delete(t.messages).where(t.messages.c.thread_id == _thread_id))
 _DELETE_TURNS = Statement(delete(t.turns).where(t.turns.c.thread_id == _thread_id).returning(t.turns.c.id))
@@ -128,6 +129,7 @@ class Threads(Repository, threads.Threads):
         this = {"of_thread": thread_id}
         thread = self._session.row(_COPIES, this)
         state = m.provider_state_of(thread.thread_id, thread.provider_state)
+        self._session.run(_DELETE_ATTACHMENTS, this)
         self._session.run(_DELETE_LOGS, this)
         self._session.run(_DELETE_MESSAGES, this)
         self._session.changed.update(row.id for row in self._session.rows(_DELETE_TURNS, this))

@@ -2,27 +2,19 @@
 
 import json
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
-from sqlalchemy import (
-    JSON,
-    Integer,
-    Text,
-    and_,
-    bindparam,
-    cast,
-    exists,
-    func,
-    insert,
-    literal_column,
-    select,
-    update,
-)
+from sqlalchemy import Integer, and_, bindparam, exists, func, insert, literal_column, select, update
 
 from adapters.sql import mapping as m
 from adapters.sql import tables as t
-from adapters.sql.repositories.base import Repository
+from adapters.sql.repositories.attachments import Attachments
+from adapters.sql.repositories.base import Repository, each_of
+from adapters.sql.session import Session
 from adapters.sql.statement import Statement
 from adapters.sql.tables import UtcDateTime, accepted, at_work, unfinished
+from core.model.attachment import is_unread, with_data
+from core.model.message import ContentPart
 from core.model.turn import Continuation, Turn, TurnState
 from core.ports import turns
 from core.ports.store import UNCLAIMED
@@ -83,14 +75,8 @@ _unclaimed = (
     .order_by(_c.accepted_at, _c.id)
     .limit(_limit)
 )
-# Users are one parameter, a JSON array: there may be more of them than a statement can have parameters.
-_users = bindparam("but_of", type_=Text)
-_users_of = {
-    "sqlite": func.json_each(_users).table_valued("value").c.value,
-    "postgresql": func.json_array_elements_text(cast(_users, JSON)).column_valued("value"),
-}
 _UNCLAIMED = {
-    dialect: Statement(_unclaimed.where(_c.user_id.not_in(select(users)))) for dialect, users in _users_of.items()
+    dialect: Statement(_unclaimed.where(_c.user_id.not_in(users))) for dialect, users in each_of("but_of").items()
 }
 
 _save = update(t.turns).where(_c.id == _turn_id)
@@ -108,6 +94,10 @@ _END = Statement(_save.returning(_next.label("next_id")))
 class Turns(Repository, turns.Turns):
     """`turns`."""
 
+    def __init__(self, session: Session) -> None:
+        super().__init__(session)
+        self._attachments = Attachments(session)
+
     def add(self, turn: Turn, request: RequestKey, *, owner: str = "", waiting: NewMessage | None = None) -> None:
         values: m.Values = {
             **m.turn_values(turn),
@@ -123,6 +113,9 @@ class Turns(Repository, turns.Turns):
         else:
             self._session.run(_ADD, {**values, "place": 0})
         self._session.changed.add(turn.id)
+
+    def attach(self, turn_id: str, content: tuple[ContentPart, ...]) -> None:
+        self._attachments.add(turn_id, content)
 
     def get(self, user_id: str, turn_id: str) -> Turn | None:
         row = self._session.row(_GET, {"of_turn": turn_id, "of_user": user_id})
@@ -150,7 +143,12 @@ class Turns(Repository, turns.Turns):
 
     def waiting_message(self, turn_id: str) -> NewMessage | None:
         row = self._session.row(_FIND, {"of_turn": turn_id})
-        return None if row is None or row.waiting is None else m.waiting_of(row)
+        if row is None or row.waiting is None:
+            return None
+        waiting = m.waiting_of(row)
+        if not is_unread(waiting.content):
+            return waiting
+        return replace(waiting, content=with_data(waiting.content, self._attachments.of([turn_id])[turn_id]))
 
     def holder(self, turn_id: str) -> Holder:
         row = self._session.row(_HOLDER, {"of_turn": turn_id, "now": self._session.now()})
@@ -186,4 +184,6 @@ class Turns(Repository, turns.Turns):
         next_id: str | None = self._session.row(_END, values).next_id
         if next_id is not None:
             self._session.changed.add(UNCLAIMED)
+        if turn.claimed_at is None:
+            self._attachments.drop_unused(turn.id)
         return next_id
