@@ -115,7 +115,9 @@ class Settings(BaseSettings):
         ge=0,
         allow_inf_nan=False,
     )
-    max_request_bytes: int = _setting("VIDA_MAX_REQUEST_BYTES", "size of a request", 4 * 2**20, ge=2**18, le=2**28)
+    max_request_bytes: int = _setting(
+        "VIDA_MAX_REQUEST_BYTES", "size of a request", 32 * 2**20, ge=2**18, le=2**28
+    )
     max_turns: int = _setting("VIDA_MAX_TURNS", "turns in flight in a process", 5_000, ge=1, le=100_000)
     max_turns_per_user: int = _setting("VIDA_MAX_TURNS_PER_USER", "turns in flight of a user", 8, ge=1)
     reflection: bool | None = _setting("VIDA_REFLECTION", "server reflection; unset: on loopback only", None)

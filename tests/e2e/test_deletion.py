@@ -14,6 +14,7 @@ from entrypoints.grpc_api.gen.vidacoach.agents.v1 import agent_service_pb2 as ap
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import resources_pb2 as pb
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import thread_service_pb2 as threads_api
 from harness import DEADLINE, Client, message, reason, rest_of, served, until
+from samples import PNG
 
 
 @pytest.fixture(autouse=True)
@@ -84,9 +85,8 @@ async def nothing_is_left(client: Client, thread_id: str, turn_id: str) -> None:
 
 def rows(url: str) -> dict[str, int]:
     """How many rows the tables have that hold what was said."""
-    counts = {
-        table: f"SELECT count(*) FROM {table}" for table in ("assistant_threads", "messages", "turns", "turn_log")
-    }
+    tables = ("assistant_threads", "messages", "attachments", "turns", "turn_log")
+    counts = {table: f"SELECT count(*) FROM {table}" for table in tables}
     if url.startswith("sqlite"):
         connection = sqlite3.connect(f"file:{url.removeprefix('sqlite:///')}?mode=ro", uri=True)
         try:
@@ -119,8 +119,12 @@ async def test_the_rows_are_gone(database_url: str) -> None:
         await begun(client, user="eve")
         before = rows(database_url)
         mine = await begun(client)
-        await client.chat("More", thread_id=mine.thread_id)
-        assert rows(database_url) != before
+        picture = api.ChatRequest(user_id="ada", thread_id=mine.thread_id)
+        picture.content.add().image.data = PNG
+        async for _ in client.agents.Chat(picture, timeout=DEADLINE):
+            pass
+        after = rows(database_url)
+        assert all(after[table] > before[table] for table in before)
         await delete(client, mine.thread_id)
         await until(lambda: rows(database_url) == before)
 

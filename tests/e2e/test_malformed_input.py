@@ -18,11 +18,13 @@ from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
+from core.model.attachment import MAX_IMAGE
 from doubles import ScriptedAgent
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import agent_service_pb2 as api
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import resources_pb2 as pb
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import thread_service_pb2 as threads_api
 from harness import DEADLINE, Client, detail, message, reason, served
+from samples import PDF, PNG, photo
 
 SEED = 20261122
 FUZZED = 5_000
@@ -32,7 +34,7 @@ NOT_FOUND = grpc.StatusCode.NOT_FOUND
 UNIMPLEMENTED = grpc.StatusCode.UNIMPLEMENTED
 EXHAUSTED = grpc.StatusCode.RESOURCE_EXHAUSTED
 
-TABLES = ["users", "assistant_threads", "turns", "messages", "turn_log", "goals"]
+TABLES = ["users", "assistant_threads", "turns", "messages", "attachments", "turn_log", "goals"]
 
 
 @dataclass(frozen=True)
@@ -175,9 +177,44 @@ def message_cases() -> Iterator[Case]:
         ({"content": [part(text="x" * 65_537)]}, INVALID, "INVALID_FIELD", "content"),
         ({"content": [part(text="👋" * 65_537)]}, INVALID, "INVALID_FIELD", "content"),
         ({"content": [part(text=half), part(text=half), part(text="x")]}, INVALID, "INVALID_FIELD", "content"),
-        ({"content": [part(image=pb.ImagePart(data=b"x"))]}, UNIMPLEMENTED, "NOT_SUPPORTED", "content[0].image"),
-        ({"content": [*text, part(image=pb.ImagePart())]}, UNIMPLEMENTED, "NOT_SUPPORTED", "content[1].image"),
-        ({"content": [part(file=pb.FilePart(url="x"))]}, UNIMPLEMENTED, "NOT_SUPPORTED", "content[0].file"),
+        *(
+            ({"content": [*text, part(image=image)]}, INVALID, "INVALID_FIELD", f"content[1].image{field}")
+            for image, field in (
+                (pb.ImagePart(), ""),
+                (pb.ImagePart(mime_type="image/png"), ""),
+                (pb.ImagePart(data=b""), ".data"),
+                (pb.ImagePart(data=b"x"), ".data"),
+                (pb.ImagePart(data=PDF), ".data"),
+                (pb.ImagePart(data=photo(MAX_IMAGE + 1)), ".data"),
+                (pb.ImagePart(data=PNG, mime_type="image/gif"), ".mime_type"),
+                (pb.ImagePart(data=PNG, mime_type="x" * 100_000), ".mime_type"),
+                (pb.ImagePart(data=PNG, detail="original"), ".detail"),
+                (pb.ImagePart(url=""), ".url"),
+                (pb.ImagePart(url="http://example.org/x.png"), ".url"),
+                (pb.ImagePart(url="https://ada:secret@example.org/"), ".url"),
+                (pb.ImagePart(url="https://example.org/" + "x" * 2_048), ".url"),
+            )
+        ),
+        *(
+            ({"content": [part(file=file)]}, INVALID, "INVALID_FIELD", f"content[0].file{field}")
+            for file, field in (
+                (pb.FilePart(filename="cv.pdf"), ""),
+                (pb.FilePart(data=b""), ".data"),
+                (pb.FilePart(data=PNG), ".data"),
+                (pb.FilePart(data=b"a\0"), ".data"),
+                (pb.FilePart(data=PDF, mime_type="text/plain"), ".mime_type"),
+                (pb.FilePart(data=PDF, filename="a\0"), ".filename"),
+                (pb.FilePart(data=PDF, filename="x" * 256), ".filename"),
+                (pb.FilePart(url="x"), ".url"),
+            )
+        ),
+        (
+            {"content": [part(image=pb.ImagePart(data=photo(13_000_000)))] * 2},
+            INVALID,
+            "INVALID_FIELD",
+            "content",
+        ),
+        ({"content": [part(image=pb.ImagePart(data=PNG))] * 33}, INVALID, "INVALID_FIELD", "content"),
         ({"on_busy": 4}, INVALID, "INVALID_FIELD", "on_busy"),
         ({"on_busy": -1}, INVALID, "INVALID_FIELD", "on_busy"),
         ({"on_busy": 2**31 - 1}, INVALID, "INVALID_FIELD", "on_busy"),
@@ -379,7 +416,7 @@ async def test_what_is_just_within_the_bounds_is_taken(client: Client) -> None:
 @pytest.mark.parametrize("name", ["Chat", "SendMessage", "UpdateThread", "ListThreads"])
 async def test_a_request_that_is_too_large_is_refused(client: Client, url: str, name: str) -> None:
     before = rows(url)
-    payload = api.ChatRequest(user_id="ada", content=[part(text="x" * 10_000_000)]).SerializeToString()
+    payload = api.ChatRequest(user_id="ada", content=[part(text="x" * (33 * 2**20))]).SerializeToString()
     assert (await refusal(client, METHODS[name], payload)).code() is EXHAUSTED
     assert rows(url) == before
     await client.chat()

@@ -36,7 +36,7 @@ def test_defaults(tmp_path: Path) -> None:
         "lease": 15,
         "restart_interrupted": False,
         "practice_words_per_second": 25,
-        "max_request_bytes": 4 * 2**20,
+        "max_request_bytes": 32 * 2**20,
         "max_turns": 5_000,
         "max_turns_per_user": 8,
         "reflection": None,

@@ -1,6 +1,7 @@
 """The requests of one user, made in one place for both clients."""
 
 import uuid
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import agent_service_pb2 as agents_api
@@ -21,13 +22,15 @@ class Requests:
         domain: pb.Domain.ValueType,
         request_id: str,
         on_busy: pb.BusyPolicy.ValueType,
+        attachments: Iterable[pb.ContentPart],
     ) -> agents_api.ChatRequest:
         """A message. Without a request id it gets one of its own: it is never sent without."""
+        words = [pb.ContentPart(text=text)] if text else []
         return agents_api.ChatRequest(
             user_id=self.user_id,
             thread_id=thread_id,
             domain=domain,
-            content=[pb.ContentPart(text=text)],
+            content=[*words, *attachments],
             request_id=request_id or str(uuid.uuid4()),
             on_busy=on_busy,
         )

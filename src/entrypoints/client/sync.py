@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -151,13 +151,15 @@ class CoachClient:
         domain: pb.Domain.ValueType = pb.DOMAIN_UNSPECIFIED,
         request_id: str = "",
         on_busy: pb.BusyPolicy.ValueType = pb.BUSY_POLICY_UNSPECIFIED,
+        attachments: Iterable[pb.ContentPart] = (),
     ) -> Reply:
         """Sends a message when the reply is iterated. Without a thread it begins one about `domain`.
 
         `on_busy` says what to do if the thread has a turn that has not ended. `request_id` is for a message that
-        is sent again after ConnectionLost; each other gets one of its own.
+        is sent again after ConnectionLost; each other gets one of its own. `attachments` are images and files;
+        beside them `text` may be empty.
         """
-        message = self._requests.chat(text, thread_id, domain, request_id, on_busy)
+        message = self._requests.chat(text, thread_id, domain, request_id, on_busy, attachments)
         return Reply(self, Reading(self.patience, self._requests.follow, message=message))
 
     def follow(self, turn_id: str, after_position: int = 0) -> Reply:

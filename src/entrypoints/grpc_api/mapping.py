@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from datetime import datetime
-from typing import assert_never
+from typing import Any, assert_never
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from core.model import events as ev
 from core.model.agent import AgentDefinition, Domain
-from core.model.errors import InvalidField, NotSupported
+from core.model.attachment import Detail, FilePart, ImagePart, Source, Unread
+from core.model.errors import InvalidField
 from core.model.message import ContentPart, Message, RefusalPart, Role, TextPart
 from core.model.thread import Thread, ThreadState
 from core.model.turn import BusyPolicy, Turn, TurnState
@@ -84,7 +85,7 @@ def id_of(value: str, field: str) -> str:
 
 
 def incoming_message(request: api.ChatRequest | api.SendMessageRequest) -> IncomingMessage:
-    """Reads a message to a coach. Raises InvalidField and NotSupported."""
+    """Reads a message to a coach. Raises InvalidField."""
     if request.on_busy not in BUSY_POLICIES:
         raise InvalidField("on_busy", "is not a known value")
     return IncomingMessage(
@@ -104,12 +105,41 @@ def _part_of(number: int, part: pb.ContentPart) -> ContentPart:
             return TextPart(part.text)
         case "refusal":
             return RefusalPart(part.refusal)
-        case "image" | "file" as kind:
-            raise NotSupported(f"content[{number}].{kind}")
+        case "image":
+            return ImagePart(
+                source=_source_of(part.image, f"content[{number}].image"),
+                mime_type=part.image.mime_type,
+                detail=_detail_of(part.image.detail, f"content[{number}].image.detail"),
+            )
+        case "file":
+            return FilePart(
+                source=_source_of(part.file, f"content[{number}].file"),
+                filename=part.file.filename,
+                mime_type=part.file.mime_type,
+            )
         case None:
             raise InvalidField(f"content[{number}]", "must have one part set")
         case kind:
             assert_never(kind)
+
+
+def _source_of(part: pb.ImagePart | pb.FilePart, field: str) -> Source:
+    match part.WhichOneof("source"):
+        case "data":
+            return part.data
+        case "url":
+            return part.url
+        case None:
+            raise InvalidField(field, "must have data or url set")
+        case source:
+            assert_never(source)
+
+
+def _detail_of(value: str, field: str) -> Detail:
+    try:
+        return Detail(value or Detail.AUTO)
+    except ValueError as error:
+        raise InvalidField(field, "must be auto, low or high") from error
 
 
 def to_agent(definition: AgentDefinition, model: str, provider: str) -> pb.Agent:
@@ -148,13 +178,31 @@ def to_message(message: Message) -> pb.Message:
         thread_id=message.thread_id,
         turn_id=message.turn_id,
         role=ROLES[message.role],
-        content=[
-            pb.ContentPart(refusal=part.text) if isinstance(part, RefusalPart) else pb.ContentPart(text=part.text)
-            for part in message.content
-        ],
+        content=map(_to_part, message.content),
         partial=message.partial,
         created_at=_time(message.created_at),
     )
+
+
+def _to_part(part: ContentPart) -> pb.ContentPart:
+    match part:
+        case TextPart(text):
+            return pb.ContentPart(text=text)
+        case RefusalPart(text):
+            return pb.ContentPart(refusal=text)
+        case ImagePart(source, mime_type, detail):
+            return pb.ContentPart(
+                image=pb.ImagePart(mime_type=mime_type, detail=detail.value, **_to_source(source))
+            )
+        case FilePart(source, filename, mime_type):
+            return pb.ContentPart(file=pb.FilePart(mime_type=mime_type, filename=filename, **_to_source(source)))
+        case _:
+            assert_never(part)
+
+
+def _to_source(source: Source) -> dict[str, Any]:
+    assert not isinstance(source, Unread)  # whoever shows messages reads whole ones
+    return {"data": source} if isinstance(source, bytes) else {"url": source}
 
 
 def to_turn(turn: Turn) -> pb.Turn:

@@ -109,7 +109,11 @@ class ChatRequest(_message.Message):
     """
     @_builtins.property
     def content(self) -> _containers.RepeatedCompositeFieldContainer[_resources_pb2.ContentPart]:
-        """Required; 1 to 32 parts with 65,536 code points of text in all."""
+        """Required; 1 to 32 parts with 65,536 code points of text and 25,000,000 bytes
+        of images and files in all. Text must be more than white space, unless there
+        is an image or a file. A request over the service's own limit
+        (`VIDA_MAX_REQUEST_BYTES`, 32 MiB) is refused RESOURCE_EXHAUSTED.
+        """
 
     @_builtins.property
     def metadata(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
@@ -211,7 +215,11 @@ class SendMessageRequest(_message.Message):
     """
     @_builtins.property
     def content(self) -> _containers.RepeatedCompositeFieldContainer[_resources_pb2.ContentPart]:
-        """Required; 1 to 32 parts with 65,536 code points of text in all."""
+        """Required; 1 to 32 parts with 65,536 code points of text and 25,000,000 bytes
+        of images and files in all. Text must be more than white space, unless there
+        is an image or a file. A request over the service's own limit
+        (`VIDA_MAX_REQUEST_BYTES`, 32 MiB) is refused RESOURCE_EXHAUSTED.
+        """
 
     @_builtins.property
     def metadata(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:

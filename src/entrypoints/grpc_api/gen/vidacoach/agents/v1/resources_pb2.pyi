@@ -410,11 +410,11 @@ class ContentPart(_message.Message):
     """The coach's refusal to answer. Output only."""
     @_builtins.property
     def image(self) -> Global___ImagePart:
-        """An image. Not accepted yet: UNIMPLEMENTED `NOT_SUPPORTED`."""
+        """An image, from a user."""
 
     @_builtins.property
     def file(self) -> Global___FilePart:
-        """A document. Not accepted yet: UNIMPLEMENTED `NOT_SUPPORTED`."""
+        """A document, from a user."""
 
     def __init__(
         self,
@@ -436,7 +436,12 @@ Global___ContentPart: _TypeAlias = ContentPart  # noqa: Y015
 
 @_typing.final
 class ImagePart(_message.Message):
-    """An image."""
+    """An image: PNG, JPEG, WebP or GIF.
+
+    What is wrong with it is INVALID_FIELD at the path of the field, e.g.
+    `content[1].image.data`, before anything is accepted. The bytes decide what it
+    is; whether all of it can be drawn, only the provider finds out.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -445,13 +450,22 @@ class ImagePart(_message.Message):
     MIME_TYPE_FIELD_NUMBER: _builtins.int
     DETAIL_FIELD_NUMBER: _builtins.int
     data: _builtins.bytes
-    """The image itself."""
+    """The image itself: 1 to 15,000,000 bytes. With the other images and files of
+    the message at most 25,000,000.
+    """
     url: _builtins.str
-    """Where it can be fetched."""
+    """Where the provider fetches it, now and whenever it is reminded of the
+    conversation; the service itself never does. `https`, at most 2,048
+    characters of printable ASCII, without credentials. A URL that expires
+    may keep the coach from answering later: send the bytes instead.
+    """
     mime_type: _builtins.str
-    """Media type, e.g. `image/png`."""
+    """`image/png`, `image/jpeg`, `image/webp` or `image/gif`. May be empty; if set
+    beside `data` it must be what they are. In the history it is always set
+    beside `data`.
+    """
     detail: _builtins.str
-    """How closely it is looked at: `low` or `high`."""
+    """How closely it is looked at: `auto` (also when empty), `low` or `high`."""
     def __init__(
         self,
         *,
@@ -472,7 +486,7 @@ Global___ImagePart: _TypeAlias = ImagePart  # noqa: Y015
 
 @_typing.final
 class FilePart(_message.Message):
-    """A document."""
+    """A document: PDF, or text in UTF-8 without U+0000. Refused like an image."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -481,13 +495,20 @@ class FilePart(_message.Message):
     FILENAME_FIELD_NUMBER: _builtins.int
     MIME_TYPE_FIELD_NUMBER: _builtins.int
     data: _builtins.bytes
-    """The document itself."""
+    """The document itself: at least 1 byte. With the other images and files of
+    the message at most 25,000,000.
+    """
     url: _builtins.str
-    """Where it can be fetched."""
+    """As in `ImagePart`."""
     filename: _builtins.str
-    """Name to show."""
+    """Name to show, and to tell the provider; at most 255 characters, no control
+    characters. May be empty.
+    """
     mime_type: _builtins.str
-    """Media type, e.g. `application/pdf`."""
+    """`application/pdf`, `application/json`, or a type of text such as
+    `text/markdown`, without parameters. May be empty; if set beside `data` it
+    must not contradict them. In the history it is always set beside `data`.
+    """
     def __init__(
         self,
         *,

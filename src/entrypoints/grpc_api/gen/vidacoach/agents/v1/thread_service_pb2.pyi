@@ -188,7 +188,11 @@ class ListMessagesResponse(_message.Message):
     """Empty on the last page."""
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[_resources_pb2.Message]:
-        """In the order asked for."""
+        """In the order asked for, with the bytes of their images and files. A page of
+        more than one message ends before it has more than 3 MiB of text and bytes. A
+        single message may have more: to read it, a client must take more than the
+        usual 4 MiB in a response; 32 MiB are always enough.
+        """
 
     def __init__(
         self,
