@@ -2,13 +2,16 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 from openai.types.responses import ResponseInputItemParam
 
 from adapters.openai.items import history_items, turn_items
-from core.model.message import Message
+from core.model.attachment import unread
+from core.model.media import PDF
+from core.model.message import Message, Role
 from core.ports.agent import ReplyRequest
 
 _BYTES_PER_TOKEN = 3
@@ -16,7 +19,7 @@ _BYTES_PER_TOKEN = 3
 _ITEM_TOKENS = 8
 """What an item costs beside its words."""
 _PART_TOKENS = 1_500
-"""What a part costs that is no text, such as an image."""
+"""What a part costs that is no text, such as an image. What a document costs depends on its pages."""
 
 _WORDS = ("text", "refusal", "arguments", "output", "name")
 
@@ -33,8 +36,14 @@ def _cost(item: Any) -> int:
         return cost + _length(content)
     for part in content:
         words = [part[name] for name in _WORDS if isinstance(part.get(name), str)]
-        cost += sum(map(_length, words)) if words else _PART_TOKENS
+        cost += sum(map(_length, words)) if words else _attached(part)
     return cost
+
+
+def _attached(part: Mapping[str, Any]) -> int:
+    data = part.get("file_data", f"data:{PDF}")
+    # A text is read like any other; four characters of base64 stand for three bytes.
+    return _PART_TOKENS if data.startswith(f"data:{PDF}") else len(data) // 4
 
 
 def _length(text: str) -> int:
@@ -62,9 +71,10 @@ class Context:
         return max(self._window - fixed - tokens(turn_items(request)), 0)
 
     async def lines(self) -> Sequence[Message]:
-        """The whole transcript before this turn."""
+        """The whole transcript before this turn. What was attached to a question that had no answer is not shown
+        again: a picture that the provider refuses would else spoil every turn behind it."""
         if self._lines is None:
-            self._lines = await self._request.history()
+            self._lines = _only_answered(await self._request.history())
         return self._lines
 
     async def items(self) -> list[ResponseInputItemParam]:
@@ -88,6 +98,11 @@ class Context:
             return False
         self._shrunk, self._room = True, self._used // 2
         return True
+
+
+def _only_answered(lines: Sequence[Message]) -> Sequence[Message]:
+    answered = {line.turn_id for line in lines if line.role is Role.ASSISTANT}
+    return [line if line.turn_id in answered else replace(line, content=unread(line.content)) for line in lines]
 
 
 def _by_turn(lines: Iterable[Message]) -> Mapping[str, Sequence[Message]]:

@@ -1,11 +1,14 @@
 """From lines of the transcript to items of the API."""
 
+from base64 import b64encode
 from collections.abc import Iterable, Sequence
-from typing import cast
+from typing import assert_never, cast
 
-from openai.types.responses import ResponseInputItemParam, ResponseOutputMessageParam
+from openai.types.responses import ResponseInputContentParam, ResponseInputItemParam, ResponseOutputMessageParam
 
-from core.model.message import ContentPart, Message, RefusalPart, Role, ToolExchange
+from core.model.attachment import FilePart, ImagePart, Unread
+from core.model.media import PDF
+from core.model.message import ContentPart, Message, RefusalPart, ReplyPart, Role, TextPart, ToolExchange
 from core.ports.agent import ReplyRequest, ToolRound
 
 
@@ -26,7 +29,8 @@ def history_items(messages: Iterable[Message]) -> list[ResponseInputItemParam]:
             case Role.USER:
                 items.append(_user_item(message))
             case Role.ASSISTANT if message.text:
-                items.append(_assistant_item(message.content, partial=message.partial))
+                parts = [part for part in message.content if isinstance(part, ReplyPart)]
+                items.append(_assistant_item(parts, partial=message.partial))
             case Role.TOOL if message.tool is not None:
                 items += _exchange_items(message.tool)
             case _:
@@ -51,14 +55,34 @@ def output_items(finished: ToolRound) -> list[ResponseInputItemParam]:
 
 
 def _user_item(message: Message) -> ResponseInputItemParam:
-    return {
-        "type": "message",
-        "role": "user",
-        "content": [{"type": "input_text", "text": part.text} for part in message.content],
-    }
+    return {"type": "message", "role": "user", "content": [_input_part(part) for part in message.content]}
 
 
-def _assistant_item(content: Sequence[ContentPart], *, partial: bool) -> ResponseInputItemParam:
+def _input_part(part: ContentPart) -> ResponseInputContentParam:
+    match part:
+        case TextPart(text) | RefusalPart(text):
+            return {"type": "input_text", "text": text}
+        case ImagePart(source, mime_type, detail):
+            if isinstance(source, Unread):
+                return {"type": "input_text", "text": "(An image was sent here. It is not shown again.)"}
+            image = _data_url(source, mime_type) if isinstance(source, bytes) else source
+            return {"type": "input_image", "image_url": image, "detail": detail.value}
+        case FilePart(source, filename, mime_type):
+            if isinstance(source, Unread):
+                return {"type": "input_text", "text": "(A file was sent here. It is not shown again.)"}
+            if isinstance(source, str):
+                return {"type": "input_file", "file_url": source}
+            name = filename or ("document.pdf" if mime_type == PDF else "document.txt")
+            return {"type": "input_file", "filename": name, "file_data": _data_url(source, mime_type)}
+        case _:
+            assert_never(part)
+
+
+def _data_url(data: bytes, mime_type: str) -> str:
+    return f"data:{mime_type};base64,{b64encode(data).decode()}"
+
+
+def _assistant_item(content: Sequence[ReplyPart], *, partial: bool) -> ResponseInputItemParam:
     if not any(isinstance(part, RefusalPart) for part in content):
         return {"type": "message", "role": "assistant", "content": "".join(part.text for part in content)}
     message = {

@@ -116,7 +116,7 @@ def _recorded(lines: Iterable[Message]) -> list[_Question]:
     for line in lines:
         items = history_items([line])
         if line.role is Role.USER or not questions:
-            asked = line.text if line.role is Role.USER else None
+            asked = _words(items[0]) if line.role is Role.USER else None
             questions.append(_Question(asked, line.index))
         questions[-1].items += items
         if line.role is not Role.USER:
