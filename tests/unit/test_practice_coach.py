@@ -14,14 +14,16 @@ from adapters.practice.intents import confidence, names_time, outcome
 from adapters.practice.language import Language
 from adapters.practice.mirror import mirrored, turned, wish
 from adapters.practice.questions import COMMON, QUESTIONS, SMALLER
-from adapters.practice.sentences import ENGLISH_ONLY, INTRODUCTION, NOT_SAVED, SAVED
+from adapters.practice.sentences import CANT_SEE, ENGLISH_ONLY, INTRODUCTION, NOT_SAVED, SAVED, WORDLESS
 from adapters.practice.steps import Step
 from core.model.agent import AgentDefinition, Domain
+from core.model.attachment import FilePart, ImagePart, Unread
 from core.model.events import TextDelta, ToolCalled
 from core.model.message import ContentPart, Message, Role, TextPart, ToolExchange
 from core.ports.agent import AgentEvent, ReplyRequest, RoundFinished, ToolRound
 from core.ports.tools import ToolSpec
 from doubles import definition
+from samples import PNG
 
 NOW = datetime(2026, 11, 22, tzinfo=UTC)
 TOOLS = ("set_goal", "list_goals")
@@ -51,10 +53,11 @@ class Talk:
     calls: list[ToolCalled] = field(default_factory=list)
     turns: int = 0
 
-    async def say(self, *parts: str, kept: int | None = -1) -> str:
+    async def say(self, *parts: str | ImagePart | FilePart, kept: int | None = -1) -> str:
         """Says something; returns the reply. Of it `kept` code points are stored, all for -1, no line for None."""
         self.turns += 1
-        message = self._line(Role.USER, tuple(map(TextPart, parts)))
+        content = tuple(TextPart(part) if isinstance(part, str) else part for part in parts)
+        message = self._line(Role.USER, content)
         reply, exchanges = await self._reply(message)
         self.lines.append(message)
         for exchange in exchanges:
@@ -615,3 +618,70 @@ def test_plans_and_news_are_read() -> None:
     assert outcome("I did it") is True
     assert outcome("I didn't do it") is False
     assert outcome("something new") is None
+
+
+# Pictures and files
+
+PICTURE, DOCUMENT = ImagePart(PNG, "image/png"), FilePart(Unread(9), "plan.pdf", "application/pdf")
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        (PICTURE,),
+        (DOCUMENT, PICTURE),
+        ("", PICTURE),
+        ("This is my plan", DOCUMENT),
+        ("Hello", PICTURE),
+        ("I don't know", PICTURE),
+        ("my goals", PICTURE),
+    ],
+    ids=repr,
+)
+async def test_what_can_not_be_seen_is_said_and_the_conversation_goes_on(
+    parts: tuple[str | ImagePart | FilePart, ...],
+) -> None:
+    for before in ((), ("I want to lead a team",), ("I want to lead a team", "Nobody listens to me")):
+        talk = Talk()
+        await talk.walk(*before)
+        reply = await talk.say(*parts)
+        assert reply.count(CANT_SEE) == 1
+        assert reply.endswith("?")
+        assert not any(sentence in reply for sentence in WORDLESS)
+        assert CANT_SEE not in await talk.say("I want to lead a team")
+
+
+async def test_a_picture_alone_answers_no_question() -> None:
+    plain, with_picture = Talk(), Talk()
+    for talk in (plain, with_picture):
+        await talk.walk("Hi", "I want to lead a team")
+    await with_picture.say(PICTURE)
+    replies = [await talk.say("Nobody listens to me in meetings") for talk in (plain, with_picture)]
+    assert replies[0].split()[:4] == replies[1].split()[:4]  # the same step is reflected; questions take turns
+
+
+async def test_a_picture_from_before_is_remembered_as_one() -> None:
+    plain, with_picture = Talk(), Talk()
+    for talk in (plain, with_picture):
+        await talk.say("I want to lead a team")
+    await with_picture.say(PICTURE)
+    replies = [await talk.say("...") for talk in (plain, with_picture)]
+    (first,), (second,) = ([sentence for sentence in WORDLESS if sentence in reply] for reply in replies)
+    assert first == second  # a picture has used up none of them
+
+
+async def test_words_beside_a_picture_are_answered() -> None:
+    talk = Talk()
+    assert "lead a team" in await talk.say("I want to lead a team", PICTURE)
+
+
+@pytest.mark.parametrize("words", ["I want to kill myself", "Ich will nicht mehr leben"])
+async def test_help_in_a_crisis_comes_without_a_word_on_pictures(words: str) -> None:
+    talk = Talk()
+    assert await talk.say(words, PICTURE) == await Talk().say(words)
+
+
+async def test_a_language_that_is_not_spoken_beside_a_picture() -> None:
+    reply = await Talk().say("Ich möchte gern über meine Arbeit sprechen", PICTURE)
+    assert CANT_SEE in reply
+    assert "Englisch" in reply

@@ -8,9 +8,10 @@ from typing import TypeVar
 
 from adapters.practice.conversation import Conversation, PastTurn
 from core.model.agent import AgentDefinition
+from core.model.attachment import FilePart, ImagePart
 from core.model.errors import NotSupported
 from core.model.events import TextDelta, ToolCalled
-from core.model.message import Message, Role, ToolExchange
+from core.model.message import Message, Role, TextPart, ToolExchange
 from core.model.turn import TurnReason, Usage
 from core.ports.agent import (
     Agent,
@@ -101,32 +102,33 @@ def _answer(request: ReplyRequest, history: Sequence[Message]) -> str | ToolCall
         return ToolCalled(
             f"call_{request.turn_id}", call.name, json.dumps(dict(call.arguments), ensure_ascii=False)
         )
-    return conversation.answer(said, offered, exchange)
+    return conversation.answer(said, offered, exchange, unseen=_has_unseen(request.message))
 
 
 def _past_turns(history: Iterable[Message]) -> list[PastTurn]:
     """The transcript, turn by turn. What nobody asked for, such as a greeting put there by hand, is left out."""
-    said: dict[str, str] = {}
+    questions: dict[str, Message] = {}
     replies: dict[str, Message] = {}
     exchanges: dict[str, tuple[ToolExchange, ...]] = {}
     for message in history:
         match message.role:
             case Role.USER:
-                said[message.turn_id] = _said(message)
+                questions[message.turn_id] = message
             case Role.ASSISTANT:
                 replies[message.turn_id] = message
             case Role.TOOL if message.tool is not None:
                 exchanges[message.turn_id] = (*exchanges.get(message.turn_id, ()), message.tool)
     turns = []
-    for turn_id, text in said.items():
+    for turn_id, question in questions.items():
         reply = replies.get(turn_id)
         has_text = reply is not None and bool(reply.text.strip())
         turns.append(
             PastTurn(
-                said=text,
+                said=_said(question),
                 reply=reply.text if reply is not None and has_text else None,
                 partial=reply is not None and reply.partial,
                 exchanges=exchanges.get(turn_id, ()),
+                unseen=_has_unseen(question),
             )
         )
     return turns
@@ -134,7 +136,12 @@ def _past_turns(history: Iterable[Message]) -> list[PastTurn]:
 
 def _said(message: Message) -> str:
     """A user's words. Parts stand on lines of their own, so that words of two parts do not run together."""
-    return "\n".join(part.text for part in message.content)
+    return "\n".join(part.text for part in message.content if isinstance(part, TextPart))
+
+
+def _has_unseen(message: Message) -> bool:
+    """Whether there are pictures or files beside them."""
+    return any(isinstance(part, ImagePart | FilePart) for part in message.content)
 
 
 def _words(text: str) -> list[str]:

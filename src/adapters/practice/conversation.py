@@ -48,12 +48,16 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class PastTurn:
-    """A turn of the transcript. `reply` is None where none was stored, `partial` where it broke off."""
+    """A turn of the transcript. `reply` is None where none was stored, `partial` where it broke off.
+
+    `unseen` says that the person sent pictures or files too.
+    """
 
     said: str
     reply: str | None
     partial: bool
     exchanges: tuple[ToolExchange, ...] = ()
+    unseen: bool = False
 
 
 @dataclass(slots=True)
@@ -85,7 +89,7 @@ class Conversation:
         exchange = next((each for each in turn.exchanges if each.name == SET_GOAL), None)
         ahead = copy(self)
         ahead.used = dict(self.used)
-        full = ahead.answer(turn.said, (), exchange)
+        full = ahead.answer(turn.said, (), exchange, unseen=turn.unseen)
         # A question is what a reply ends with: if it is there, the person has read all that matters.
         arrived = turn.reply is not None and (not turn.partial or "?" in turn.reply or "?" not in full)
         if turn.reply is not None and turn.partial and len(turn.reply) * 2 < len(full):
@@ -116,11 +120,13 @@ class Conversation:
         offered: Collection[str],
         exchange: ToolExchange | None,
         wanted: list[ToolCall] | None = None,
+        *,
+        unseen: bool = False,
     ) -> str:
         """Answers, and moves on.
 
         `offered` names the tools that may be called, `exchange` holds the answer of the one that was, and
-        `wanted` takes the call that is needed.
+        `wanted` takes the call that is needed. `unseen` says that there were pictures or files beside the words.
         """
         said = said.encode("utf-8", "ignore").decode().replace("\0", " ")
         language = detect(said)
@@ -135,21 +141,24 @@ class Conversation:
         intent = intent_of(said)
         if unheard and intent in {Intent.NUDGE, Intent.GREETING, Intent.WORDLESS}:
             said, intent = unheard, intent_of(unheard)
+        blind = [sentences.CANT_SEE] if unseen else []
         language = guess_language(said)
         if language is not Language.ENGLISH and intent is Intent.TALK:
             self.introduced = True
-            return " ".join([*lead, sentences.ENGLISH_ONLY.get(language, sentences.ENGLISH_ONLY[None])])
+            return " ".join([*lead, *blind, sentences.ENGLISH_ONLY.get(language, sentences.ENGLISH_ONLY[None])])
         reply = _Reply(self, said, intent, frozenset(offered), exchange, wanted if wanted is not None else [])
         if returning and not reply.keeps_its_meaning_after_crisis():
             gently = sentences.GENTLY_BEGIN if self.awaiting is Step.OPENING else sentences.GENTLY
             body = [self.pick("gently", gently), self.again()]
+        elif unseen and intent is Intent.WORDLESS:
+            body = [self.again()]
         else:
             body = reply.sentences()
         if not self.introduced:
             self.introduced = True
             if intent not in {Intent.WHO, Intent.HUMAN, Intent.ABILITIES}:
                 lead.append(("" if lead else sentences.HELLO) + sentences.INTRODUCTION[self.domain])
-        return " ".join([*lead, *filter(None, body)])
+        return " ".join([*lead, *blind, *filter(None, body)])
 
     def pick(self, bank: str, choices: Sequence[str]) -> str:
         """The next sentence of a bank: threads begin at different ones, and none comes twice before all have."""

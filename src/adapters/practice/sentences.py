@@ -229,6 +229,7 @@ WORDLESS = (
     "I did not find any words in that.",
     "That went past me, since I read words only.",
 )
+CANT_SEE = "I can't see pictures or read files, so please tell me in words what matters to you in it."
 
 # Turning to the coach.
 
