@@ -150,6 +150,7 @@ async def test_others_ids_look_like_ids_that_never_were() -> None:
         started = (await stream.read()).event.started
         running = Belongings(started.thread_id, started.turn_id)
         await gate.reached.wait()
+        assert (await stream.read()).event.text_delta.text == "half"  # it is on record
         before = [
             [await call(client, "ada", of) for call in (get_turn, get_thread, list_messages)]
             for of in (ended, running)

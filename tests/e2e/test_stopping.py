@@ -17,15 +17,12 @@ ENOUGH = 200
 async def test_calls_that_meet_a_stop_end_unavailable() -> None:
     ended: Counter[grpc.StatusCode] = Counter()
 
-    async def call_once(address: str) -> None:
+    async def storm(address: str) -> None:
         options = [("grpc.use_local_subchannel_pool", 1)]
         async with grpc.aio.insecure_channel(address, options=options) as channel:
-            call = AgentServiceStub(channel).ListAgents(api.ListAgentsRequest(), timeout=10)
-            ended[await call.code()] += 1
-
-    async def storm(address: str) -> None:
-        while ended.total() == ended[grpc.StatusCode.OK]:
-            await call_once(address)
+            while ended.total() == ended[grpc.StatusCode.OK]:
+                call = AgentServiceStub(channel).ListAgents(api.ListAgentsRequest(), timeout=10)
+                ended[await call.code()] += 1
 
     for _ in range(STOPS):
         ended.clear()

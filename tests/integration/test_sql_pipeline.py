@@ -253,6 +253,34 @@ async def test_the_server_never_looks_busy_while_it_waits_for_this_process(
     await store.aclose()
 
 
+@pytest.mark.parametrize("lost", [True, False])
+async def test_nothing_is_believed_of_a_connection_that_is_out_of_step(
+    postgres_url: str, clock: ManualClock, lost: bool
+) -> None:
+    """Whether an answer is there that nobody waits for, or one is waited for that never comes."""
+    store = SqlStore(postgres_url, clock)
+    await store.write(lambda tx: tx.users.ensure("ada", NOW))
+    pipeline = store._writing.session._driver
+    assert isinstance(pipeline, Pipeline)
+
+    def get_out_of_step(tx: Transaction) -> None:
+        tx.now()
+        if lost:
+            pipeline._server.send_query_params(b"SELECT 1", None)
+            pipeline._server.pipeline_sync()
+        else:
+            pipeline._waiting.append(None)
+        tx.users.ensure("eve", NOW)
+
+    with pytest.raises(StoreUnavailable):
+        await store.write(get_out_of_step)
+    await store.write(lambda tx: tx.users.ensure("bob", NOW))
+    assert pipeline is not store._writing.session._driver
+    with psycopg.connect(postgres_url) as look:
+        assert {"ada", "bob"} <= {name for (name,) in look.execute("SELECT id FROM users").fetchall()}
+    await store.aclose()
+
+
 async def test_a_session_that_the_server_ends_for_standing_still_is_an_outage_of_one_change(
     postgres_url: str, clock: ManualClock
 ) -> None:

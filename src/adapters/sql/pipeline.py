@@ -3,6 +3,7 @@
 The driver's own pipeline mode sends every statement by itself, and takes as long for it as for one that is read.
 """
 
+import logging
 import select
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, suppress
@@ -14,6 +15,8 @@ from psycopg.pq import ConnStatus, ExecStatus, TransactionStatus
 from psycopg.pq.abc import PGresult
 
 from adapters.sql.driver import Column, Driver, Values
+
+_log = logging.getLogger(__name__)
 
 _DONE = (ExecStatus.COMMAND_OK, ExecStatus.TUPLES_OK)
 
@@ -84,7 +87,9 @@ class Pipeline(Driver):
 
     def commit(self) -> None:
         self._send("COMMIT")
-        self._settle()
+        done = self._settle()[-1].command_status
+        if done != b"COMMIT":
+            raise self._out_of_step(f"COMMIT was answered with {done!r}")
 
     def rollback(self) -> None:
         self._empty()
@@ -129,6 +134,8 @@ class Pipeline(Driver):
 
     def _learn(self, waiting: Sequence[str | None], results: Sequence[PGresult]) -> list[PGresult]:
         """Keeps what has been prepared; returns the results of what was run."""
+        if len(waiting) != len(results):
+            raise self._out_of_step(f"{len(results)} results for {len(waiting)} statements")
         ran = []
         for sql, result in zip(waiting, results, strict=True):
             if sql is None:
@@ -136,6 +143,13 @@ class Pipeline(Driver):
             elif result.status == ExecStatus.COMMAND_OK:
                 self._prepared[sql] = self._preparing[sql]
         return ran
+
+    def _out_of_step(self, how: str) -> OperationalError:
+        """Gives up a connection whose answers are not those to what was asked: nobody knows what has been done."""
+        _log.error("a connection to the database is out of step: %s", how)
+        self.answered = True
+        self._server.finish()
+        return OperationalError("the connection is out of step")
 
     def _receive(self) -> list[PGresult]:
         """The results up to the next sync."""
