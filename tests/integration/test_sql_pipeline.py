@@ -253,6 +253,23 @@ async def test_the_server_never_looks_busy_while_it_waits_for_this_process(
     await store.aclose()
 
 
+async def test_a_hint_that_can_not_be_committed_is_nobodys_trouble(postgres_url: str, clock: ManualClock) -> None:
+    """Its error comes behind its result."""
+    with psycopg.connect(postgres_url, autocommit=True) as look:
+        look.execute("CREATE TABLE late (id integer UNIQUE DEFERRABLE INITIALLY DEFERRED)")
+        store = SqlStore(postgres_url, clock)
+        await store.write(lambda tx: tx.users.ensure("ada", NOW))
+        pipeline = store._writing.session._driver
+
+        for number in range(3):
+            pipeline.tell("INSERT INTO late VALUES (1), (1)")
+            await store.write(lambda tx, number=number: tx.users.ensure(f"user {number}", NOW))  # type: ignore[misc]
+        assert pipeline is store._writing.session._driver
+        assert look.execute("SELECT count(*) FROM late").fetchone() == (0,)
+        assert look.execute("SELECT count(*) FROM users").fetchone() == (4,)
+        await store.aclose()
+
+
 @pytest.mark.parametrize("lost", [True, False])
 async def test_nothing_is_believed_of_a_connection_that_is_out_of_step(
     postgres_url: str, clock: ManualClock, lost: bool

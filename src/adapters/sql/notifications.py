@@ -5,7 +5,7 @@ from collections.abc import Callable, Set
 from contextlib import suppress
 
 import psycopg
-from sqlalchemy import ARRAY, Text, bindparam, func, select
+from sqlalchemy import ARRAY, Text, bindparam, func, select, true
 
 from adapters.sql.engines import session_engine
 from adapters.sql.errors import FAULTS
@@ -21,7 +21,11 @@ _RETRY_MAX = 2.0
 _LAST_STEPS = 1.0
 
 _payload = func.unnest(bindparam("payloads", type_=ARRAY(Text))).column_valued("payload")
-_NOTIFY = Statement(select(func.pg_notify(_CHANNEL, _payload)))
+# Notifications are committed one after the other in the whole server. A hint need not survive a crash: without a
+# wait for the disk nobody holds the others up.
+_NOTIFY = Statement(
+    select(func.pg_notify(_CHANNEL, _payload), func.set_config("synchronous_commit", "off", true()))
+)
 
 
 def announce(session: Session, sender: str, changed: Set[str]) -> None:

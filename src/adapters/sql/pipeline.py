@@ -121,7 +121,8 @@ class Pipeline(Driver):
                 if self._any.poll()[0][1] != select.POLLOUT:
                     self._server.consume_input()
             for each in told:
-                self._learn(each, self._receive())
+                # One more than was sent says that committing it has failed, which happens at the sync.
+                self._learn(each, self._receive()[: len(each)])
             results = self._receive()
         self.answered = True
         ran = self._learn(waiting, results)
