@@ -4,12 +4,10 @@ import asyncio
 import json
 import random
 import sqlite3
-import time
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-from uuid import uuid4
 
 import grpc
 import psycopg
@@ -17,13 +15,11 @@ from sqlalchemy import make_url
 
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import agent_service_pb2 as api
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import resources_pb2 as pb
-from faults.client import TERMINAL, Told, chat_request, follow, stubs
+from faults.client import TERMINAL, Told, chat_request, follow, insist, stubs
 from faults.cluster import DEADLINE
 from faults.figures import BROKEN, FIGURES
 from faults.scripted import Plan, expected
 
-AGAIN = 0.1
-"""Seconds before a message that was refused UNAVAILABLE is sent again."""
 _BATCH = 400
 _STATES = {
     pb.TURN_STATE_COMPLETED: "completed",
@@ -277,19 +273,12 @@ async def go_on(address: str, tolds: Sequence[Told]) -> None:
             user_id=user,
             thread_id=thread_id,
             content=[pb.ContentPart(text="words:1 again")],
-            request_id=uuid4().hex,
         )
-        until = time.monotonic() + DEADLINE
-        while True:
-            try:
-                answer = await agents.SendMessage(request, timeout=DEADLINE)
-            except grpc.aio.AioRpcError as error:
-                if error.code() is not grpc.StatusCode.UNAVAILABLE or time.monotonic() > until:
-                    raise AssertionError(f"thread {thread_id} of {user} is blocked") from error
-                await asyncio.sleep(AGAIN)
-            else:
-                assert answer.turn.state == pb.TURN_STATE_COMPLETED
-                return
+        try:
+            answer = await insist(agents, request)
+        except grpc.aio.AioRpcError as error:
+            raise AssertionError(f"thread {thread_id} of {user} is blocked") from error
+        assert answer.turn.state == pb.TURN_STATE_COMPLETED
 
     async with stubs(address) as (agents, _):
         await asyncio.gather(*(ask(agents, thread_id, user) for thread_id, user in threads.items()))

@@ -21,6 +21,8 @@ from harness import detail
 
 TERMINAL = {pb.TURN_STATE_COMPLETED, pb.TURN_STATE_INCOMPLETE, pb.TURN_STATE_CANCELLED, pb.TURN_STATE_FAILED}
 
+AGAIN = 0.1
+"""Seconds before a message that was refused UNAVAILABLE is sent again."""
 _OPTIONS = [("grpc.use_local_subchannel_pool", 1), ("grpc.initial_reconnect_backoff_ms", 50)]
 
 
@@ -180,6 +182,21 @@ def chat_request(told: Told) -> api.ChatRequest:
         request_id=told.request_id,
         on_busy=told.on_busy,
     )
+
+
+async def insist(agents: Any, request: api.SendMessageRequest) -> api.SendMessageResponse:
+    """Sends a message, again and again while it is refused UNAVAILABLE. Raises AioRpcError."""
+    request.request_id = request.request_id or uuid.uuid4().hex
+    until = time.monotonic() + DEADLINE
+    while True:
+        try:
+            answer: api.SendMessageResponse = await agents.SendMessage(request, timeout=DEADLINE)
+        except grpc.aio.AioRpcError as error:
+            if error.code() is not grpc.StatusCode.UNAVAILABLE or time.monotonic() > until:
+                raise
+            await asyncio.sleep(AGAIN)
+        else:
+            return answer
 
 
 async def follow(address: str, told: Told, after: int) -> list[pb.TurnEvent]:

@@ -13,7 +13,7 @@ import pytest
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import agent_service_pb2 as api
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import resources_pb2 as pb
 from faults.checker import Tables
-from faults.client import stubs, why
+from faults.client import insist, stubs, why
 from faults.cluster import DEADLINE, Cluster
 from faults.figures import FIGURES, SIZE, chance, sized
 from faults.scripted import expected
@@ -140,7 +140,7 @@ async def _key(services: dict[str, Any], draw: random.Random, number: int) -> Ke
     if number % 2:
         agents = draw.choice(list(services.values()))
         request = api.SendMessageRequest(user_id=user, content=[pb.ContentPart(text="words:1")])
-        key.thread_id = (await agents.SendMessage(request, timeout=DEADLINE)).turn.thread_id
+        key.thread_id = (await insist(agents, request)).turn.thread_id
     return key
 
 
