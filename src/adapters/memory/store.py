@@ -312,7 +312,7 @@ class Turns(_Repository, turns.Turns):
 
     def __init__(self, tables: Tables, clock: Clock) -> None:
         super().__init__(tables)
-        self._clock = clock
+        self._leases = Leases(tables, clock)
 
     def add(self, turn: Turn, request: RequestKey, *, owner: str = "", waiting: NewMessage | None = None) -> None:
         unfinished = self.unfinished(turn.thread_id)
@@ -363,7 +363,7 @@ class Turns(_Repository, turns.Turns):
     def holder(self, turn_id: str) -> Holder:
         claim = self._tables.claims.get(turn_id)
         owner = claim.owner if claim is not None else ""
-        return Holder(owner, Leases(self._tables, self._clock).alive(owner))
+        return Holder(owner, self._leases.alive(owner))
 
     def held_by(self, owner: str) -> Mapping[str, int]:
         return {turn.id: turn.epoch for turn in self._at_work() if self._tables.claims[turn.id].owner == owner}
@@ -459,43 +459,50 @@ class Goals(_Repository, goals.Goals):
 
 
 class MemoryTransaction(store.Transaction):
-    """All repositories on the same tables."""
+    """All repositories on the same tables. It keeps nothing of its own: one is enough for all transactions."""
 
     def __init__(self, tables: Tables, clock: Clock) -> None:
-        self._tables = tables
         self._clock = clock
+        self._users = Users(tables)
+        self._agents = AgentVersions(tables)
+        self._threads = Threads(tables)
+        self._messages = Messages(tables)
+        self._turns = Turns(tables, clock)
+        self._log = TurnLog(tables)
+        self._goals = Goals(tables)
+        self._leases = Leases(tables, clock)
 
     @property
     def users(self) -> Users:
-        return Users(self._tables)
+        return self._users
 
     @property
     def agents(self) -> AgentVersions:
-        return AgentVersions(self._tables)
+        return self._agents
 
     @property
     def threads(self) -> Threads:
-        return Threads(self._tables)
+        return self._threads
 
     @property
     def messages(self) -> Messages:
-        return Messages(self._tables)
+        return self._messages
 
     @property
     def turns(self) -> Turns:
-        return Turns(self._tables, self._clock)
+        return self._turns
 
     @property
     def log(self) -> TurnLog:
-        return TurnLog(self._tables)
+        return self._log
 
     @property
     def goals(self) -> Goals:
-        return Goals(self._tables)
+        return self._goals
 
     @property
     def leases(self) -> Leases:
-        return Leases(self._tables, self._clock)
+        return self._leases
 
     def now(self) -> datetime:
         return self._clock.now()
@@ -504,15 +511,15 @@ class MemoryTransaction(store.Transaction):
 class MemoryStore(store.Store):
     """Runs every function at once, in the caller's thread."""
 
-    def __init__(self, clock: Clock) -> None:
-        self._tables = Tables()
-        self._clock = clock
+    def __init__(self, clock: Clock, tables: Tables | None = None) -> None:
+        self._tables = Tables() if tables is None else tables
+        self._transaction = MemoryTransaction(self._tables, clock)
         self._held: set[str] = set()
 
     async def write(self, change: Callable[[store.Transaction], T]) -> T:
         tables = self._tables
         try:
-            return change(MemoryTransaction(tables, self._clock))
+            return change(self._transaction)
         except BaseException:
             while tables.undo:
                 tables.undo.pop()()
@@ -521,7 +528,7 @@ class MemoryStore(store.Store):
             tables.undo.clear()
 
     async def read(self, query: Callable[[store.Transaction], T]) -> T:
-        return query(MemoryTransaction(self._tables, self._clock))
+        return query(self._transaction)
 
     @asynccontextmanager
     async def exclusive(self, name: str) -> AsyncIterator[bool]:
