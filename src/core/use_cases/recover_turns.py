@@ -124,7 +124,7 @@ class RecoverTurns:
         """Takes hints from other processes."""
         if not turn_ids:
             self._feeds.tell_all()
-        for turn_id in turn_ids:
+        for turn_id in sorted(turn_ids):  # a set of words has another order in each process
             self._feeds.tell(turn_id)
         self._suspects.update(filter(self._engine.knows, turn_ids))
         if not turn_ids or UNCLAIMED in turn_ids or self._suspects:

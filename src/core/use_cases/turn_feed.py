@@ -86,7 +86,7 @@ class TurnFeeds:
 
     def __init__(self) -> None:
         self._feeds: dict[str, TurnFeed] = {}
-        self._waiting: dict[str, set[News]] = {}
+        self._waiting: dict[str, dict[News, None]] = {}
         self.poll = POLL_SECONDS
 
     def open(self, turn_id: str, entries: Sequence[LogEntry]) -> TurnFeed:
@@ -109,16 +109,16 @@ class TurnFeeds:
     def news(self, turn_id: str) -> Iterator[News]:
         """Listens for word of a turn."""
         news = News()
-        self._waiting.setdefault(turn_id, set()).add(news)
+        self._waiting.setdefault(turn_id, {})[news] = None
         try:
             yield news
         finally:
-            self._waiting[turn_id].discard(news)
+            del self._waiting[turn_id][news]
             if not self._waiting[turn_id]:
                 del self._waiting[turn_id]
 
     def tell(self, turn_id: str) -> None:
-        """Passes on that a turn may have changed."""
+        """Passes on that a turn may have changed, to those first who came first."""
         for news in self._waiting.get(turn_id, ()):
             news.tell()
 
