@@ -2,13 +2,14 @@
 
 import asyncio
 import random
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Coroutine, Hashable, MutableMapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from contextvars import Context
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from enum import Enum, auto
+from functools import partial
 from typing import Any, TypeVar
 
 from adapters.memory import store as memory
@@ -56,24 +57,21 @@ def seconds(at: datetime) -> float:
 class WatchedTables(memory.Tables):
     """Tables that remember what the change at hand has touched, and what was there before."""
 
-    touched: list[tuple[object, Any, Any]] = field(default_factory=list)
+    touched: dict[int, dict[Any, Any]] = field(default_factory=lambda: defaultdict(dict))
+    """By the table's identity: its keys, and what was there."""
 
     def put(self, table: MutableMapping[K, V], key: K, value: V) -> None:
-        self.touched.append((table, key, table.get(key)))
+        self.touched[id(table)].setdefault(key, table.get(key))
         super().put(table, key, value)
 
     def drop(self, table: MutableMapping[K, V], key: K) -> None:
         if key in table:
-            self.touched.append((table, key, table[key]))
+            self.touched[id(table)].setdefault(key, table[key])
         super().drop(table, key)
 
     def before(self, table: MutableMapping[K, V]) -> dict[K, V | None]:
         """What the change has touched of a table, as it was."""
-        found: dict[K, V | None] = {}
-        for touched, key, old in self.touched:
-            if touched is table:
-                found.setdefault(key, old)
-        return found
+        return self.touched.get(id(table), {})
 
 
 class ViolationError(AssertionError):
@@ -130,12 +128,12 @@ class Database:
         self.counts: Counter[str] = Counter()
         self._busy: list[View] = []
         self._committed = committed
-        self._store = memory.MemoryStore(self.clock)
-        self._store._tables = self.tables
+        self._store = memory.MemoryStore(self.clock, self.tables)
+        self._turns = memory.Turns(self.tables, self.clock)
 
     def draw(self, chances: float) -> bool:
         """Whether something happens that has these chances in bad times."""
-        return not self.calm and chances > 0 and self.chance.random() < chances
+        return chances > 0 and not self.calm and self.chance.random() < chances
 
     def latency(self) -> float:
         """Seconds that a message takes."""
@@ -150,6 +148,9 @@ class Database:
 
     def contend(self, view: "View") -> None:
         """Lets another process's change commit while one of `view` waits for its first lock."""
+        if view.locks:
+            return
+        view.locks = True
         if self.tables.undo or not self.draw(self.manners.contention):
             return
         waiting = [other.writes[0] for other in self.views if other not in self._busy and other.writes]
@@ -178,11 +179,12 @@ class Database:
         self._answer(job, outcome)
 
     def _run(self, job: _Job) -> Any:
-        def attempt(_: Transaction) -> Any:
-            return job.function(_Transaction(self, job.view))
+        def attempt(*_: Transaction) -> Any:
+            job.view.locks = False
+            return job.function(job.view.transaction)
 
         if not job.is_write:
-            return _at_once(self._store.read(attempt))
+            return attempt()
         for tries in range(1, _TRIES + 1):
             try:
                 result = _at_once(self._store.write(attempt))
@@ -229,9 +231,8 @@ class Database:
         tables = self.tables
         ids = set(tables.before(tables.turns)) | set(tables.before(tables.logs))
         threads = {turn.thread_id for turn_id in ids if (turn := tables.turns.get(turn_id))}
-        turns = memory.Turns(tables, self.clock)
         for thread_id in threads:
-            unfinished = turns.unfinished(thread_id)
+            unfinished = self._turns.unfinished(thread_id)
             if unfinished and unfinished[0].state is TurnState.ACCEPTED:
                 ids.add(UNCLAIMED)
         for view in self.views:
@@ -252,6 +253,9 @@ class View(Store):
         """Until when turns that can't move may finish here, for a process that leaves."""
         self.writes: deque[_Job] = deque()
         self.failures: list[float] = []
+        self.locks = False
+        """Whether its transaction has waited for those that others hold."""
+        self.transaction = _Transaction(database, self)
         self._last = 0.0
         self._heard: Callable[[frozenset[str]], None] | None = None
         database.views.append(self)
@@ -325,31 +329,15 @@ class View(Store):
 
 
 class _Transaction(memory.MemoryTransaction):
-    """A transaction that waits, at its first lock, for those that others hold."""
+    """A transaction that waits, at its first lock, for those that others hold. What is locked once nobody else
+    changes."""
 
     def __init__(self, database: Database, view: View) -> None:
         super().__init__(database.tables, database.clock)
-        self._database = database
-        self._view = view
-        self._locks = False
-
-    def wait(self) -> None:
-        """Takes a lock. What is locked once nobody else changes."""
-        if not self._locks:
-            self._locks = True
-            self._database.contend(self._view)
-
-    @property
-    def threads(self) -> memory.Threads:
-        return _Threads(self._tables, self.wait)
-
-    @property
-    def turns(self) -> memory.Turns:
-        return _Turns(self._tables, self._clock, self.wait)
-
-    @property
-    def log(self) -> memory.TurnLog:
-        return _TurnLog(self._tables, self._database, locks=self._locks)
+        wait = partial(database.contend, view)
+        self._threads = _Threads(database.tables, wait)
+        self._turns = _Turns(database.tables, database.clock, wait)
+        self._log = _TurnLog(database, view)
 
 
 class _Threads(memory.Threads):
@@ -373,14 +361,16 @@ class _Turns(memory.Turns):
 
 
 class _TurnLog(memory.TurnLog):
-    def __init__(self, tables: memory.Tables, database: Database, *, locks: bool) -> None:
-        super().__init__(tables)
+    def __init__(self, database: Database, view: View) -> None:
+        super().__init__(database.tables)
         self._database = database
-        self._chances = 0.0 if locks else database.manners.contention / 5  # nobody waits for one's own locks
+        self._view = view
 
     def append(self, batch: Sequence[LogAppend]) -> Appended:
         database = self._database
-        busy = frozenset(a.turn_id for a in batch if database.draw(self._chances))
+        # Nobody waits for one's own locks.
+        chances = 0.0 if self._view.locks else database.manners.contention / 5
+        busy = frozenset(append.turn_id for append in batch if database.draw(chances))
         database.counts["busy logs"] += len(busy)
         rest = [append for append in batch if append.turn_id not in busy]
         return replace(super().append(rest), busy=busy)

@@ -107,7 +107,7 @@ class Judge:
         raise ViolationError(what)
 
     def demand(self, holds: bool, what: str) -> None:
-        """Fails where something does not hold."""
+        """Fails where something does not hold. What takes long to say is said after an `if` instead."""
         if not holds:
             self.fail(what)
 
@@ -134,7 +134,7 @@ class Judge:
                 self._logged(turn_id, tables)
                 self.seen[turn_id].turn = tables.turns[turn_id]
                 self.seen[turn_id].changed_by = view
-        for thread_id in {self.seen[turn_id].turn.thread_id for turn_id in before}:
+        for thread_id in dict.fromkeys(self.seen[turn_id].turn.thread_id for turn_id in before):
             turns = [tables.turns[turn_id] for turn_id in tables.turns_of.get(thread_id, ())]
             self.demand(sum(turn.state in _AT_WORK for turn in turns) <= 1, f"{thread_id}: two turns at work")
         for thread_id in tables.before(tables.threads):
@@ -161,7 +161,8 @@ class Judge:
         self, view: View, old: Turn, new: Turn, claim: memory._Claim | None, tables: WatchedTables
     ) -> None:
         seen, turn_id = self.seen[new.id], new.id
-        self.demand(not old.state.is_terminal, f"{turn_id} has ended, and changed: {old} {new}")
+        if old.state.is_terminal:
+            self.fail(f"{turn_id} has ended, and changed: {old} {new}")
         self.demand(new.attempt - old.attempt in (0, 1), f"{turn_id}: attempt {old.attempt} → {new.attempt}")
         self.demand(new.attempt <= MAX_ATTEMPTS, f"{turn_id}: attempt {new.attempt}")
         self.demand(old.claimed_at in (None, new.claimed_at), f"{turn_id}: its budget begins anew")
@@ -284,10 +285,8 @@ class Judge:
         """An event leaves for a client: it is on record."""
         told = units([entry.event])
         start = entry.position - len(told)
-        self.demand(
-            self.seen[turn_id].units[start : entry.position] == told,
-            f"{turn_id}: {entry} is delivered, and not on record",
-        )
+        if self.seen[turn_id].units[start : entry.position] != told:
+            self.fail(f"{turn_id}: {entry} is delivered, and not on record")
 
     def said(self, turn_id: str, text: str) -> None:
         """An agent has said that a reply is complete."""
@@ -305,13 +304,14 @@ class Judge:
         earlier = [other for other in self.effects if (other.turn_id, other.step) == (effect.turn_id, effect.step)]
         self.effects.append(effect)
         self.counts[f"effects of {effect.name}"] += 1
-        self.demand({other.key for other in earlier} <= {effect.key}, f"{effect} follows {earlier}")
         if earlier:
             self.counts["repeated effects"] += 1
-            self.demand(effect.name in self.idempotent, f"{effect} follows {earlier}")
+            same = {other.key for other in earlier} == {effect.key}
+            self.demand(same and effect.name in self.idempotent, f"{effect} follows {earlier}")
         called = [u for u in self.seen[effect.turn_id].units if isinstance(u, ToolCalled)]
         known = {f"{effect.turn_id}:{call.call_id}" for call in called}
-        self.demand(effect.key in known, f"{effect} is not on record")
+        if effect.key not in known:
+            self.fail(f"{effect} is not on record")
 
     def acknowledge(self, user: str, request_id: str, turn_id: str, text: str) -> None:
         """A client has been told that its message is accepted."""
@@ -335,9 +335,8 @@ class Judge:
                 entry.position == position, f"{turn_id}: a follower misses what is before {entry.position}"
             )
             got += units([entry.event])
-        self.demand(
-            self.seen[turn_id].units[after:position] == got, f"{turn_id}: a follower has something else: {got}"
-        )
+        if self.seen[turn_id].units[after:position] != got:
+            self.fail(f"{turn_id}: a follower has something else: {got}")
 
     # At the end
 
@@ -360,7 +359,8 @@ class Judge:
             if seen.deleted:
                 self.demand(turn_id not in tables.logs, f"{turn_id}: its log is still there")
                 continue
-            self.demand(turn.state.is_terminal, f"{turn_id} never ends: {turn}")
+            if not turn.state.is_terminal:
+                self.fail(f"{turn_id} never ends: {turn}")
             self.demand(tables.logs[turn_id][-1].position == len(seen.units), f"{turn_id}: its log has changed")
             self.demand(questions[turn_id] == bool(seen.owners), f"{turn_id}: {questions[turn_id]} questions")
             self._judge_reply(turn, seen)
@@ -386,21 +386,23 @@ class Judge:
     def _judge_reply(self, turn: Turn, seen: Seen) -> None:
         ending = seen.units[-1]
         assert isinstance(ending, TurnFinished)
-        self.demand(ending.turn == turn, f"{turn.id}: its log says {ending.turn}, not {turn}")
+        if ending.turn != turn:
+            self.fail(f"{turn.id}: its log says {ending.turn}, not {turn}")
         last = seen.units[self._last_restart(seen.units) :]
         text = "".join(unit for unit in last if isinstance(unit, str))
         reply = ending.reply
         assert self.tables is not None
         self.demand(self.tables.replies.get(turn.id) == reply, f"{turn.id}: its log tells of another reply")
-        self.demand(text == (reply.text if reply else ""), f"{turn.id}: says {text!r}, stored {reply}")
+        if text != (reply.text if reply else ""):
+            self.fail(f"{turn.id}: says {text!r}, stored {reply}")
         states = (
             (TurnState.COMPLETED, TurnState.INCOMPLETE, TurnState.CANCELLED)
             if text
             else (TurnState.FAILED, TurnState.CANCELLED)
         )
         self.demand(turn.state in states, f"{turn.id} is {turn.state} with {text!r}")
-        if reply is not None:
-            self.demand(reply.partial is not (turn.state is TurnState.COMPLETED), f"{turn.id}: {reply}")
+        if reply is not None and reply.partial is (turn.state is TurnState.COMPLETED):
+            self.fail(f"{turn.id}: {reply}")
         if turn.state is TurnState.COMPLETED:
             self.demand(
                 text in self.finals.get(turn.id, ()), f"{turn.id} is complete, and nobody said so: {text!r}"

@@ -1,9 +1,11 @@
 """Simulated time: a loop whose clock jumps to the next timer, and processes in it that stop, go on and die."""
 
 import asyncio
-import selectors
+import itertools
+from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from contextvars import Context, ContextVar, copy_context
+from heapq import heappop, heappush
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -21,7 +23,7 @@ class Host:
         self.stopped = False
         self.dead = False
         self.tasks: dict[asyncio.Task[Any], None] = {}
-        self.held: list[asyncio.Handle] = []
+        self.held: list[_Step] = []
         self.context = copy_context()
         self.context.run(_HOST.set, self)
         self.loop = asyncio.get_running_loop()
@@ -55,40 +57,43 @@ _HOST: ContextVar[Host | None] = ContextVar("host", default=None)
 
 
 class VirtualLoop(asyncio.BaseEventLoop):
-    """Runs tasks in the same order every time. Raises DeadlockError where nothing is ready and no timer runs."""
+    """Runs tasks in the same order every time. Raises DeadlockError where nothing is ready and no timer runs.
+
+    It keeps its own queues, as there are no sockets, signals and threads to look after.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.hosts: list[Host] = []
         self._now = 0.0
-        self._selector = self
+        self._due: deque[_Step] = deque()
+        self._timers: list[tuple[float, int, _Step]] = []
+        self._numbers = itertools.count()
 
     def time(self) -> float:
         return self._now
 
-    def select(self, timeout: float | None) -> Sequence[tuple[selectors.SelectorKey, int]]:
-        """Waits in no time."""
-        if timeout is None:
-            raise DeadlockError(f"at {self._now:.3f} s: nothing is ready, and no timer runs")
-        if timeout > 0:
-            self._now = max(self._now, self._scheduled[0].when())  # type: ignore[attr-defined]
-        return ()
-
     def call_soon(  # type: ignore[override]
         self, callback: Callable[..., object], *args: Any, context: Context | None = None
     ) -> asyncio.Handle:
-        context = copy_context() if context is None else context
-        handle = super().call_soon(callback, *args, context=context)
-        self._guard(handle, context.get(_HOST), callback, args)
-        return handle
+        step = _Step(callback, args, copy_context() if context is None else context, self._now)
+        self._due.append(step)
+        return step
 
     def call_at(  # type: ignore[override]
         self, when: float, callback: Callable[..., object], *args: Any, context: Context | None = None
     ) -> asyncio.TimerHandle:
-        context = copy_context() if context is None else context
-        handle = super().call_at(when, callback, *args, context=context)
-        self._guard(handle, context.get(_HOST), callback, args)
-        return handle
+        step = _Step(callback, args, copy_context() if context is None else context, when)
+        heappush(self._timers, (when, next(self._numbers), step))
+        return step
+
+    def call_later(  # type: ignore[override]
+        self, delay: float, callback: Callable[..., object], *args: Any, context: Context | None = None
+    ) -> asyncio.TimerHandle:
+        when = self._now + delay
+        step = _Step(callback, args, copy_context() if context is None else context, when)
+        heappush(self._timers, (when, next(self._numbers), step))
+        return step
 
     def create_task(self, coro: Any, *, name: object = None, context: Context | None = None) -> asyncio.Task[Any]:
         task = super().create_task(coro, name=name, context=context)
@@ -98,25 +103,67 @@ class VirtualLoop(asyncio.BaseEventLoop):
             task.add_done_callback(host.tasks.pop)
         return task
 
-    def resume(self, handles: Sequence[asyncio.Handle]) -> None:
+    def resume(self, held: "Sequence[_Step]") -> None:
         """Makes what was held ready, in order."""
-        self._ready.extend(handles)  # type: ignore[attr-defined]
+        self._due.extend(held)
 
-    def _guard(self, handle: Any, host: Host | None, callback: Callable[..., object], args: Any) -> None:
-        if host is not None:
-            handle._callback, handle._args = self._step, (host, handle, callback, args)
+    def _run_once(self) -> None:
+        """Goes on until somebody stops the loop. A timer that has run out comes behind what is ready."""
+        due, timers = self._due, self._timers
+        while not self._stopping:  # type: ignore[attr-defined]
+            if not due:
+                self._wait()
+            while timers and timers[0][0] <= self._now:
+                due.append(heappop(timers)[2])
+            step = due.popleft()
+            if step.dropped:
+                continue
+            if step.host is not None and step.host.stopped:
+                step.host.held.append(step)
+                continue
+            try:
+                step.context.run(step.callback, *step.args)
+            except (SystemExit, KeyboardInterrupt):
+                raise
+            except BaseException as error:  # noqa: BLE001 - as asyncio does
+                self.call_exception_handler({"message": "a call failed", "exception": error})
 
-    def _step(self, host: Host, handle: asyncio.Handle, callback: Callable[..., object], args: Any) -> None:
-        if host.stopped:
-            host.held.append(handle)
-        else:
-            callback(*args)
-
-    def _process_events(self, events: object) -> None:
-        """There are none."""
+    def _wait(self) -> None:
+        """Waits for the next timer that is still wanted, in no time."""
+        timers = self._timers
+        while timers and timers[0][2].dropped:
+            heappop(timers)
+        if not timers:
+            raise DeadlockError(f"at {self._now:.3f} s: nothing is ready, and no timer runs")
+        self._now = max(self._now, timers[0][0])
 
     def _write_to_self(self) -> None:
         """There are no threads."""
+
+
+class _Step(asyncio.TimerHandle):
+    """A call that the loop owes somebody. It is held as long as its process is stopped."""
+
+    __slots__ = ("args", "at", "callback", "context", "dropped", "host")
+
+    def __init__(
+        self, callback: Callable[..., object], args: tuple[Any, ...], context: Context, at: float
+    ) -> None:
+        self.callback = callback
+        self.args = args
+        self.context = context
+        self.host = context.get(_HOST)
+        self.at = at
+        self.dropped = False
+
+    def when(self) -> float:
+        return self.at
+
+    def cancel(self) -> None:
+        self.dropped = True
+
+    def cancelled(self) -> bool:
+        return self.dropped
 
 
 def simulate(main: Coroutine[Any, Any, T], surprised: Callable[[BaseException], None]) -> T:

@@ -5,6 +5,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import AsyncGenerator, Iterable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -120,8 +121,9 @@ class WhimsicalAgent(Agent):
     async def reply(self, request: ReplyRequest) -> AsyncGenerator[AgentEvent, None]:
         self.running += 1
         try:
-            async for event in self._reply(request):
-                yield event
+            async with aclosing(self._reply(request)) as events:  # not left to the garbage collector
+                async for event in events:
+                    yield event
         finally:
             self.running -= 1
 
@@ -144,7 +146,8 @@ class WhimsicalAgent(Agent):
         chance = random.Random(f"{world.seed}:{turn_id}:{invocation}")
         lines = await request.history()
         whole = [line.index for line in lines] == list(range(1, request.message.index))
-        judge.demand(whole or judge.seen[turn_id].deleted, f"{turn_id}: a history of {lines}")
+        if not (whole or judge.seen[turn_id].deleted):
+            judge.fail(f"{turn_id}: a history of {lines}")
         if chance.random() < world.manners.background and not request.resume:
             yield Begun(f"{turn_id}:{len(request.rounds)}:{invocation}")
         if chance.random() < 0.3:
