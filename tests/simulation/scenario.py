@@ -1,10 +1,11 @@
 """A seed's story: processes, clients, what befalls them, and what everybody must find in the end."""
 
 import asyncio
+import hashlib
 import logging
 import random
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TypeVar
@@ -107,6 +108,12 @@ class Outcome:
     counts: Counter[str]
     error: BaseException | None = None
 
+    @property
+    def digest(self) -> str:
+        """What is the same wherever and whenever a seed is played."""
+        story = repr((self.judge.trace, sorted(self.counts.items()), self.error))
+        return f"{self.seed}:{hashlib.sha256(story.encode()).hexdigest()[:16]}"
+
     def __str__(self) -> str:
         return (
             f"seed {self.seed}: {self.error!r}\nreplay with VIDA_TEST_SEED={self.seed}\n{self.weather}\n"
@@ -202,7 +209,8 @@ class Scenario:
         self.note("calm")
         deadline = loop.time() + _CALM
         while self._unfinished():
-            self.judge.demand(loop.time() < deadline, f"still not ended: {self._unfinished()}")
+            if loop.time() >= deadline:
+                self.judge.fail(f"still not ended: {self._unfinished()}")
             await asyncio.sleep(0.5)
         for client in clients:
             await client.settle()
@@ -481,10 +489,12 @@ class Client:
                 await asyncio.sleep(self.chance.random() * 2)
             except TurnInProgress as busy:
                 counts["TurnInProgress"] += 1
-                self.judge.demand(message.on_busy is BusyPolicy.REJECT, f"{message}: {busy}")
+                if message.on_busy is not BusyPolicy.REJECT:
+                    self.judge.fail(f"{message}: {busy}")
                 key = ("local", message.user_id, message.request_id)
                 own, _ = self.scenario.database.tables.requests.get(key, ("", ""))
-                self.judge.demand(own != busy.turn_id, f"{message} is in its own way: {own}")
+                if own == busy.turn_id:
+                    self.judge.fail(f"{message} is in its own way: {own}")
                 if self.chance.random() < 0.6:
                     return None
                 await asyncio.sleep(self.chance.random() * 2)
@@ -517,7 +527,8 @@ class Client:
         self.scenario.counts["cancels"] += 1
         self.judge.demand(turn.state.is_terminal, f"{turn_id} is cancelled, and {turn.state}")
         seen = self.judge.seen[turn_id]
-        self.judge.demand(seen.deleted or seen.turn == turn, f"{turn_id}: {turn} is not {seen.turn}")
+        if not (seen.deleted or seen.turn == turn):
+            self.judge.fail(f"{turn_id}: {turn} is not {seen.turn}")
 
     async def _delete(self) -> None:
         threads = [thread_id for thread_id, user in self.scenario.threads.items() if user == self.user]
@@ -646,3 +657,19 @@ class _Surprises(logging.Handler):
         if isinstance(error, ZeroDivisionError) or (error is None and record.msg.startswith(self._KNOWN)):
             return
         self._surprised(error or RuntimeError(record.getMessage()))
+
+
+def play(seeds: Sequence[int]) -> Counter[str]:
+    """Plays seeds and counts what happened. Raises AssertionError, with what replays it, for one that fails."""
+    counts: Counter[str] = Counter()
+    for seed in seeds:
+        outcome = Scenario(seed).play()
+        if outcome.error is not None:
+            raise AssertionError(str(outcome)) from outcome.error
+        counts += outcome.counts
+    return counts
+
+
+def digests(seeds: Sequence[int]) -> str:
+    """What seeds come to, in a line."""
+    return " ".join(Scenario(seed).play().digest for seed in seeds)

@@ -18,7 +18,7 @@ from faults.figures import SIZE, sized
 from simulation.lifecycles import Lifecycles
 
 STEPS = 50
-MEMORY = sized("LIFECYCLES", 400, 1_000, 18_000)
+MEMORY = sized("LIFECYCLES", 400, 1_000, 21_000)
 SQLITE = sized("LIFECYCLES_SQLITE", 100, 200, 2_000)
 """Runs of at most so many steps."""
 
