@@ -365,7 +365,10 @@ class Scenario:
 
     def _harmed(self, view: View) -> bool:
         process = next((process for process in self.processes if process.view is view), None)
-        return process is None or not process.gentle or self._sluggish
+        if process is None or not process.gentle or self._sluggish:
+            return True
+        # Who leaves tries to end its turns once a second: a store that is back too late is no gentle stop.
+        return process.leaving and self.outage_until > view.patient_until - 2.0
 
     @property
     def _sluggish(self) -> bool:
