@@ -27,7 +27,7 @@ chat: $(VENV)/run.stamp ## talk to a coach; with piped lines, answer each
 test: $(VENV)/dev.stamp ## run the tests
 	@$(BIN)/python -m pytest
 
-faults-small: $(VENV)/dev.stamp ## kill, freeze and cut everything, for about ten minutes
+faults-small: $(VENV)/dev.stamp ## kill, freeze and cut everything, for about a quarter of an hour
 	@VIDA_TEST_SIZE=small $(BIN)/python -m pytest -q -s tests/faults tests/simulation tests/integration/test_openai_streams.py
 
 faults: $(VENV)/dev.stamp ## the same at the large size, for hours

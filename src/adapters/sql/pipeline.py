@@ -1,7 +1,4 @@
-"""PostgreSQL without a wait for every statement: what nobody reads travels with what somebody does.
-
-The driver's own pipeline mode sends every statement by itself, and takes as long for it as for one that is read.
-"""
+"""PostgreSQL without a wait for every statement: what nobody reads travels with what somebody does."""
 
 import logging
 import select
