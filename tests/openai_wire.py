@@ -113,7 +113,7 @@ class Wire(httpcore2.AsyncNetworkBackend):
         ours, theirs = _End(), _End()
         ours.peer, theirs.peer = theirs, ours
         writer = asyncio.StreamWriter(theirs, theirs.protocol, theirs.reader, asyncio.get_running_loop())
-        task = asyncio.create_task(self._provider._accept(theirs.reader, writer))
+        task = asyncio.create_task(self._provider.accept(theirs.reader, writer))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         self._ends.append(ours)

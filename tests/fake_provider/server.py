@@ -140,7 +140,7 @@ class FakeProvider:
 
     async def listen(self) -> None:
         """Listens, again at the same port if it did before."""
-        self._server = await asyncio.start_server(self._accept, self._host, self._port, backlog=_BACKLOG)
+        self._server = await asyncio.start_server(self.accept, self._host, self._port, backlog=_BACKLOG)
         self._port = self._server.sockets[0].getsockname()[1]
 
     def stop_listening(self) -> None:
@@ -152,7 +152,8 @@ class FakeProvider:
             if connection.idle:
                 connection.reset()
 
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Serves one connection to its end."""
         task = asyncio.current_task()
         assert task is not None
         connection = Connection(reader, writer)

@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import replace
 from datetime import date
@@ -41,35 +40,6 @@ from fake_provider import (
     rate_limited,
 )
 from openai_thread import COACH, KEY, USER_KEY, Naps, ThreadOfTest, fails, said, words
-
-
-@pytest.fixture
-async def provider() -> AsyncIterator[FakeProvider]:
-    async with FakeProvider(api_key=KEY) as provider:
-        yield provider
-
-
-@pytest.fixture
-async def client(provider: FakeProvider) -> AsyncIterator[AsyncOpenAI]:
-    client = make_client(KEY, provider.base_url, 5)
-    yield client
-    await client.close()
-
-
-@pytest.fixture
-def naps() -> Naps:
-    return Naps()
-
-
-@pytest.fixture
-def agent(client: AsyncOpenAI, naps: Naps) -> OpenAIAgent:
-    return OpenAIAgent(client, model="gpt-6-luna", user_key=USER_KEY, sleep=naps)
-
-
-@pytest.fixture
-def thread(agent: OpenAIAgent) -> ThreadOfTest:
-    return ThreadOfTest(agent)
-
 
 # --- conversations
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any
@@ -55,31 +55,8 @@ TOO_OLD = HttpError(status=400, message="This response can no longer be streamed
 
 
 @pytest.fixture
-async def provider() -> AsyncIterator[FakeProvider]:
-    async with FakeProvider(api_key=KEY) as provider:
-        yield provider
-
-
-@pytest.fixture
-async def client(provider: FakeProvider) -> AsyncIterator[AsyncOpenAI]:
-    client = make_client(KEY, provider.base_url, 5)
-    yield client
-    await client.close()
-
-
-@pytest.fixture
-def naps() -> Naps:
-    return Naps()
-
-
-@pytest.fixture
 def agent(client: AsyncOpenAI, naps: Naps) -> OpenAIAgent:
     return OpenAIAgent(client, model="gpt-6-luna", user_key=USER_KEY, background=True, sleep=naps)
-
-
-@pytest.fixture
-def thread(agent: OpenAIAgent) -> ThreadOfTest:
-    return ThreadOfTest(agent)
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,13 @@
 
 import logging
 import random
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from datetime import date
 from enum import StrEnum
 from typing import Literal
 
 import pytest
+from openai import AsyncOpenAI
 
 from adapters.openai.agent import OpenAIAgent
 from adapters.openai.client import make_client
@@ -56,22 +56,8 @@ def said(text: str, *, refusal: bool = False, ending: Literal["completed"] | Inc
 
 
 @pytest.fixture
-async def provider() -> AsyncIterator[FakeProvider]:
-    async with FakeProvider(api_key=KEY) as running:
-        yield running
-
-
-@pytest.fixture
-def naps() -> Naps:
-    return Naps()
-
-
-@pytest.fixture
-async def agent(provider: FakeProvider, naps: Naps) -> AsyncIterator[OpenAIAgent]:
-    client = make_client(KEY, provider.base_url, max_connections=2)
-    agent = OpenAIAgent(client, model="gpt-6-luna", user_key=USER_KEY, sleep=naps, chance=random.Random(1))
-    yield agent
-    await agent.aclose()
+def agent(client: AsyncOpenAI, naps: Naps) -> OpenAIAgent:
+    return OpenAIAgent(client, model="gpt-6-luna", user_key=USER_KEY, sleep=naps, chance=random.Random(1))
 
 
 async def test_an_answer_comes_in_its_form(agent: OpenAIAgent, provider: FakeProvider) -> None:
