@@ -1,7 +1,8 @@
 """Images and files on their way to the provider, at first and when it has to be reminded."""
 
+import asyncio
 from base64 import b64decode
-from collections.abc import AsyncIterator
+from binascii import b2a_base64
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,6 @@ from hypothesis import strategies as st
 from openai import AsyncOpenAI
 
 from adapters.openai.agent import OpenAIAgent
-from adapters.openai.client import make_client
 from adapters.openai.context import tokens
 from adapters.openai.items import history_items, turn_items
 from adapters.openai.memory import StateMode
@@ -20,8 +20,8 @@ from core.model.message import ContentPart, Role, TextPart
 from core.model.turn import TurnReason
 from core.ports.agent import AgentFailed, ReplyRequest, RoundFinished
 from fake_provider import FakeProvider, HttpError
-from openai_thread import KEY, USER_KEY, Naps, ThreadOfTest, said
-from samples import IMAGES, PDF, PNG, TEXT
+from openai_thread import USER_KEY, Naps, ThreadOfTest, said
+from samples import IMAGES, PDF, PNG, TEXT, photo
 
 URL = "https://pictures.example.org/a.png"
 CONTENT: tuple[ContentPart, ...] = (
@@ -32,19 +32,6 @@ CONTENT: tuple[ContentPart, ...] = (
     FilePart(TEXT, "", "text/markdown"),
     FilePart(URL, "notes.txt", "text/plain"),
 )
-
-
-@pytest.fixture
-async def provider() -> AsyncIterator[FakeProvider]:
-    async with FakeProvider(api_key=KEY) as provider:
-        yield provider
-
-
-@pytest.fixture
-async def client(provider: FakeProvider) -> AsyncIterator[AsyncOpenAI]:
-    client = make_client(KEY, provider.base_url, 5)
-    yield client
-    await client.close()
 
 
 @pytest.fixture(params=list(StateMode))
@@ -175,6 +162,54 @@ async def test_a_refused_picture_that_the_provider_kept_is_taken_out(
     assert "An image was sent here" in str(conversation.items)
 
 
+@pytest.fixture
+def pieces(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Of each piece of base64, where it is made and of how many bytes."""
+    made: list[tuple[str, int]] = []
+
+    def noted(data: bytes, *, newline: bool) -> bytes:
+        try:
+            asyncio.get_running_loop()
+            made.append(("loop", len(data)))
+        except RuntimeError:
+            made.append(("thread", len(data)))
+        return b2a_base64(data, newline=newline)
+
+    monkeypatch.setattr("adapters.openai.items.b2a_base64", noted)
+    return made
+
+
+async def test_the_loop_goes_on_while_much_becomes_base64(
+    provider: FakeProvider, thread: ThreadOfTest, pieces: list[tuple[str, int]]
+) -> None:
+    """Sent at first, sent again to a provider that has lost it, and compared with what the provider has."""
+    large = photo(1_000_000)
+
+    async def remember() -> None:
+        pieces.clear()
+        await thread.round(asks(thread, TextPart("Do you remember?")))
+
+    await answered(thread, ImagePart(large, "image/png"))
+    assert sum(size for _, size in pieces) >= len(large)
+    assert {where for where, _ in pieces} == {"thread"}
+    provider.conversations.clear()
+    provider.contexts.clear()
+    await remember()
+    assert sum(size for _, size in pieces) >= len(large)
+    assert {where for where, _ in pieces} == {"thread"}
+    assert max(size for _, size in pieces) < len(large) / 4  # between them the loop gets its turn
+    provider.then(HttpError(status=400))
+    with pytest.raises(AgentFailed):
+        await thread.round(asks(thread, TextPart("Hello?")))
+    await remember()
+    assert {where for where, _ in pieces} == {"thread"}
+
+
+async def test_a_little_base64_is_made_at_once(thread: ThreadOfTest, pieces: list[tuple[str, int]]) -> None:
+    await answered(thread, ImagePart(PNG, "image/png"))
+    assert {where for where, _ in pieces} == {"loop"}
+
+
 def test_a_text_takes_as_much_room_as_it_has_words() -> None:
     def cost(*content: ContentPart) -> int:
         thread = ThreadOfTest(agent=None)  # type: ignore[arg-type] # nobody is asked
@@ -204,8 +239,9 @@ async def test_what_is_too_old_is_named(provider: FakeProvider, thread: ThreadOf
     assert len(provider.posts) == 1
 
 
-@given(st.binary(min_size=1))
-def test_a_data_url_is_the_bytes(data: bytes) -> None:
+@given(st.binary(min_size=1), st.sampled_from([1, 3 << 15, 3 << 16, 500_000]))
+def test_a_data_url_is_the_bytes(some: bytes, least: int) -> None:
+    data = some * -(-least // len(some))
     thread = ThreadOfTest(agent=None)  # type: ignore[arg-type] # nobody is asked
     thread.add(Role.USER, "", content=(FilePart(data, "a", "text/plain"),))
     thread.add(Role.ASSISTANT, "I see.")

@@ -148,7 +148,7 @@ class OpenAIAgent(Agent):
             case StateMode.RESPONSE_CHAIN:
                 return ChainMemory(request, context)
             case StateMode.STATELESS:
-                return StatelessMemory(request, context)
+                return StatelessMemory(context)
 
     async def _worth_another_try(self, fault: ProviderFault, memory: Memory, patience: Patience) -> bool:
         """Whether the request may be made again, after what it takes for that."""

@@ -3,12 +3,12 @@
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from openai.types.responses import ResponseInputItemParam
 
-from adapters.openai.items import history_items, turn_items
+from adapters.openai.items import aside, history_items, turn_items
 from core.model.attachment import unread
 from core.model.media import PDF
 from core.model.message import Message, Role
@@ -77,13 +77,21 @@ class Context:
             self._lines = _only_answered(await self._request.history())
         return self._lines
 
+    async def turn(self) -> list[ResponseInputItemParam]:
+        """The turn so far."""
+        return await aside(partial(turn_items, self._request), [self._request.message])
+
     async def items(self) -> list[ResponseInputItemParam]:
         """As many of the newest turns as there is room for."""
-        turns = list(_by_turn(await self.lines()).values())
+        lines = await self.lines()
+        return await aside(partial(self._fitting, lines), [*lines, self._request.message])
+
+    def _fitting(self, lines: Iterable[Message]) -> list[ResponseInputItemParam]:
+        turns = list(_by_turn(lines).values())
         kept: list[list[ResponseInputItemParam]] = []
         self._used = 0
-        for lines in reversed(turns):
-            items = history_items(lines)
+        for turn in reversed(turns):
+            items = history_items(turn)
             cost = tokens(items)
             if self._used + cost > self._room:
                 break

@@ -4,6 +4,7 @@ from abc import abstractmethod
 from collections.abc import AsyncGenerator
 from dataclasses import replace
 from enum import StrEnum
+from functools import partial
 from typing import Protocol
 
 from openai import AsyncOpenAI, omit
@@ -11,7 +12,7 @@ from openai.types.responses import ResponseInputItemParam
 
 from adapters.openai.context import Context
 from adapters.openai.errors import Exchange, ProviderFault, Remedy, translated
-from adapters.openai.items import history_items, labels, output_items, turn_items
+from adapters.openai.items import aside, history_items, labels, output_items
 from adapters.openai.repair import MAX_ITEMS, PAGE, Repair, repair
 from adapters.openai.stream import decoded
 from core.model.thread import UNSYNCED, ProviderState
@@ -147,19 +148,22 @@ class ConversationMemory(Memory):
         newest = listed.get("data")
         if not isinstance(newest, list) or not all(isinstance(item, dict) for item in newest):
             return None
-        return repair(
+        lines = await self._context.lines()
+        compare = partial(
+            repair,
             newest[::-1],
             is_all=listed.get("has_more") is False,
-            lines=await self._context.lines(),
+            lines=lines,
             synced_to=self._state.synced_to,
         )
+        return await aside(compare, lines)
 
     def _changed(self, conversation: str, synced_to: int) -> StateChanged:
         self._state = _replaced(self._state, conversation_id=conversation, synced_to=synced_to)
         return StateChanged(self._state)
 
     async def input(self) -> list[ResponseInputItemParam]:
-        return output_items(self._request.rounds[-1]) if self._knows_rounds else turn_items(self._request)
+        return output_items(self._request.rounds[-1]) if self._knows_rounds else await self._context.turn()
 
     def doubt(self) -> None:
         self.conversation = None
@@ -202,13 +206,14 @@ class ChainMemory(Memory):
     async def input(self) -> list[ResponseInputItemParam]:
         request, mirrored = self._request, self._state.synced_to
         if self.previous is None:
-            return await self._context.items() + turn_items(request)
+            return await self._context.items() + await self._context.turn()
         if request.rounds and mirrored == request.message.index:
             return output_items(request.rounds[-1])
         missing: list[ResponseInputItemParam] = []
         if mirrored < request.message.index - 1:
-            missing = history_items(line for line in await self._context.lines() if line.index > mirrored)
-        return missing + turn_items(request)
+            lines = [line for line in await self._context.lines() if line.index > mirrored]
+            missing = await aside(partial(history_items, lines), lines)
+        return missing + await self._context.turn()
 
     def doubt(self) -> None:
         """Nothing that was asked for has changed what it began with."""
@@ -240,8 +245,7 @@ class StatelessMemory(Memory):
     conversation = None
     previous = None
 
-    def __init__(self, request: ReplyRequest, context: Context) -> None:
-        self._request = request
+    def __init__(self, context: Context) -> None:
         self._context = context
 
     async def prepare(self) -> AsyncGenerator[StateChanged, None]:
@@ -249,7 +253,7 @@ class StatelessMemory(Memory):
         yield  # makes this a generator
 
     async def input(self) -> list[ResponseInputItemParam]:
-        return await self._context.items() + turn_items(self._request)
+        return await self._context.items() + await self._context.turn()
 
     def doubt(self) -> None:
         """There is nothing to look at."""
