@@ -64,7 +64,7 @@ async def adapter(client: AsyncOpenAI) -> int:
 
 
 def _request() -> ReplyRequest:
-    async def history() -> list[Message]:
+    async def history(data: int = 0) -> list[Message]:  # noqa: ARG001 - the port's
         return []
 
     definition = AgentDefinition(slug="career", version=1, domain=Domain.CAREER, name="Coach", instructions="")

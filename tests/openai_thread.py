@@ -79,7 +79,7 @@ class ThreadOfTest:
         message = self.add(Role.USER, text)
         before = tuple(self.messages[:-1])
 
-        async def history() -> Sequence[Message]:
+        async def history(data: int = 0) -> Sequence[Message]:
             return before
 
         return ReplyRequest(

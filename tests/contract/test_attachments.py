@@ -62,7 +62,7 @@ async def test_what_is_attached_reaches_coach_and_history_whole(store: Store) ->
         assert agent.requests[0].message.content == CONTENT
         assert agent.requests[0].message.text == "Lookand"
         assert agent.requests[1].message.content == (ImagePart(JPEG, "image/jpeg"),)
-        before = await agent.requests[2].history()
+        before = await agent.requests[2].history(MAX_DATA)
         assert [line.content for line in before if line.role is Role.USER] == [
             CONTENT,
             (ImagePart(JPEG, "image/jpeg"),),
@@ -234,7 +234,7 @@ async def test_a_page_ends_before_it_grows_too_large(store: Store) -> None:
                 assert pages == [[1], [2, 3, 4, 5, 6], [7, 8, 9, 10]]
 
 
-async def test_a_coach_is_reminded_of_the_newest_only(store: Store) -> None:
+async def test_a_coach_is_reminded_of_as_much_as_it_asks_for_and_of_the_newest(store: Store) -> None:
     agent = ScriptedAgent()
     large = photo(MAX_IMAGE)
     async with service(store, agent) as it:
@@ -243,13 +243,18 @@ async def test_a_coach_is_reminded_of_the_newest_only(store: Store) -> None:
         thread_id = await thread_of(it, turn_id)
         await it.events(await send(it, ImagePart(large), thread_id=thread_id))
         await it.events(await it.say("Do you remember?", thread_id=thread_id))
-        before = await agent.requests[-1].history()
+        before = await agent.requests[-1].history(MAX_DATA)
         assert [line.index for line in before] == [1, 2, 3, 4]
-        assert before[0].content == (
+        unread = (
             FilePart(Unread(len(TEXT)), "", "text/plain"),
             ImagePart(Unread(MAX_IMAGE), "image/png"),
         )
+        assert before[0].content == unread
         assert before[2].content == (ImagePart(large, "image/png"),)
+        bare = await agent.requests[-1].history()
+        assert bare[0].content == unread
+        assert bare[2].content == (ImagePart(Unread(MAX_IMAGE), "image/png"),)
+        assert [bare[1], bare[3]] == [before[1], before[3]]
 
 
 async def test_as_much_as_a_message_may_have(store: Store) -> None:

@@ -2,21 +2,22 @@
 
 import json
 import sqlite3
-from typing import Any
+from typing import Any, cast
 
 import psycopg
 import pytest
 
+from adapters.practice.agent import PracticeAgent
 from adapters.sql.repositories import attachments, threads
 from adapters.sql.repositories.turn_log import TurnLog
 from adapters.sql.session import Session
 from adapters.sql.store import SqlStore
-from core.model.attachment import FilePart, ImagePart
+from core.model.attachment import MAX_DATA, FilePart, ImagePart
 from core.model.message import TextPart
 from core.model.turn import BusyPolicy
 from core.use_cases.accept_message import IncomingMessage
 from core.use_cases.read_threads import MessageQuery
-from doubles import DONE, Gate, ManualClock, ScriptedAgent, Service, service
+from doubles import DONE, Gate, ManualClock, ScriptedAgent, Service, service, text_of
 from samples import PDF, PNG
 
 
@@ -54,11 +55,26 @@ async def test_text_alone_costs_nothing(database_url: str, ran: list[object]) ->
         await gate.reached.wait()
         gate.open()
         await it.events(second)
-        assert len(await agent.requests[-1].history()) == 2
+        assert len(await agent.requests[-1].history(MAX_DATA)) == 2
         await it.threads.messages(MessageQuery(user_id="ada", thread_id=thread_id), 0, "")
         assert ran == []
         await send(it, ImagePart(PNG), thread_id=thread_id)
         assert len(ran) == 1  # the watch works
+    await store.aclose()
+
+
+async def test_a_coach_that_looks_at_nothing_loads_nothing(database_url: str, ran: list[object]) -> None:
+    store = SqlStore(database_url, ManualClock())
+    async with service(store, cast("ScriptedAgent", PracticeAgent(0))) as it:
+        first = await send(it, TextPart("I want to lead"), ImagePart(PNG), FilePart(PDF))
+        await it.events(first)
+        thread_id = (await it.threads.turn("ada", first))[0].thread_id
+        ran.clear()
+        reply = text_of(await it.events(await send(it, TextPart("My team"), thread_id=thread_id)))
+        assert reply
+        assert ran == []
+        await it.threads.messages(MessageQuery(user_id="ada", thread_id=thread_id), 0, "")
+        assert len(ran) == 1  # there was something to load
     await store.aclose()
 
 

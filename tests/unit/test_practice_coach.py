@@ -17,7 +17,7 @@ from adapters.practice.questions import COMMON, QUESTIONS, SMALLER
 from adapters.practice.sentences import CANT_SEE, ENGLISH_ONLY, INTRODUCTION, NOT_SAVED, SAVED, WORDLESS
 from adapters.practice.steps import Step
 from core.model.agent import AgentDefinition, Domain
-from core.model.attachment import FilePart, ImagePart, Unread
+from core.model.attachment import FilePart, ImagePart, Unread, without_data
 from core.model.events import TextDelta, ToolCalled
 from core.model.message import ContentPart, Message, Role, TextPart, ToolExchange
 from core.ports.agent import AgentEvent, ReplyRequest, RoundFinished, ToolRound
@@ -96,9 +96,10 @@ class Talk:
 
     def request(self, message: Message, rounds: tuple[ToolRound, ...] = ()) -> ReplyRequest:
         """What the service would ask."""
-        before = tuple(self.lines)
+        before = tuple(replace(line, content=without_data(line.content)) for line in self.lines)
 
-        async def history() -> Sequence[Message]:
+        async def history(data: int = 0) -> Sequence[Message]:
+            assert data == 0
             return before
 
         return ReplyRequest(
@@ -572,7 +573,7 @@ async def test_what_reading_the_history_raises_is_the_engines_to_see() -> None:
     talk = Talk()
     request = talk.request(talk._line(Role.USER, (TextPart("Hi"),)))
 
-    def broken() -> Awaitable[Sequence[Message]]:
+    def broken(data: int = 0) -> Awaitable[Sequence[Message]]:
         raise RuntimeError("no history")
 
     object.__setattr__(request, "history", broken)

@@ -9,7 +9,7 @@ from typing import Any
 from openai.types.responses import ResponseInputItemParam
 
 from adapters.openai.items import aside, history_items, turn_items
-from core.model.attachment import unread
+from core.model.attachment import MAX_DATA, unread
 from core.model.media import PDF
 from core.model.message import Message, Role
 from core.ports.agent import ReplyRequest
@@ -53,7 +53,8 @@ def _length(text: str) -> int:
 class Context:
     """The part of a thread's transcript that goes into requests of `window` tokens: the newest turns, each whole.
 
-    What the answer may need, the instructions, the tools and the turn itself are set aside first.
+    What the answer may need, the instructions, the tools and the turn itself are set aside first. As much of what
+    is attached goes along as one message may have.
     """
 
     def __init__(self, request: ReplyRequest, window: int) -> None:
@@ -74,7 +75,7 @@ class Context:
         """The whole transcript before this turn. What was attached to a question that had no answer is not shown
         again: a picture that the provider refuses would else spoil every turn behind it."""
         if self._lines is None:
-            self._lines = _only_answered(await self._request.history())
+            self._lines = _only_answered(await self._request.history(MAX_DATA))
         return self._lines
 
     async def turn(self) -> list[ResponseInputItemParam]:

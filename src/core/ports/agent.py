@@ -2,7 +2,7 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -32,16 +32,23 @@ class Resumption:
     text: str
 
 
+class History(Protocol):
+    """Loads the lines of the transcript before a turn's message, oldest first."""
+
+    @abstractmethod
+    def __call__(self, data: int = 0) -> Awaitable[Sequence[Message]]:
+        """At most `data` bytes of what is attached come along, the newest; the rest is `Unread`."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplyRequest:
     """All that an agent may know of a turn.
 
-    `history` loads the lines of the transcript before `message`, oldest first, the newest images and files with
-    their bytes; an agent whose provider keeps the conversation need not call it. `rounds` holds the finished tool
-    rounds of this turn: empty at first. `state` is what the agent last said of the provider's copy, None if it
-    never did or if it was another provider's; in the later rounds of a turn it is the `copy` that came with the
-    round before. `resume` asks for the rest of a round that was begun before. At `deadline`, in the loop's time,
-    the turn's budget is spent.
+    An agent whose provider keeps the conversation need not call `history`. `rounds` holds the finished tool rounds
+    of this turn: empty at first. `state` is what the agent last said of the provider's copy, None if it never did
+    or if it was another provider's; in the later rounds of a turn it is the `copy` that came with the round
+    before. `resume` asks for the rest of a round that was begun before. At `deadline`, in the loop's time, the
+    turn's budget is spent.
     """
 
     turn_id: str
@@ -50,7 +57,7 @@ class ReplyRequest:
     domain: Domain
     definition: AgentDefinition
     message: Message
-    history: Callable[[], Awaitable[Sequence[Message]]]
+    history: History
     tools: Sequence[ToolSpec]
     rounds: tuple[ToolRound, ...] = ()
     state: ProviderState | None = None

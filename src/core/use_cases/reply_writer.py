@@ -9,7 +9,6 @@ from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
 
-from core.model.attachment import MAX_DATA
 from core.model.events import AttemptRestarted, Round, TextDelta, ToolAnswered, ToolCalled
 from core.model.message import Message, ToolExchange
 from core.model.thread import UNSYNCED, ProviderState
@@ -235,15 +234,14 @@ class ReplyWriter:
             output, is_error = _storable(result.text), result.is_error
         return ToolExchange(call.call_id, call.name, call.arguments_json, output, is_error)
 
-    async def _history(self, message: Message) -> Sequence[Message]:
-        """The lines before a message. As much of what is attached to them comes along as one message may have, the
-        newest; what is older is `Unread`."""
+    async def _history(self, message: Message, data: int = 0) -> Sequence[Message]:
+        """The lines before a message, as `History` promises."""
         if message.index == 1:
             return ()
 
         def query(tx: Transaction) -> Sequence[Message]:
             return tx.messages.list(
-                message.thread_id, after=message.index, newest_first=True, limit=None, data=MAX_DATA
+                message.thread_id, after=message.index, newest_first=True, limit=None, data=data
             )
 
         lines = await patiently(partial(self._store.read, query))
