@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shutil
 import sqlite3
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -28,11 +29,12 @@ def clean_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Postgres]:
-    """PostgreSQL from a wheel, or the server of VIDA_TEST_POSTGRES_URL."""
+    """PostgreSQL from a wheel, or the server of VIDA_TEST_POSTGRES_URL. It outlives every test: those that crash
+    the server have another one."""
     if given := os.environ.get("VIDA_TEST_POSTGRES_URL"):
         yield templated(given)
         return
-    server = OwnPostgres()
+    server = OwnPostgres(durable=False)
     try:
         yield server.databases
     finally:
@@ -47,12 +49,18 @@ def postgres_url(postgres: Postgres, request: pytest.FixtureRequest) -> Iterator
     postgres.drop(name)
 
 
+@pytest.fixture(scope="session")
+def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A migrated file that others are copied from."""
+    file = tmp_path_factory.mktemp("template") / "record.db"
+    migrate(f"sqlite:///{file}")
+    return file
+
+
 @pytest.fixture
-def sqlite_url(tmp_path: Path) -> str:
-    """A migrated file."""
-    url = f"sqlite:///{tmp_path / 'record.db'}"
-    migrate(url)
-    return url
+def sqlite_url(sqlite_template: Path, tmp_path: Path) -> str:
+    """A migrated file of its own for each test."""
+    return f"sqlite:///{shutil.copy(sqlite_template, tmp_path / 'record.db')}"
 
 
 @pytest.fixture

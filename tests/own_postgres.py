@@ -56,19 +56,20 @@ def templated(url: str) -> Postgres:
 
 
 class OwnPostgres:
-    """PostgreSQL from the wheel in a folder of its own, with fsync on."""
+    """PostgreSQL from the wheel in a folder of its own. It survives a crash of its own if it is `durable`."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, durable: bool = True) -> None:
         # Not below pytest's own folder, which other test runs on the machine tidy.
         self._place = tempfile.TemporaryDirectory(prefix="vida-pg-", ignore_cleanup_errors=True)
         self._folder = Path(self._place.name)
         self._frozen: list[int] = []
         self._running = False
+        self._fsync = "on" if durable else "off"
         self._control("init")
         self.start()
         self.databases: Postgres = templated(f"postgresql://postgres:@/postgres?host={self._folder}")
         with psycopg.connect(self.databases.url) as connection:
-            assert connection.execute("SHOW fsync").fetchone() == ("on",)
+            assert connection.execute("SHOW fsync").fetchone() == (self._fsync,)
 
     def create(self, name: str) -> str:
         """A new database with the current schema; returns its URL."""
@@ -80,7 +81,9 @@ class OwnPostgres:
 
     def start(self) -> None:
         """Starts the server, after recovery if it crashed."""
-        self._control("start", "-o", f'-h "" -k {self._folder}', "-l", str(self._folder / "log"))
+        self._control(
+            "start", "-o", f'-h "" -k {self._folder} -c fsync={self._fsync}', "-l", str(self._folder / "log")
+        )
         self._running = True
 
     def stop(self, mode: str) -> None:

@@ -86,11 +86,11 @@ class Break:
     """Something goes wrong behind the `after`-th delta of text (0: before the first event), or `at` a place.
 
     `eof` ends the body as if it were whole, `half` does so in the middle of an event, `cut` resets the connection
-    there. `stall` waits for the gate, `comments` sends nothing but comments until then; with `seconds` the gate
-    opens by itself. `malformed` slips in an event that is no JSON. Of the next event, `duplicate` sends two and
-    `gap` none; `unnumbered` leaves out the numbers from here on, `slow` sends every byte by itself, with `seconds`
-    in between. `unknown` is an event of an unheard-of type, `huge` a delta of 20 MB: these two are parts of the
-    reply. Before the header there are only `eof`, `cut` and `stall`.
+    there. `stall` waits for the gate, `comments` sends nothing but a comment `every` so many seconds until then;
+    with `seconds` the gate opens by itself. `malformed` slips in an event that is no JSON. Of the next event,
+    `duplicate` sends two and `gap` none; `unnumbered` leaves out the numbers from here on, `slow` sends every byte
+    by itself, with `seconds` in between. `unknown` is an event of an unheard-of type, `huge` a delta of 20 MB:
+    these two are parts of the reply. Before the header there are only `eof`, `cut` and `stall`.
     """
 
     how: Literal[
@@ -110,6 +110,7 @@ class Break:
     after: int = 1
     at: At | None = None
     seconds: float | None = None
+    every: float = 0.005
     gate: Gate = field(default_factory=Gate)
 
     def __post_init__(self) -> None:

@@ -13,8 +13,6 @@ from fake_provider.wire import Connection, Disconnected, Json
 if TYPE_CHECKING:
     from fake_provider.server import FakeProvider
 
-_COMMENT_SECONDS = 0.005
-
 
 class BrokenOff(Exception):
     """The answer has ended where the script says, before its end."""
@@ -132,7 +130,7 @@ class Sender:
         try:
             while not silence.done():
                 await self._connection.send(b": keep-alive\n\n")
-                await asyncio.wait({silence}, timeout=_COMMENT_SECONDS)
+                await asyncio.wait({silence}, timeout=fault.every)
             await silence
         finally:
             silence.cancel()

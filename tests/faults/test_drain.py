@@ -36,8 +36,7 @@ pytestmark = pytest.mark.timeout(60 + 40 * RESTARTS)
 
 async def test_a_rolling_restart_harms_no_turn(postgres_url: str, cluster: Cluster) -> None:
     draw = chance(SUITE)
-    for _ in range(2):
-        await cluster.start(postgres_url, VIDA_LEASE=LEASE)
+    await asyncio.gather(*(cluster.start(postgres_url, VIDA_LEASE=LEASE) for _ in range(2)))
     load = Load(SUITE, cluster, draw, some_message)
     try:
         for restart in range(1, RESTARTS + 1):
@@ -69,8 +68,7 @@ async def test_a_rolling_restart_harms_no_turn(postgres_url: str, cluster: Clust
 
 async def test_turns_without_text_are_handed_over_at_once(postgres_url: str, cluster: Cluster) -> None:
     draw = chance(SUITE, "hand-over")
-    leaving = await cluster.start(postgres_url, VIDA_LEASE=LEASE)
-    peer = await cluster.start(postgres_url, VIDA_LEASE=LEASE)
+    leaving, peer = await asyncio.gather(*(cluster.start(postgres_url, VIDA_LEASE=LEASE) for _ in range(2)))
     cluster.hide(peer)
     speaking, silent = Told("ada", "words:100 pace:20"), Told("eve", "words:5 slow-start:2")
     chats = [asyncio.create_task(Client(cluster, draw).chat(told)) for told in (speaking, silent)]

@@ -18,8 +18,7 @@ pytestmark = pytest.mark.timeout(60 + 30 * SQLITE_CYCLES)
 
 async def _kill_and_check(suite: str, cluster: Cluster, database_url: str, servers: int, cycles: int) -> None:
     draw = chance(suite)
-    for _ in range(servers):
-        await cluster.start(database_url)
+    await asyncio.gather(*(cluster.start(database_url) for _ in range(servers)))
     load = Load(suite, cluster, draw)
     cut = 0
     try:

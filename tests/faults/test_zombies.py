@@ -37,8 +37,7 @@ MESSAGES = {
 
 async def test_a_zombie_writes_nothing(postgres_url: str, cluster: Cluster) -> None:
     draw = chance(SUITE)
-    for _ in range(2):
-        await cluster.start(postgres_url)
+    await asyncio.gather(*(cluster.start(postgres_url) for _ in range(2)))
     for cycle in range(1, CYCLES + 1):
         cluster.servers.reverse()
         tolds = [Told(f"ada{number}", f"{text} {uuid4().hex[:8]}") for number, text in enumerate(MESSAGES)]

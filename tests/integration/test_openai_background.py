@@ -533,7 +533,7 @@ async def test_silence_has_a_bound(provider: FakeProvider, client: AsyncOpenAI) 
     assert len(provider.posts) == 1
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     pieces=st.lists(st.text(max_size=4) | st.sampled_from(["\ud83d", "\ude00", "\0"]), min_size=1, max_size=8),
     cuts=st.lists(st.tuples(st.sampled_from(CUTS), st.integers(1, 4)), max_size=4),

@@ -25,7 +25,6 @@ from fake_provider import (
     Call,
     ErrorEvent,
     Failed,
-    Gate,
     HttpError,
     Incomplete,
     Reasoning,
@@ -40,7 +39,7 @@ from openai_lab import MODES, lab, run
 from openai_thread import ThreadOfTest, fails
 from simulation.loop import simulate
 
-STREAMS = sized("STREAMS", 300, 3_000, 20_000)
+STREAMS = sized("STREAMS", 150, 3_000, 20_000)
 """Turns with faults at random."""
 CUTS = sized("CUTS", 6, 60, 600)
 """Streams that are cut at every byte."""
@@ -280,7 +279,7 @@ def whim(number: int, random: Any) -> tuple[Step, str | None]:
             endings = [Incomplete(), Failed(), ErrorEvent(), ErrorEvent(nested=True), Failed("invalid_prompt")]
             return Answer(output=random.choice([said, ()]), ending=random.choice(endings)), None
         case 4 | 5 | 6 | 7:
-            fault = Break(how=random.choice(HOWS), after=random.randrange(7), gate=Gate())
+            fault = Break(how=random.choice(HOWS), after=random.randrange(7), every=0.1)
             struck = fault.after <= 5
             return Answer(output=said, fault=fault, byte_by_byte=random.random() < 0.1), None if struck else whole
         case _:

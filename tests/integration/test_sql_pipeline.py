@@ -302,11 +302,15 @@ async def test_a_session_that_the_server_ends_for_standing_still_is_an_outage_of
     postgres_url: str, clock: ManualClock
 ) -> None:
     store = SqlStore(postgres_url, clock)
+    await store.write(lambda tx: tx.now())
+    driver = store._writing.session._driver
+    limit = "idle_in_transaction_session_timeout"
     with psycopg.connect(postgres_url, autocommit=True) as look:
-        look.execute(f"ALTER DATABASE {look.info.dbname} SET idle_in_transaction_session_timeout = 50")
 
         def stand_still(tx: Transaction) -> None:
             tx.users.ensure("eve", NOW)
+            assert list(driver.rows(f"SHOW {limit}")[0]) == ["15s"]  # so long nobody waits here
+            driver.run(f"SET LOCAL {limit} = 50")
             tx.now()
             ended = "SELECT count(*) = 0 FROM pg_stat_activity WHERE state LIKE 'idle in transaction%'"
             while look.execute(ended).fetchone() == (False,):

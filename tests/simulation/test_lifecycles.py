@@ -11,7 +11,6 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from adapters.memory.store import MemoryStore
-from adapters.sql.schema import migrate
 from adapters.sql.store import SqlStore
 from core.ports.store import Store
 from faults.figures import SIZE, sized
@@ -19,7 +18,7 @@ from simulation.lifecycles import Lifecycles
 
 STEPS = 50
 MEMORY = sized("LIFECYCLES", 400, 1_000, 21_000)
-SQLITE = sized("LIFECYCLES_SQLITE", 100, 200, 2_000)
+SQLITE = sized("LIFECYCLES_SQLITE", 50, 200, 2_000)
 """Runs of at most so many steps."""
 
 LEAST = (
@@ -79,17 +78,14 @@ def test_lifecycles_in_memory() -> None:
 
 
 @pytest.mark.timeout(60 + SQLITE * 3)
-def test_lifecycles_on_sqlite(tmp_path: Path) -> None:
-    template = tmp_path / "template.db"
-    migrate(f"sqlite:///{template}")
-
+def test_lifecycles_on_sqlite(sqlite_template: Path, tmp_path: Path) -> None:
     class OnSqlite(Lifecycles):
         covered: ClassVar[Counter[str]] = Counter()
 
         def open(self) -> Store:
             self.folder = tempfile.TemporaryDirectory(dir=tmp_path)
             file = Path(self.folder.name) / "record.db"
-            shutil.copy(template, file)
+            shutil.copy(sqlite_template, file)
             return SqlStore(f"sqlite:///{file}", self.clock)
 
         def teardown(self) -> None:

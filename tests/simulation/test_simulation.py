@@ -18,7 +18,7 @@ from simulation.loop import DeadlockError, Host, simulate
 from simulation.scenario import digests, play
 
 SEED = os.environ.get("VIDA_TEST_SEED")
-SEEDS = [int(SEED)] if SEED else range(sized("SIM_SEEDS", 150, 1_500, 100_000))
+SEEDS = [int(SEED)] if SEED else range(sized("SIM_SEEDS", 75, 1_500, 100_000))
 BATCH = 50
 """Seeds that a process is given at a time."""
 
@@ -75,7 +75,7 @@ def test_whatever_befalls_processes_every_promise_holds() -> None:
     played = everywhere(batches) if SIZE == "large" and len(batches) > 1 else map(play, batches)
     counts = sum(played, Counter[str]())
     print(", ".join(f"{name} {count}" for name, count in sorted(counts.items())))
-    if len(SEEDS) >= 150:
+    if len(SEEDS) >= 75:
         missing = {name: counts[name] for name, least in LEAST.items() if counts[name] < least * len(SEEDS) // 150}
         assert not missing, f"too little happened: {missing}"
 
