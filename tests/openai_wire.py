@@ -2,12 +2,14 @@
 
 import asyncio
 from collections.abc import Iterable
-from typing import Any, cast
+from functools import partial
+from typing import Any
+from unittest.mock import patch
 
 import httpcore2
 from openai import AsyncOpenAI
 
-from adapters.openai import client as clients
+from adapters.openai.client import make_client
 from fake_provider import FakeProvider
 
 URL = "http://provider.test/v1"
@@ -131,9 +133,7 @@ class Wire(httpcore2.AsyncNetworkBackend):
 
 def wired(provider: FakeProvider, max_connections: int = 5) -> tuple[AsyncOpenAI, Wire]:
     """The client as the adapter makes it, on a wire of its own."""
-    made = clients.make_client("", URL, max_connections)
     wire = Wire(provider)
-    made._platform = "Linux"  # else it is found out in a thread
-    transport = cast("Any", made._client)._transport
-    transport._pool._network_backend = wire
-    return made, wire
+    pool = partial(httpcore2.AsyncConnectionPool, network_backend=wire)
+    with patch.object(httpcore2, "AsyncConnectionPool", pool):
+        return make_client("", URL, max_connections), wire

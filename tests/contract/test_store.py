@@ -7,7 +7,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, closing
 from dataclasses import replace
-from datetime import UTC, date, datetime, timedelta
+from datetime import date, timedelta
 from functools import partial
 from typing import TypeVar
 
@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 
 from adapters.memory.store import MemoryStore
 from adapters.sql.store import SqlStore
-from adapters.system import Ids
 from core.model.agent import Domain
 from core.model.errors import StoreUnavailable, ThreadNotFound
 from core.model.events import (
@@ -42,11 +41,10 @@ from core.ports.threads import NewMessage, ThreadKey
 from core.ports.turns import Appended, Holder, LogAppend, RequestKey
 from doubles import CATALOG, ManualClock, definition
 from harness import until
+from records import IDS, NOW, a_line, a_thread, a_turn, request
 
 T = TypeVar("T")
 
-IDS = Ids()
-NOW = datetime(2026, 1, 1, tzinfo=UTC)
 ACTIVE = frozenset({ThreadState.ACTIVE})
 ANY = frozenset(ThreadState)
 
@@ -64,56 +62,6 @@ TEXTS = {
     "64 Ki": "x" * 65_536,
     "64 Ki emoji": "👋" * 65_536,
 }
-
-
-def a_thread(user: str = "ada", **changes: object) -> Thread:
-    values: dict[str, object] = {
-        "id": IDS.new(),
-        "user_id": user,
-        "domain": Domain.CAREER,
-        "agent_id": "career-v1",
-        "title": "",
-        "state": ThreadState.ACTIVE,
-        "metadata": {},
-        "last_message_at": NOW,
-        "created_at": NOW,
-        "message_count": 0,
-    }
-    return Thread(**{**values, **changes})  # type: ignore[arg-type]
-
-
-def a_turn(of: Thread, **changes: object) -> Turn:
-    values: dict[str, object] = {
-        "id": IDS.new(),
-        "thread_id": of.id,
-        "user_id": of.user_id,
-        "agent_id": of.agent_id,
-        "state": TurnState.RUNNING,
-        "attempt": 1,
-        "epoch": 1,
-        "last_position": 1,
-        "usage": Usage(),
-        "reason": None,
-        "model": "script-1",
-        "provider": "scripted",
-        "accepted_at": NOW,
-    }
-    return Turn(**{**values, **changes})  # type: ignore[arg-type]
-
-
-def a_line(of: Turn, text: str = "Hello", role: Role = Role.USER, **changes: object) -> NewMessage:
-    values: dict[str, object] = {
-        "id": IDS.new(),
-        "turn_id": of.id,
-        "role": role,
-        "content": (TextPart(text),),
-        "created_at": NOW,
-    }
-    return NewMessage(**{**values, **changes})  # type: ignore[arg-type]
-
-
-def request(user: str = "ada", request_id: str = "", fingerprint: str = "f", caller: str = "local") -> RequestKey:
-    return RequestKey(caller=caller, user_id=user, request_id=request_id, fingerprint=fingerprint)
 
 
 def add_thread(tx: Transaction, thread: Thread) -> None:

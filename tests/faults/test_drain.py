@@ -70,7 +70,7 @@ async def test_turns_without_text_are_handed_over_at_once(postgres_url: str, clu
     draw = chance(SUITE, "hand-over")
     leaving, peer = await asyncio.gather(*(cluster.start(postgres_url, VIDA_LEASE=LEASE) for _ in range(2)))
     cluster.hide(peer)
-    speaking, silent = Told("ada", "words:100 pace:20"), Told("eve", "words:5 slow-start:2")
+    speaking, silent = Told("ada", "words:70 pace:20"), Told("eve", "words:5 slow-start:2")
     chats = [asyncio.create_task(Client(cluster, draw).chat(told)) for told in (speaking, silent)]
     await until(lambda: speaking.text and silent.turn_id)
     cluster.addresses.append(peer.address)

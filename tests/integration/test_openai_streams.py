@@ -37,7 +37,7 @@ from fake_provider.store import Numbers
 from faults.figures import FIGURES, chance, sized
 from openai_lab import MODES, lab, run
 from openai_thread import ThreadOfTest, fails
-from simulation.loop import simulate
+from openai_wire import URL
 
 STREAMS = sized("STREAMS", 150, 3_000, 20_000)
 """Turns with faults at random."""
@@ -55,7 +55,7 @@ def rendered(answer: Answer) -> list[bytes]:
 
 async def typed(data: bytes) -> tuple[str, list[ToolCalled], tuple[int, int], str]:
     """What the SDK's types make of a stream: text, calls, usage and the terminal event."""
-    async with AsyncOpenAI(api_key="none", base_url="http://provider.test/v1") as client:
+    async with AsyncOpenAI(api_key="none", base_url=URL) as client:
         response = httpx2.Response(200, content=data, request=httpx2.Request("POST", "http://provider.test"))
         cast_to: Any = ResponseStreamEvent
         stream: Any = openai.AsyncStream(cast_to=cast_to, response=response, client=client)
@@ -161,14 +161,10 @@ class Player:
         self.requests: list[httpx2.Request] = []
 
     def client(self) -> AsyncOpenAI:
-        made = AsyncOpenAI(
-            api_key="none",
-            base_url="http://provider.test/v1",
-            max_retries=0,
-            http_client=httpx2.AsyncClient(transport=httpx2.MockTransport(self._answer)),
+        transport = httpx2.MockTransport(self._answer)
+        return AsyncOpenAI(
+            api_key="none", base_url=URL, max_retries=0, http_client=httpx2.AsyncClient(transport=transport)
         )
-        made._platform = "Linux"  # else it is found out in a thread
-        return made
 
     async def _answer(self, request: httpx2.Request) -> httpx2.Response:
         self.requests.append(request)
@@ -207,7 +203,7 @@ def test_once_all_items_are_done_the_end_must_come_soon(after: str, seconds: flo
         thread = at_player(Player([*EVENTS[:place], seconds - 1, *EVENTS[place:]]))
         assert await thread.say("Hello") == "One and two."
 
-    simulate(main(), _raise)
+    run(main())
 
 
 def test_a_lost_delta_is_neither_hidden_nor_filled_in() -> None:
@@ -216,7 +212,7 @@ def test_a_lost_delta_is_neither_hidden_nor_filled_in() -> None:
         thread = at_player(Player([*EVENTS[:lost], *EVENTS[lost + 1 :]]))
         assert await fails(thread) == (TurnReason.PROVIDER_PROTOCOL, "One two.")
 
-    simulate(main(), _raise)
+    run(main())
 
 
 def test_in_the_background_a_lost_event_is_fetched() -> None:
@@ -227,7 +223,7 @@ def test_in_the_background_a_lost_event_is_fetched() -> None:
         assert await thread.say("Hello") == "One and two."
         assert player.requests[1].url.params["starting_after"] == str(lost - 1)
 
-    simulate(main(), _raise)
+    run(main())
 
 
 def test_a_server_that_counts_in_its_own_way_is_asked_again_once_per_gap() -> None:
@@ -237,7 +233,7 @@ def test_a_server_that_counts_in_its_own_way_is_asked_again_once_per_gap() -> No
         player = Player(kept, kept[place:], kept[place + 4 :])
         assert await at_player(player, background=True).say("Hello") == "One and two."
 
-    simulate(main(), _raise)
+    run(main())
 
 
 def test_a_delta_of_twenty_megabytes_is_not_kept() -> None:
@@ -248,11 +244,7 @@ def test_a_delta_of_twenty_megabytes_is_not_kept() -> None:
         thread = at_player(Player([*EVENTS[:place], *chunks]))
         assert await fails(thread) == (TurnReason.OUTPUT_LIMIT, "One ")
 
-    simulate(main(), _raise)
-
-
-def _raise(error: BaseException) -> None:
-    raise error
+    run(main())
 
 
 # --- at random

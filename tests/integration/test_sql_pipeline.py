@@ -5,7 +5,6 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import replace
-from datetime import UTC, datetime
 
 import psycopg
 import pytest
@@ -13,49 +12,18 @@ import pytest
 from adapters.sql.errors import StoreFaultError
 from adapters.sql.pipeline import Pipeline
 from adapters.sql.store import SqlStore
-from adapters.system import Ids
 from core.model.agent import Domain
 from core.model.errors import StoreUnavailable
 from core.model.goal import Goal
-from core.model.message import Role, TextPart
-from core.model.thread import Thread, ThreadState
-from core.model.turn import Turn, TurnState, Usage
+from core.model.message import Role
+from core.model.thread import Thread
 from core.ports.store import Conflict, Transaction
-from core.ports.threads import NewMessage
-from core.ports.turns import RequestKey
 from doubles import CATALOG, ManualClock
 from harness import until
+from records import NOW, a_line, a_thread, a_turn, request
 
-IDS = Ids()
-NOW = datetime(2026, 1, 1, tzinfo=UTC)
-REQUEST = RequestKey(caller="local", user_id="ada", request_id="", fingerprint="")
-THREAD = Thread(
-    id="one",
-    user_id="ada",
-    domain=Domain.CAREER,
-    agent_id="career-v1",
-    title="",
-    state=ThreadState.ACTIVE,
-    metadata={},
-    last_message_at=NOW,
-    created_at=NOW,
-    message_count=0,
-)
-TURN = Turn(
-    id="turn",
-    thread_id="one",
-    user_id="ada",
-    agent_id="career-v1",
-    state=TurnState.RUNNING,
-    attempt=1,
-    epoch=1,
-    last_position=1,
-    usage=Usage(),
-    reason=None,
-    model="m",
-    provider="p",
-    accepted_at=NOW,
-)
+THREAD = a_thread(id="one")
+TURN = a_turn(THREAD, id="turn")
 GOAL = Goal(id="goal", user_id="ada", domain=Domain.CAREER, text="x", commitment="", due=None, created_at=NOW)
 
 
@@ -77,17 +45,17 @@ def adding(thread: Thread) -> Callable[[Transaction], None]:
     return change
 
 
-def saying(*texts: str, turn_id: str = "turn") -> Callable[[Transaction], list[int]]:
+def saying(*texts: str) -> Callable[[Transaction], list[int]]:
     """Adds lines to the thread; returns their indexes."""
 
     def change(tx: Transaction) -> list[int]:
-        return [message.index for text in texts for message in tx.messages.append("one", [line(text, turn_id)])]
+        return [
+            message.index
+            for text in texts
+            for message in tx.messages.append("one", [a_line(TURN, text, Role.TOOL)])
+        ]
 
     return change
-
-
-def line(text: str, turn_id: str = "turn") -> NewMessage:
-    return NewMessage(id=IDS.new(), turn_id=turn_id, role=Role.TOOL, content=(TextPart(text),), created_at=NOW)
 
 
 async def together(store: SqlStore, *changes: Callable[[Transaction], object]) -> list[object]:
@@ -162,7 +130,7 @@ async def test_what_was_cut_off_by_an_error_can_be_asked_for_again(record: SqlSt
 
 
 async def test_a_message_is_counted_once_whatever_is_taken_back_beside_it(record: SqlStore) -> None:
-    await record.write(lambda tx: tx.turns.add(TURN, REQUEST, owner="me"))
+    await record.write(lambda tx: tx.turns.add(TURN, request(), owner="me"))
 
     def failing(tx: Transaction) -> None:
         saying("lost", "lost too")(tx)
@@ -178,9 +146,9 @@ async def test_a_message_is_counted_once_whatever_is_taken_back_beside_it(record
 async def test_a_new_threads_messages_are_counted_from_the_first(record: SqlStore) -> None:
     def change(tx: Transaction) -> list[int]:
         adding(replace(THREAD, id="two"))(tx)
-        tx.turns.add(replace(TURN, thread_id="two"), REQUEST, owner="me")
-        found = tx.messages.append("two", [line("a"), line("b")])
-        return [message.index for message in (*found, *tx.messages.append("two", [line("c")]))]
+        tx.turns.add(replace(TURN, thread_id="two"), request(), owner="me")
+        found = tx.messages.append("two", [a_line(TURN, text, Role.TOOL) for text in "ab"])
+        return [message.index for message in (*found, *tx.messages.append("two", [a_line(TURN, "c", Role.TOOL)]))]
 
     assert await record.write(change) == [1, 2, 3]
     thread = await record.read(lambda tx: tx.threads.find("two"))
@@ -189,7 +157,7 @@ async def test_a_new_threads_messages_are_counted_from_the_first(record: SqlStor
 
 
 async def test_more_than_the_wire_takes_at_once_goes_through(record: SqlStore) -> None:
-    await record.write(lambda tx: tx.turns.add(TURN, REQUEST, owner="me"))
+    await record.write(lambda tx: tx.turns.add(TURN, request(), owner="me"))
     await record.write(saying(*("x" * 65_536 for _ in range(100))))
     lines = await record.read(lambda tx: tx.messages.list("one", after=None, newest_first=False, limit=None))
     assert [len(found.text) for found in lines] == [65_536] * 100
@@ -341,8 +309,8 @@ async def test_the_way_of_a_change_to_the_server_and_back_is_short(
     def accept(tx: Transaction) -> None:
         tx.now()
         adding(THREAD)(tx)
-        tx.turns.add(TURN, REQUEST, owner="me")
-        tx.messages.begin("one", line("Hello"))
+        tx.turns.add(TURN, request(), owner="me")
+        tx.messages.begin("one", a_line(TURN))
 
     monkeypatch.setattr(Pipeline, "_receive", counted)
     await store.write(accept)
@@ -359,7 +327,7 @@ async def test_the_last_word_goes_out_when_a_store_closes(postgres_url: str, clo
 
     def change(tx: Transaction) -> None:
         adding(THREAD)(tx)
-        tx.turns.add(TURN, REQUEST, owner="me")
+        tx.turns.add(TURN, request(), owner="me")
 
     await one.write(change)
     await one.aclose()

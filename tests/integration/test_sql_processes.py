@@ -6,7 +6,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, closing, contextmanager
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import Any
 
 import psycopg
@@ -14,68 +14,24 @@ import pytest
 
 from adapters.sql.store import SqlStore
 from adapters.sql.tables import metadata
-from adapters.system import Ids
-from core.model.agent import Domain
 from core.model.attachment import FilePart, ImagePart
 from core.model.events import AttemptRestarted, TextDelta, TurnStarted
-from core.model.message import Role, TextPart
-from core.model.thread import ProviderState, Thread, ThreadState
-from core.model.turn import Turn, TurnState, Usage
+from core.model.message import Role
+from core.model.thread import ProviderState, Thread
+from core.model.turn import Turn, TurnState
 from core.ports.store import UNCLAIMED, Transaction
-from core.ports.threads import NewMessage
-from core.ports.turns import Appended, Holder, LogAppend, RequestKey
+from core.ports.turns import Appended, Holder, LogAppend
 from doubles import CATALOG, ManualClock
 from harness import until
+from records import IDS, NOW, a_line, a_thread, a_turn, request
 
-IDS = Ids()
-NOW = datetime(2026, 1, 1, tzinfo=UTC)
 TEXT = (TextDelta("abc"),)
-
-
-def a_thread() -> Thread:
-    return Thread(
-        id=IDS.new(),
-        user_id="ada",
-        domain=Domain.CAREER,
-        agent_id="career-v1",
-        title="",
-        state=ThreadState.ACTIVE,
-        metadata={},
-        last_message_at=NOW,
-        created_at=NOW,
-        message_count=0,
-    )
-
-
-def a_turn(of: Thread, state: TurnState = TurnState.RUNNING) -> Turn:
-    return Turn(
-        id=IDS.new(),
-        thread_id=of.id,
-        user_id="ada",
-        agent_id="career-v1",
-        state=state,
-        attempt=1,
-        epoch=1,
-        last_position=1,
-        usage=Usage(),
-        reason=None,
-        model="m",
-        provider="p",
-        accepted_at=NOW,
-    )
-
-
-def a_line(of: Turn, role: Role = Role.USER) -> NewMessage:
-    return NewMessage(id=IDS.new(), turn_id=of.id, role=role, content=(TextPart("Hello"),), created_at=NOW)
-
-
-REQUEST = RequestKey(caller="local", user_id="ada", request_id="", fingerprint="")
 
 
 def add(tx: Transaction, thread: Thread, turn: Turn) -> None:
     tx.users.ensure("ada", NOW)
     tx.threads.add(thread)
-    tx.turns.add(turn, REQUEST, owner="one")
+    tx.turns.add(turn, request(), owner="one")
     tx.log.begin(turn.id, [TurnStarted(turn.id, thread.id, turn.agent_id)])
     tx.messages.append(thread.id, [a_line(turn)])
 
@@ -249,13 +205,13 @@ async def test_changes_are_heard_by_other_processes_once_they_can_be_read(
         assert heard.sets == [frozenset()]
         thread, turn = await begun(one)
         await until(lambda: heard.ids == {turn.id})
-        queued, claimed = a_turn(thread, TurnState.ACCEPTED), replace(turn, epoch=2)
+        queued, claimed = a_turn(thread, state=TurnState.ACCEPTED), replace(turn, epoch=2)
         released = replace(turn, state=TurnState.ACCEPTED, epoch=3)
         changes: list[tuple[Callable[[Transaction], object], set[str]]] = [
             (lambda tx: tx.log.append([LogAppend(turn.id, 1, 1, TEXT)]), {turn.id}),
             (lambda tx: tx.log.append([LogAppend(turn.id, 7, 1, TEXT)]), set()),
             (lambda tx: tx.threads.describe(thread.id, title="x", metadata=None), set()),
-            (lambda tx: tx.turns.add(queued, REQUEST, waiting=a_line(queued)), {queued.id, UNCLAIMED}),
+            (lambda tx: tx.turns.add(queued, request(), waiting=a_line(queued)), {queued.id, UNCLAIMED}),
             (lambda tx: tx.turns.save_claim(claimed, "one"), {turn.id}),
             (lambda tx: tx.turns.save_claim(released, ""), {turn.id, UNCLAIMED}),
             (lambda tx: tx.turns.save_ending(replace(released, state=TurnState.FAILED)), {turn.id, UNCLAIMED}),
@@ -366,11 +322,11 @@ async def test_nothing_of_a_deleted_thread_is_left_but_its_tombstone(
     async with processes(database_url, clock) as (store,):
         pairs = [await begun(store) for _ in range(2)]
         for thread, turn in pairs:
-            waiting = a_turn(thread, TurnState.ACCEPTED)
+            waiting = a_turn(thread, state=TurnState.ACCEPTED)
 
             def fill(tx: Transaction, thread: Thread = thread, turn: Turn = turn, waiting: Turn = waiting) -> None:
-                tx.messages.append(thread.id, [a_line(turn, Role.TOOL), a_line(turn, Role.ASSISTANT)])
-                tx.turns.add(waiting, REQUEST, waiting=a_line(waiting))
+                tx.messages.append(thread.id, [a_line(turn, role=Role.TOOL), a_line(turn, role=Role.ASSISTANT)])
+                tx.turns.add(waiting, request(), waiting=a_line(waiting))
                 tx.turns.attach(turn.id, (ImagePart(b"one"),))
                 tx.turns.attach(waiting.id, (FilePart(b"two"),))
                 tx.log.begin(waiting.id, [TurnStarted(waiting.id, thread.id, turn.agent_id)])

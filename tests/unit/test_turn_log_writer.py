@@ -6,29 +6,25 @@ import selectors
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 import pytest
 
 from adapters.memory.store import MemoryStore, TurnLog
-from adapters.system import Ids
 from core.model.agent import Domain
 from core.model.errors import LeaseLost, StoreUnavailable
 from core.model.events import LogEntry, TextDelta, ToolCalled, TurnEvent, TurnStarted
-from core.model.thread import Thread, ThreadState
-from core.model.turn import Turn, TurnState, Usage
+from core.model.turn import TurnState
 from core.ports.store import Store, Transaction
-from core.ports.turns import Appended, LogAppend, RequestKey
+from core.ports.turns import Appended, LogAppend
 from core.use_cases.turn_feed import TurnFeed
 from core.use_cases.turn_log_writer import OpenLog, TurnLogWriter
 from doubles import CATALOG, ManualClock
 from harness import until
+from records import NOW, a_thread, a_turn, request
 
 T = TypeVar("T")
 
-IDS = Ids()
-NOW = datetime(2026, 1, 1, tzinfo=UTC)
 TICK = 0.005
 COMMIT = 0.002
 """Virtual seconds that a commit takes."""
@@ -106,41 +102,15 @@ class Bench:
 
     async def turn(self) -> tuple[OpenLog, TurnFeed]:
         """A running turn with its open log."""
-        thread = Thread(
-            id=IDS.new(),
-            user_id="ada",
-            domain=Domain.CAREER,
-            agent_id="career-v1",
-            title="",
-            state=ThreadState.ACTIVE,
-            metadata={},
-            last_message_at=NOW,
-            created_at=NOW,
-            message_count=0,
-        )
-        turn = Turn(
-            id=IDS.new(),
-            thread_id=thread.id,
-            user_id="ada",
-            agent_id="career-v1",
-            state=TurnState.RUNNING,
-            attempt=1,
-            epoch=1,
-            last_position=1,
-            usage=Usage(),
-            reason=None,
-            model="m",
-            provider="p",
-            accepted_at=NOW,
-        )
-        started = TurnStarted(turn.id, thread.id, "career-v1")
+        thread = a_thread()
+        turn = a_turn(thread)
+        started = TurnStarted(turn.id, thread.id, thread.agent_id)
 
         def change(tx: Transaction) -> None:
             tx.agents.publish(CATALOG.by_domain[Domain.CAREER])
             tx.users.ensure("ada", NOW)
             tx.threads.add(thread)
-            request = RequestKey(caller="c", user_id="ada", request_id="", fingerprint="")
-            tx.turns.add(turn, request, owner="me")
+            tx.turns.add(turn, request(), owner="me")
             tx.log.begin(turn.id, [started])
 
         await self.store.inner.write(change)
