@@ -14,7 +14,7 @@ from adapters.sql.schema import migrate
 from adapters.sql.store import SqlStore
 from core.ports.store import Store
 from doubles import ManualClock
-from own_postgres import OwnPostgres, Postgres, templated
+from own_postgres import OwnPostgres, Postgres, Spares, templated
 
 
 @pytest.fixture(autouse=True)
@@ -41,12 +41,19 @@ def postgres() -> Iterator[Postgres]:
         server.close()
 
 
+@pytest.fixture(scope="session")
+def spares(postgres: Postgres) -> Iterator[Spares]:
+    """Databases of the PostgreSQL server, made ahead."""
+    spares = Spares(postgres)
+    yield spares
+    spares.close()
+
+
 @pytest.fixture
-def postgres_url(postgres: Postgres, request: pytest.FixtureRequest) -> Iterator[str]:
+def postgres_url(spares: Spares) -> Iterator[str]:
     """A database of its own for each test."""
-    name = f"vida_{os.getpid()}_{abs(hash(request.node.nodeid)):x}"
-    yield postgres.create(name)
-    postgres.drop(name)
+    with spares.one() as url:
+        yield url
 
 
 @pytest.fixture(scope="session")

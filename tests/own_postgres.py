@@ -6,8 +6,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import psycopg
@@ -45,6 +47,38 @@ class Postgres:
         """The URL of another database of the server."""
         head, _, query = self.url.partition("?")
         return f"{head.rpartition('/')[0]}/{name}" + (f"?{query}" if query else "")
+
+
+class Spares:
+    """Databases that are made ahead while tests run, and removed behind them, by a thread."""
+
+    def __init__(self, postgres: Postgres) -> None:
+        self._postgres = postgres
+        self._names = (f"vida_{os.getpid()}_{number}" for number in count())
+        self._worker = ThreadPoolExecutor(1, "spares")
+        self._ahead = self._make()
+        self._removals: list[Future[None]] = []
+
+    def _make(self) -> "Future[tuple[str, str]]":
+        name = next(self._names)
+        return self._worker.submit(lambda: (name, self._postgres.create(name)))
+
+    @contextmanager
+    def one(self) -> Iterator[str]:
+        """The URL of a database of one's own."""
+        name, url = self._ahead.result()
+        self._ahead = self._make()
+        try:
+            yield url
+        finally:
+            self._removals.append(self._worker.submit(self._postgres.drop, name))
+
+    def close(self) -> None:
+        """Removes the last ones. Raises what went wrong behind a test."""
+        self._postgres.drop(self._ahead.result()[0])
+        self._worker.shutdown()
+        for removal in self._removals:
+            removal.result()
 
 
 def templated(url: str) -> Postgres:
