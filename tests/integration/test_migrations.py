@@ -6,7 +6,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +38,32 @@ def empty_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     postgres.drop(name)
 
 
-def run(*arguments: str, url: str) -> "subprocess.CompletedProcess[str]":
-    """Runs the command line."""
-    return subprocess.run(
-        [sys.executable, "-m", "entrypoints.cli.main", *arguments],
-        env={**os.environ, "VIDA_DATABASE_URL": url},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+MIGRATE, SERVE, CLEANUP = ["migrate"], ["serve", "--listen", "127.0.0.1:0"], ["cleanup"]
+
+
+def run(*commands: Sequence[str], url: str) -> list[tuple[int, str, str]]:
+    """Runs commands, all at once; returns the exit code, the output and the errors of each."""
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-m", "entrypoints.cli.main", *arguments],
+            env={**os.environ, "VIDA_DATABASE_URL": url},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for arguments in commands
+    ]
+    written = [command.communicate(timeout=60) for command in running]
+    return [(command.returncode, *texts) for command, texts in zip(running, written, strict=True)]
+
+
+def refused(*commands: Sequence[str], url: str, saying: str = "") -> None:
+    """Each of the commands ends with an explanation and does nothing."""
+    for code, output, errors in run(*commands, url=url):
+        assert (code, output) == (1, "")
+        assert saying in errors
+        assert "Traceback" not in errors
+        assert "kanarienvogel" not in errors
 
 
 def execute(url: str, statement: str) -> None:
@@ -217,29 +233,28 @@ def test_a_newer_database_is_refused_and_left_alone(database_url: str) -> None:
     assert schema_state(database_url) is SchemaState.NEWER
 
 
-@pytest.mark.parametrize("command", [("migrate",), ("serve", "--listen", "127.0.0.1:0"), ("cleanup",)], ids=str)
-def test_no_command_opens_a_newer_database(database_url: str, command: tuple[str, ...]) -> None:
-    execute(database_url, NEWER)
-    done = run(*command, url=database_url)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert "newer" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_no_command_opens_a_newer_server_database(postgres_url: str) -> None:
+    execute(postgres_url, NEWER)
+    refused(MIGRATE, SERVE, CLEANUP, url=postgres_url, saying="newer")
 
 
-@pytest.mark.parametrize("command", [("serve", "--listen", "127.0.0.1:0"), ("cleanup",)], ids=str)
-def test_an_outdated_server_database_is_refused_with_advice(postgres: Postgres, command: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("command", [MIGRATE, SERVE, CLEANUP], ids=str)
+def test_no_command_opens_a_newer_file(sqlite_url: str, command: Sequence[str]) -> None:
+    execute(sqlite_url, NEWER)
+    refused(command, url=sqlite_url, saying="newer")  # one by one: a file has one owner
+
+
+def test_an_outdated_server_database_is_refused_with_advice(postgres: Postgres) -> None:
     name = f"vida_outdated_{os.getpid()}"
     url = postgres.empty(name)
     try:
-        done = run(*command, url=url)
-        assert (done.returncode, done.stdout) == (1, "")
-        assert "vida-coach migrate" in done.stderr
-        assert "Traceback" not in done.stderr
+        refused(SERVE, CLEANUP, url=url, saying="vida-coach migrate")
         assert schema_state(url) is SchemaState.EMPTY  # not migrated by the way
-        done = run("migrate", url=url)
-        assert (done.returncode, done.stdout) == (0, "")
+        ((code, output, _),) = run(MIGRATE, url=url)
+        assert (code, output) == (0, "")
         assert schema_state(url) is SchemaState.CURRENT
-        assert "already up to date" in run("migrate", url=url).stderr
+        ((_, _, errors),) = run(MIGRATE, url=url)
+        assert "already up to date" in errors
     finally:
         postgres.drop(name)
 
@@ -270,34 +285,19 @@ def test_migrating_in_four_processes_at_once_is_safe(empty_url: str) -> None:
 
 def test_four_migrate_commands_at_once_all_succeed(empty_url: str) -> None:
     """As the command's help promises."""
-    commands = [
-        subprocess.Popen(
-            [sys.executable, "-m", "entrypoints.cli.main", "migrate"],
-            env={**os.environ, "VIDA_DATABASE_URL": empty_url},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(4)
-    ]
-    errors = [command.communicate(timeout=60)[1] for command in commands]
-    assert [command.returncode for command in commands] == [0, 0, 0, 0], errors
+    done = run(*[MIGRATE] * 4, url=empty_url)
+    assert [code for code, _, _ in done] == [0, 0, 0, 0], done
     assert schema_state(empty_url) is SchemaState.CURRENT
 
 
-@pytest.mark.parametrize("command", [("migrate",), ("serve", "--listen", "127.0.0.1:0"), ("cleanup",)], ids=str)
-def test_a_file_that_is_no_database_is_explained(tmp_path: Path, command: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("command", [MIGRATE, SERVE, CLEANUP], ids=str)
+def test_a_file_that_is_no_database_is_explained(tmp_path: Path, command: Sequence[str]) -> None:
     file = tmp_path / "letter.txt"
     file.write_text("Dear Ada, this is no database. " * 100)
-    done = run(*command, url=f"sqlite:///{file}")
-    assert (done.returncode, done.stdout) == (1, "")
-    assert "Traceback" not in done.stderr
+    refused(command, url=f"sqlite:///{file}")
     assert file.read_text().startswith("Dear Ada")
 
 
-@pytest.mark.parametrize("command", [("migrate",), ("serve", "--listen", "127.0.0.1:0"), ("cleanup",)], ids=str)
-def test_a_server_that_does_not_answer_is_explained(command: tuple[str, ...]) -> None:
-    done = run(*command, url="postgresql://ada:kanarienvogel@127.0.0.1:1/none")
-    assert (done.returncode, done.stdout) == (1, "")
-    assert "does not answer" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert "kanarienvogel" not in done.stderr
+def test_a_server_that_does_not_answer_is_explained() -> None:
+    url = "postgresql://ada:kanarienvogel@127.0.0.1:1/none"
+    refused(MIGRATE, SERVE, CLEANUP, url=url, saying="does not answer")
