@@ -10,8 +10,9 @@ import pytest
 
 from adapters.openai.agent import OpenAIAgent
 from core.model.agent import AgentDefinition, Domain
+from core.model.attachment import without_data
 from core.model.events import TextDelta, ToolCalled
-from core.model.message import Message, Role, TextPart, ToolExchange
+from core.model.message import Message, Role, TextPart, ToolExchange, readable
 from core.model.thread import ProviderState
 from core.model.turn import TurnReason
 from core.ports.agent import AgentEvent, AgentFailed, Begun, ReplyRequest, RoundFinished, StateChanged, ToolRound
@@ -80,7 +81,11 @@ class ThreadOfTest:
         before = tuple(self.messages[:-1])
 
         async def history(data: int = 0) -> Sequence[Message]:
-            return before
+            whole = set(readable(before[::-1], data))
+            return [
+                line if line.turn_id in whole else replace(line, content=without_data(line.content))
+                for line in before
+            ]
 
         return ReplyRequest(
             turn_id=f"turn-{self.turns}",
