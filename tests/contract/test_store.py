@@ -7,7 +7,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, closing
 from dataclasses import replace
-from datetime import date, timedelta
+from datetime import date, datetime, timedelta
 from functools import partial
 from typing import TypeVar
 
@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from adapters.memory.store import MemoryStore
+from adapters.sql.fiber import apart
 from adapters.sql.store import SqlStore
 from core.model.agent import Domain
 from core.model.errors import StoreUnavailable, ThreadNotFound
@@ -117,7 +118,7 @@ class Hold:
 
     def change(self, _: Transaction) -> None:
         self.reached.set()
-        assert self._go_on.wait(20)
+        assert apart(lambda: self._go_on.wait(20))
 
     def open(self) -> None:
         self._go_on.set()
@@ -291,6 +292,16 @@ async def test_time_is_utc_and_does_not_run_backwards(record: Store) -> None:
     assert {time.utcoffset() for time in times} == {timedelta(0)}
 
 
+async def test_about_now_is_a_little_late_at_most(record: Store) -> None:
+    def look(tx: Transaction) -> list[datetime]:
+        return [tx.now(), tx.about_now(), tx.now()]
+
+    before, about, after = await record.write(look)
+    assert before <= about <= after
+    later = await record.write(lambda tx: (tx.about_now(), tx.now()))
+    assert after - timedelta(seconds=0.05) <= later[0] <= later[1]
+
+
 async def fail_holding(store: Store, name: str) -> None:
     async with store.exclusive(name) as held:
         assert held
@@ -354,7 +365,7 @@ async def test_postgresql_a_change_that_collides_with_another_processes_is_run_a
                 runs.append(name)
                 found = tx.turns.by_request("local", "ada", "r1")
                 if runs.count(name) == 1:
-                    both_have_looked.wait(20)
+                    apart(lambda: both_have_looked.wait(20))
                 if found:
                     return found[0].id
                 add_thread(tx, thread)

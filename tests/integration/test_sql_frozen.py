@@ -11,6 +11,7 @@ import psycopg
 import pytest
 
 from adapters.sql import engines
+from adapters.sql.fiber import apart
 from adapters.sql.store import SqlStore
 from core.model.errors import StoreUnavailable
 from core.ports.store import Transaction
@@ -91,6 +92,17 @@ async def test_writing_and_reading_end_and_begin_again(server: Server) -> None:
     assert "lost" not in server.users()
 
 
+async def test_the_loop_goes_on_while_the_writer_waits(server: Server) -> None:
+    async with opened(server) as store:
+        with server.frozen():
+            writing = asyncio.create_task(store.write(ensure("waiting")))
+            for _ in range(100):
+                await asyncio.sleep(0)
+            assert not writing.done()
+        await writing
+    assert "waiting" in server.users()
+
+
 async def test_a_transaction_that_is_cut_in_the_middle_leaves_nothing(server: Server) -> None:
     async with opened(server) as store:
         half_way, go_on = threading.Event(), threading.Event()
@@ -98,7 +110,7 @@ async def test_a_transaction_that_is_cut_in_the_middle_leaves_nothing(server: Se
         def change(tx: Transaction) -> None:
             ensure("first half")(tx)
             half_way.set()
-            assert go_on.wait(20)
+            assert apart(lambda: go_on.wait(20))
             ensure("second half")(tx)
 
         writing = asyncio.create_task(store.write(change))
@@ -128,7 +140,7 @@ async def test_work_of_its_own_is_no_reason_to_cut(server: Server) -> None:
         def change(tx: Transaction) -> None:
             ensure("patient")(tx)
             reached.set()
-            go_on.wait(3 * PATIENCE)
+            apart(lambda: go_on.wait(3 * PATIENCE))
             ensure("patient too")(tx)
 
         await store.write(change)

@@ -11,7 +11,8 @@ from functools import partial
 import psycopg
 import pytest
 
-from adapters.sql import store as store_module
+from adapters.sql import writer
+from adapters.sql.fiber import apart
 from adapters.sql.store import SqlStore
 from adapters.system import Ids
 from core.model.errors import StoreBusy, TurnInProgress, TurnNotFound
@@ -63,7 +64,7 @@ async def test_what_is_given_up_in_time_is_got(postgres_url: str, clock: ManualC
             with psycopg.connect(postgres_url) as holder:
                 holder.execute("SELECT id FROM assistant_threads FOR UPDATE")
                 asked = asyncio.create_task(it.say(thread_id=turn.thread_id))
-                await until(lambda: store._later)  # it has met the lock, and is put off
+                await until(lambda: store._writer._later)  # it has met the lock, and is put off
                 holder.rollback()
             await it.events(await asked)
     finally:
@@ -179,13 +180,13 @@ async def test_a_group_that_takes_long_is_committed_before_it_is_done(
 
     def hold(_: Transaction) -> None:
         reached.set()
-        assert go_on.wait(20)
+        assert apart(lambda: go_on.wait(20))
 
     def change(number: int) -> Callable[[Transaction], None]:
         def wait(tx: Transaction) -> None:
             tx.users.ensure(f"user {number}", NOW)
             tx.now()  # it has arrived at the server
-            assert steps[number].wait(20)
+            assert apart(lambda: steps[number].wait(20))
 
         return wait
 
@@ -201,7 +202,7 @@ async def test_a_group_that_takes_long_is_committed_before_it_is_done(
         go_on.set()
         await first
         steps[0].set()
-        await asyncio.to_thread(time.sleep, 2 * store_module._LONGEST_GROUP)  # the second one takes its time
+        await asyncio.to_thread(time.sleep, 2 * writer._LONGEST_GROUP)  # the second one takes its time
         assert not done
         steps[1].set()
         await until(lambda: len(done) >= 2)

@@ -9,15 +9,19 @@ from dataclasses import replace
 import psycopg
 import pytest
 
+from adapters.sql import session
 from adapters.sql.errors import StoreFaultError
+from adapters.sql.fiber import apart
 from adapters.sql.pipeline import Pipeline
 from adapters.sql.store import SqlStore
 from core.model.agent import Domain
 from core.model.errors import StoreUnavailable
+from core.model.events import TextDelta
 from core.model.goal import Goal
 from core.model.message import Role
 from core.model.thread import Thread
 from core.ports.store import Conflict, Transaction
+from core.ports.turns import LogAppend
 from doubles import CATALOG, ManualClock
 from harness import until
 from records import NOW, a_line, a_thread, a_turn, request
@@ -64,7 +68,7 @@ async def together(store: SqlStore, *changes: Callable[[Transaction], object]) -
 
     def hold(_: Transaction) -> None:
         reached.set()
-        assert go_on.wait(20)
+        assert apart(lambda: go_on.wait(20))
 
     holding = asyncio.create_task(store.write(hold))
     await until(reached.is_set)
@@ -227,12 +231,12 @@ async def test_a_hint_that_can_not_be_committed_is_nobodys_trouble(postgres_url:
         look.execute("CREATE TABLE late (id integer UNIQUE DEFERRABLE INITIALLY DEFERRED)")
         store = SqlStore(postgres_url, clock)
         await store.write(lambda tx: tx.users.ensure("ada", NOW))
-        pipeline = store._writing.session._driver
+        pipeline = store._writer._session._driver
 
         for number in range(3):
             pipeline.tell("INSERT INTO late VALUES (1), (1)")
             await store.write(lambda tx, number=number: tx.users.ensure(f"user {number}", NOW))  # type: ignore[misc]
-        assert pipeline is store._writing.session._driver
+        assert pipeline is store._writer._session._driver
         assert look.execute("SELECT count(*) FROM late").fetchone() == (0,)
         assert look.execute("SELECT count(*) FROM users").fetchone() == (4,)
         await store.aclose()
@@ -245,7 +249,7 @@ async def test_nothing_is_believed_of_a_connection_that_is_out_of_step(
     """Whether an answer is there that nobody waits for, or one is waited for that never comes."""
     store = SqlStore(postgres_url, clock)
     await store.write(lambda tx: tx.users.ensure("ada", NOW))
-    pipeline = store._writing.session._driver
+    pipeline = store._writer._session._driver
     assert isinstance(pipeline, Pipeline)
 
     def get_out_of_step(tx: Transaction) -> None:
@@ -260,7 +264,7 @@ async def test_nothing_is_believed_of_a_connection_that_is_out_of_step(
     with pytest.raises(StoreUnavailable):
         await store.write(get_out_of_step)
     await store.write(lambda tx: tx.users.ensure("bob", NOW))
-    assert pipeline is not store._writing.session._driver
+    assert pipeline is not store._writer._session._driver
     with psycopg.connect(postgres_url) as look:
         assert {"ada", "bob"} <= {name for (name,) in look.execute("SELECT id FROM users").fetchall()}
     await store.aclose()
@@ -271,7 +275,7 @@ async def test_a_session_that_the_server_ends_for_standing_still_is_an_outage_of
 ) -> None:
     store = SqlStore(postgres_url, clock)
     await store.write(lambda tx: tx.now())
-    driver = store._writing.session._driver
+    driver = store._writer._session._driver
     limit = "idle_in_transaction_session_timeout"
     with psycopg.connect(postgres_url, autocommit=True) as look:
 
@@ -307,14 +311,27 @@ async def test_the_way_of_a_change_to_the_server_and_back_is_short(
         return original(pipeline)
 
     def accept(tx: Transaction) -> None:
-        tx.now()
+        tx.about_now()
         adding(THREAD)(tx)
         tx.turns.add(TURN, request(), owner="me")
         tx.messages.begin("one", a_line(TURN))
 
     monkeypatch.setattr(Pipeline, "_receive", counted)
     await store.write(accept)
-    assert waits == 2  # for the time, and for everything else with the commit
+    assert waits == 2  # for the time, which nobody has asked for yet, and for everything else with the commit
+    event = LogAppend(TURN.id, 1, 1, (TextDelta("Hello"),))
+    assert (await store.write(lambda tx: tx.log.append([event]))).accepted
+    assert waits == 3
+    assert not (await store.write(lambda tx: tx.log.append([event]))).accepted  # it is in already
+    await store.write(lambda tx: tx.users.ensure("eve", tx.about_now()))
+    monkeypatch.setattr(session, "_KNOWN_FOR", 0.0)
+    before = waits
+    await store.write(lambda tx: tx.users.ensure("bob", tx.about_now()))
+    assert waits == before + 2
+    monkeypatch.undo()
+    monkeypatch.setattr(session, "_QUICK", 0.0)  # no answer is quick enough to be relied on
+    await store.write(lambda tx: tx.now())
+    assert store._writer._session._seen is None
     await store.aclose()
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import psycopg
 import pytest
 
+from adapters.sql.fiber import apart
 from adapters.sql.store import SqlStore
 from adapters.sql.tables import metadata
 from core.model.attachment import FilePart, ImagePart
@@ -260,7 +261,7 @@ async def test_a_change_that_is_taken_back_takes_no_hint_of_others_along(
 
         def hold(_: Transaction) -> None:
             reached.set()
-            assert go_on.wait(20)
+            assert apart(lambda: go_on.wait(20))
 
         def fail(tx: Transaction) -> None:
             thread = a_thread()
@@ -369,7 +370,7 @@ async def test_turns_that_have_ended_are_in_nobodys_way(
     """What looks for turns that have not ended never looks at the others."""
     query, indexes = QUERIES[name]
     async with processes(database_url, clock) as (store,):
-        session = store._writing.session
+        session = store._writer._session
         plans: list[str] = []
         original = type(session).rows
 

@@ -507,6 +507,9 @@ class MemoryTransaction(store.Transaction):
     def now(self) -> datetime:
         return self._clock.now()
 
+    def about_now(self) -> datetime:
+        return self._clock.now()
+
 
 class MemoryStore(store.Store):
     """Runs every function at once, in the caller's thread."""

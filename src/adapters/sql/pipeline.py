@@ -1,7 +1,6 @@
 """PostgreSQL without a wait for every statement: what nobody reads travels with what somebody does."""
 
 import logging
-import select
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, suppress
 from typing import Any
@@ -12,6 +11,7 @@ from psycopg.pq import ConnStatus, ExecStatus, TransactionStatus
 from psycopg.pq.abc import PGresult
 
 from adapters.sql.driver import Column, Driver, Values
+from adapters.sql.fiber import Readiness
 
 _log = logging.getLogger(__name__)
 
@@ -37,9 +37,8 @@ class Pipeline(Driver):
         self._told: list[list[str | None]] = []
         """The same for what is on its way by itself."""
         self._failed = False
-        self._readable, self._any = select.poll(), select.poll()
-        self._readable.register(self._server.socket, select.POLLIN)
-        self._any.register(self._server.socket, select.POLLIN | select.POLLOUT)
+        self._answer = Readiness(self._server.socket, or_to_write=False)
+        self._answer_or_room = Readiness(self._server.socket, or_to_write=True)
         self._server.enter_pipeline_mode()
 
     def begin(self, sql: str) -> None:
@@ -115,8 +114,8 @@ class Pipeline(Driver):
         with self._line:
             self._server.pipeline_sync()
             while self._server.flush():
-                if self._any.poll()[0][1] != select.POLLOUT:
-                    self._server.consume_input()
+                self._answer_or_room.wait()
+                self._server.consume_input()
             for each in told:
                 # One more than was sent says that committing it has failed, which happens at the sync.
                 self._learn(each, self._receive()[: len(each)])
@@ -155,7 +154,7 @@ class Pipeline(Driver):
         results: list[PGresult] = []
         while True:
             while server.is_busy():
-                self._readable.poll()
+                self._answer.wait()
                 server.consume_input()
             result = server.get_result()
             if result is None:

@@ -1,14 +1,16 @@
 """One thread's way to the database: a connection that it keeps, and one transaction after another on it."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, TypeVar
 
 from sqlalchemy import Engine, PoolProxiedConnection, func, select
 
 from adapters.sql.driver import Driver, Embedded
 from adapters.sql.errors import FAULTS
+from adapters.sql.fiber import apart
 from adapters.sql.pipeline import Pipeline
 from adapters.sql.statement import Parameters, Statement
 from adapters.sql.tables import UtcDateTime
@@ -18,17 +20,23 @@ from core.ports.system import Clock
 T = TypeVar("T")
 
 _NO_PARAMETERS: Parameters = {}
+_QUICK = 0.05
+"""Seconds within which an answer has to come that says what time it is."""
+_KNOWN_FOR = 10.0
+"""Seconds for which two clocks are taken to go alike."""
 _NOW = Statement(select(func.clock_timestamp(type_=UtcDateTime).label("now")))
 
 
 class Session:
     """A connection: opened when it is needed, kept while it works, dropped when it does not. For one thread.
 
-    `changed` takes the ids of turns that the transaction changes.
+    `changed` takes the ids of turns that the transaction changes. `hopeful` is a transaction that may count on
+    what is almost always so, and fail by a violation where it is not: it is run again without hope.
     """
 
     def __init__(self, engine: Engine, begin: str, clock: Clock) -> None:
         self.changed: set[str] = set()
+        self.hopeful = False
         self.dialect = engine.dialect
         self.is_server = engine.dialect.name == "postgresql"
         self._engine = engine
@@ -37,6 +45,8 @@ class Session:
         self._connection: PoolProxiedConnection | None = None
         self._driver: Driver
         self._line: AbstractContextManager[None] = nullcontext()
+        self._seen: tuple[datetime, float] | None = None
+        """What the server's clock said, and when that was on this machine's."""
 
     def transact(self, work: Callable[[], T]) -> T:
         """Does some work in a transaction that is committed at the end, or rolled back by an exception.
@@ -110,8 +120,19 @@ class Session:
         """PostgreSQL's clock; an embedded database has no other than this machine's."""
         if not self.is_server:
             return self._clock.now()
+        asked = time.monotonic()
         now: datetime = self.row(_NOW).now
+        answered = time.monotonic()
+        self._seen = (now, answered) if answered - asked < _QUICK else None
         return now
+
+    def about_now(self) -> datetime:
+        """The same, as far as it is known without asking: at most _QUICK behind."""
+        if self._seen is not None:
+            then, since = self._seen[0], time.monotonic() - self._seen[1]
+            if since < _KNOWN_FOR:
+                return then + timedelta(seconds=since)
+        return self.now()
 
     def _finish(self, work: Callable[[], T]) -> T:
         try:
@@ -136,7 +157,7 @@ class Session:
                     raise
             else:
                 return True
-        self._connection = connection = self._engine.raw_connection()
+        self._connection = connection = apart(self._engine.raw_connection)
         driver: Any = connection.driver_connection
         self._line = line_of(connection)
         try:

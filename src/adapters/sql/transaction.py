@@ -55,3 +55,6 @@ class SqlTransaction(store.Transaction):
 
     def now(self) -> datetime:
         return self.session.now()
+
+    def about_now(self) -> datetime:
+        return self.session.about_now()

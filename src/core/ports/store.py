@@ -66,9 +66,13 @@ class Transaction(Protocol):
     def now(self) -> datetime:
         """The store's own time in UTC: the same for all processes that share the database."""
 
+    @abstractmethod
+    def about_now(self) -> datetime:
+        """The same, or up to 50 ms behind: it is not asked for each time. For what has no order with anything."""
+
 
 class Store(Protocol):
-    """Runs functions in transactions, in threads of its own."""
+    """Runs functions in transactions. Used from one event loop."""
 
     @abstractmethod
     async def write(self, change: Callable[[Transaction], T]) -> T:

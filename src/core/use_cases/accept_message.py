@@ -181,7 +181,7 @@ class AcceptMessage:
         if not message.thread_id:
             if refusal is not None:
                 raise refusal
-            now = tx.now()
+            now = tx.about_now()
             thread, definition = self._begin(tx, message, now)
             return self._start(tx, message, request, turn_id, thread, definition, now)
         thread, definition = self._existing(tx, message)

@@ -54,7 +54,24 @@ _MOVE_ON = Statement(_move_on.where(_turn.id == bindparam("of_turn")))
 _if_free = (
     select(_turn.id).where(_turn.id == bindparam("of_turn")).with_for_update(key_share=True, skip_locked=True)
 )
-_MOVE_ON_IF_FREE = Statement(_move_on.where(_turn.id == _if_free.scalar_subquery()))
+_moved_one = (
+    _move_on.where(_turn.id == _if_free.scalar_subquery())
+    .values(last_position=bindparam("position", type_=BigInteger))
+    .returning(_turn.id)
+    .cte("moved_one")
+)
+# Nobody waits to hear that it was taken: if it was not, there is no turn for the row, and that fails.
+_MOVE_ON_OR_FAIL = Statement(
+    insert(t.turn_log).from_select(
+        ["turn_id", "position", "start", "events"],
+        select(
+            select(_moved_one.c.id).scalar_subquery(),
+            bindparam("position", type_=BigInteger),
+            bindparam("start", type_=BigInteger),
+            bindparam("events", type_=Text),
+        ),
+    )
+)
 
 # The same for a whole group in one statement, and without waiting for a lock: PostgreSQL.
 _ids = bindparam("ids", type_=ARRAY(String))
@@ -128,10 +145,9 @@ class TurnLog(Repository, turns.TurnLog):
             return Appended(frozenset())
         if not self._session.is_server:
             # Where the writer has the whole database, nobody is busy.
-            appended = Appended(
-                frozenset(append.turn_id for append in batch if self._append_one(append, _MOVE_ON))
-            )
-        elif len(batch) == 1 and self._append_one(batch[0], _MOVE_ON_IF_FREE):
+            appended = Appended(frozenset(append.turn_id for append in batch if self._append_one(append)))
+        elif len(batch) == 1 and self._session.hopeful:
+            self._append_or_fail(batch[0])
             appended = Appended(frozenset({batch[0].turn_id}))
         else:
             appended = self._append_to_free(batch)
@@ -156,7 +172,19 @@ class TurnLog(Repository, turns.TurnLog):
             frozenset(turn_id for turn_id, _, is_free in found if not is_free),
         )
 
-    def _append_one(self, append: LogAppend, move_on: Statement) -> bool:
+    def _append_or_fail(self, append: LogAppend) -> None:
+        row = _log_row(append.turn_id, append.position, append.events)
+        values = {
+            "of_turn": append.turn_id,
+            "of_epoch": append.epoch,
+            "start": append.position,
+            "position": row["position"],
+            "new_attempt": _attempt(append.events),
+            "events": row["events"],
+        }
+        self._session.run(_MOVE_ON_OR_FAIL, values)
+
+    def _append_one(self, append: LogAppend) -> bool:
         row = _log_row(append.turn_id, append.position, append.events)
         moved = {
             "of_turn": append.turn_id,
@@ -165,7 +193,7 @@ class TurnLog(Repository, turns.TurnLog):
             "last_position": row["position"],
             "new_attempt": _attempt(append.events),
         }
-        is_in = self._session.count(move_on, moved) == 1
+        is_in = self._session.count(_MOVE_ON, moved) == 1
         if is_in:
             self._session.run(_ADD, row)
         return is_in
