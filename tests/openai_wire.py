@@ -1,12 +1,9 @@
 """A wire to the fake provider in memory: real HTTP, a real connection pool, and time that a test may simulate."""
 
 import asyncio
-from collections.abc import Iterable
-from functools import partial
-from typing import Any
-from unittest.mock import patch
+from typing import Any, cast
 
-import httpcore2
+import aiohttp
 from openai import AsyncOpenAI
 
 from adapters.openai.client import make_client
@@ -16,14 +13,15 @@ URL = "http://provider.test/v1"
 
 
 class _End(asyncio.Transport):
-    """One end of a connection. What is written arrives at the other end at once."""
+    """One end of a connection. What is written arrives at the other end at once, or when that reads on."""
 
-    def __init__(self) -> None:
+    def __init__(self, protocol: asyncio.Protocol) -> None:
         super().__init__()
-        self.reader = asyncio.StreamReader()
-        self.protocol = asyncio.StreamReaderProtocol(self.reader)
+        self.protocol = protocol
         self.peer: _End | None = None
         self.closed = False
+        self._paused = False
+        self._unread: list[bytes | Exception | None] = []
 
     def write(self, data: Any) -> None:
         if self.closed:
@@ -31,10 +29,21 @@ class _End(asyncio.Transport):
         if self.peer is None or self.peer.closed:
             self._close(None)  # who writes on finds out, as with a socket
         else:
-            self.peer.reader.feed_data(bytes(data))
+            self.peer.take(bytes(data))
+
+    def writelines(self, list_of_data: Any) -> None:
+        self.write(b"".join(list_of_data))
 
     def is_closing(self) -> bool:
         return self.closed
+
+    def pause_reading(self) -> None:
+        self._paused = True
+
+    def resume_reading(self) -> None:
+        if self._paused:
+            self._paused = False
+            asyncio.get_running_loop().call_soon(self._read)
 
     def close(self) -> None:
         self._close(None)
@@ -42,46 +51,50 @@ class _End(asyncio.Transport):
     def abort(self) -> None:
         self._close(ConnectionResetError())
 
+    def take(self, data: bytes | Exception | None) -> None:
+        """What comes from the other end: bytes, its end, or a reset."""
+        self._unread.append(data)
+        self._read()
+
+    def _read(self) -> None:
+        while self._unread and not self._paused and not self.closed:
+            match self._unread.pop(0):
+                case bytes() as data:
+                    self.protocol.data_received(data)
+                case None:
+                    if not self.protocol.eof_received():
+                        self._close(None)
+                case reset:
+                    self._lost(reset)
+
     def _close(self, error: Exception | None) -> None:
-        if self.closed:
-            return
+        if not self.closed:
+            self._lost(None)
+            if self.peer is not None and not self.peer.closed:
+                self.peer.take(error)
+
+    def _lost(self, error: Exception | None) -> None:
         self.closed = True
-        self.protocol.connection_lost(None)
-        if self.peer is None or self.peer.closed:
-            return
-        if error is None:
-            self.peer.reader.feed_eof()
-        else:
-            self.peer.reader.set_exception(error)
+        asyncio.get_running_loop().call_soon(self.protocol.connection_lost, error)
 
 
-class _Stream(httpcore2.AsyncNetworkStream):
-    def __init__(self, end: _End) -> None:
-        self._end = end
+class _Connector(aiohttp.BaseConnector):
+    def __init__(self, wire: "Wire") -> None:
+        super().__init__(limit=0)
+        self._wire = wire
 
-    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        try:
-            async with asyncio.timeout(timeout):
-                return await self._end.reader.read(max_bytes)
-        except TimeoutError as error:
-            raise httpcore2.ReadTimeout from error
-        except OSError as error:
-            raise httpcore2.ReadError from error
-
-    async def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        try:
-            self._end.write(buffer)
-        except OSError as error:
-            raise httpcore2.WriteError from error
-
-    async def aclose(self) -> None:
-        self._end.close()
-
-    def get_extra_info(self, info: str) -> Any:
-        return self._end.reader.at_eof() or bool(self._end.reader.exception()) if info == "is_readable" else None
+    async def _create_connection(self, req: Any, traces: Any, timeout: Any) -> Any:
+        match self._wire.refusals.pop(0) if self._wire.refusals else "":
+            case "refused":
+                raise aiohttp.ClientConnectorError(req.connection_key, ConnectionRefusedError())
+            case "mute":
+                await asyncio.Event().wait()
+        protocol = self._factory()
+        protocol.connection_made(self._wire.connect(protocol))
+        return protocol
 
 
-class Wire(httpcore2.AsyncNetworkBackend):
+class Wire:
     """Connects to `provider`. `refusals` befall the next connections: "refused", or "mute" where no one answers.
 
     `open` counts the connections that are open.
@@ -97,32 +110,18 @@ class Wire(httpcore2.AsyncNetworkBackend):
     def open(self) -> int:
         return sum(not end.closed for end in self._ends)
 
-    async def connect_tcp(
-        self,
-        host: str,
-        port: int,
-        timeout: float | None = None,
-        local_address: str | None = None,
-        socket_options: Iterable[Any] | None = None,
-    ) -> httpcore2.AsyncNetworkStream:
-        match self.refusals.pop(0) if self.refusals else "":
-            case "refused":
-                raise httpcore2.ConnectError
-            case "mute":
-                assert timeout is not None
-                await asyncio.sleep(timeout)
-                raise httpcore2.ConnectTimeout
-        ours, theirs = _End(), _End()
+    def connect(self, protocol: asyncio.Protocol) -> asyncio.Transport:
+        """Makes a connection and returns our end of it."""
+        reader = asyncio.StreamReader()
+        answering = asyncio.StreamReaderProtocol(reader)
+        ours, theirs = _End(protocol), _End(answering)
         ours.peer, theirs.peer = theirs, ours
-        writer = asyncio.StreamWriter(theirs, theirs.protocol, theirs.reader, asyncio.get_running_loop())
-        task = asyncio.create_task(self._provider.accept(theirs.reader, writer))
+        writer = asyncio.StreamWriter(theirs, answering, reader, asyncio.get_running_loop())
+        task = asyncio.create_task(self._provider._accept(reader, writer))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         self._ends.append(ours)
-        return _Stream(ours)
-
-    async def sleep(self, seconds: float) -> None:
-        await asyncio.sleep(seconds)
+        return ours
 
     async def hang_up(self) -> None:
         """Ends all connections, as the provider's end does."""
@@ -134,6 +133,6 @@ class Wire(httpcore2.AsyncNetworkBackend):
 def wired(provider: FakeProvider, max_connections: int = 5) -> tuple[AsyncOpenAI, Wire]:
     """The client as the adapter makes it, on a wire of its own."""
     wire = Wire(provider)
-    pool = partial(httpcore2.AsyncConnectionPool, network_backend=wire)
-    with patch.object(httpcore2, "AsyncConnectionPool", pool):
-        return make_client("", URL, max_connections), wire
+    made._platform = "Linux"  # else it is found out in a thread
+    cast("Any", made._client)._transport._connector = lambda: _Connector(wire)
+    return made, wire

@@ -10,11 +10,13 @@ from hashlib import sha256
 from itertools import count
 from typing import TypeVar, cast
 
-from openai import AsyncOpenAI, omit
+from openai import AsyncOpenAI
 from openai.types.responses import FunctionToolParam, ResponseTextConfigParam
+from openai.types.responses.response_create_params import ResponseCreateParamsStreaming
 from openai.types.shared_params import Reasoning
 
 from adapters.openai import tuning
+from adapters.openai.client import WATCHED
 from adapters.openai.context import Context
 from adapters.openai.errors import ProviderFault, Remedy
 from adapters.openai.form import filled, schema_of
@@ -199,31 +201,39 @@ class OpenAIAgent(Agent):
         definition = request.definition
         user = self._known_as(request.user_id)
         model = self.model(definition)
-        compact_at = tuning.compact_at(model) if memory.stores else None
-        effort, verbosity = tuning.effort(definition, model), tuning.verbosity(definition, model)
+        body: ResponseCreateParamsStreaming = {
+            "model": model,
+            "input": await memory.input(),
+            "store": memory.stores,
+            "max_output_tokens": max(definition.max_output_tokens, MIN_OUTPUT_TOKENS),
+            "metadata": {**labels(request), "turn_id": request.turn_id},
+            "safety_identifier": user,
+            "prompt_cache_key": f"{definition.id[:40]}-{user[:16]}",
+            "stream": True,
+        }
+        if definition.instructions:
+            body["instructions"] = definition.instructions
+        if memory.conversation:
+            body["conversation"] = memory.conversation
+        if memory.previous:
+            body["previous_response_id"] = memory.previous
+        if self._background:
+            body["background"] = True
+        if request.tools:
+            body["tools"] = [_tool(spec) for spec in request.tools]
+            body["parallel_tool_calls"] = True
         # The provider's own words, which its types spell out; a wrong one is its to refuse.
-        reasoning = cast("Reasoning", {"effort": effort}) if effort else omit
-        text = cast("ResponseTextConfigParam", {"verbosity": verbosity}) if verbosity else omit
+        if effort := tuning.effort(definition, model):
+            body["reasoning"] = cast("Reasoning", {"effort": effort})
+        if verbosity := tuning.verbosity(definition, model):
+            body["text"] = cast("ResponseTextConfigParam", {"verbosity": verbosity})
+        if memory.stores and (compact_at := tuning.compact_at(model)) is not None:
+            body["context_management"] = [{"type": "compaction", "compact_threshold": compact_at}]
         return self._client.responses.with_streaming_response.create(
-            model=model,
-            instructions=definition.instructions or omit,
-            input=await memory.input(),
-            conversation=memory.conversation or omit,
-            previous_response_id=memory.previous or omit,
-            store=memory.stores,
-            background=self._background or omit,
-            tools=[_tool(spec) for spec in request.tools] or omit,
-            parallel_tool_calls=True if request.tools else omit,
-            reasoning=reasoning,
-            text=text,
-            context_management=omit
-            if compact_at is None
-            else [{"type": "compaction", "compact_threshold": compact_at}],
-            max_output_tokens=max(definition.max_output_tokens, MIN_OUTPUT_TOKENS),
-            metadata={**labels(request), "turn_id": request.turn_id},
-            safety_identifier=user,
-            prompt_cache_key=f"{definition.id[:40]}-{user[:16]}",
+            # What comes as a parameter the SDK walks through, type by type: that costs more than all else here.
+            extra_body=body,
             extra_headers={"X-Client-Request-Id": f"{request.turn_id}-{len(request.rounds)}-{number}"},
+            timeout=WATCHED,
             stream=True,
         )
 

@@ -4,27 +4,33 @@ import ssl
 from functools import cache
 
 import httpx2
-from openai import AsyncOpenAI, DefaultAsyncHttpx2Client
+from openai import AsyncOpenAI
+
+from adapters.openai.transport import PullTransport
 
 OPENAI_URL = "https://api.openai.com/v1"
 
+TIMEOUT = httpx2.Timeout(connect=5.0, pool=5.0, read=60.0, write=None)
+"""In seconds: to make a connection, to wait for one that is free, and for the next bytes of an answer. The first
+of them are waited for as long from before the request is sent."""
+WATCHED = httpx2.Timeout(connect=5.0, pool=5.0, read=None, write=None)
+"""The same for an answer that a Watchdog bounds."""
 
-def make_client(api_key: str, base_url: str | None, max_connections: int, *, connect: float = 5.0) -> AsyncOpenAI:
+
+def make_client(api_key: str, base_url: str | None, max_connections: int) -> AsyncOpenAI:
     """Makes the one client of this process.
 
-    It repeats no request by itself: the SDK would repeat a POST without an idempotency key. HTTP/1.1 only:
-    over HTTP/2 every cancelled stream stays counted until the connection takes no more. A server without
-    keys is given a placeholder, so that the SDK doesn't look for one in the environment. A connection must be made
-    within `connect` seconds.
+    It repeats no request by itself: the SDK would repeat a POST without an idempotency key. A server without
+    keys is given a placeholder, so that the SDK doesn't look for one in the environment.
     """
-    timeout = httpx2.Timeout(connect=connect, write=10.0, pool=5.0, read=60.0)
-    limits = httpx2.Limits(max_connections=max_connections, max_keepalive_connections=max_connections)
     return AsyncOpenAI(
         api_key=api_key or "none",
         base_url=base_url or OPENAI_URL,
-        timeout=timeout,
+        timeout=TIMEOUT,
         max_retries=0,
-        http_client=DefaultAsyncHttpx2Client(timeout=timeout, limits=limits, http2=False, verify=_trusted()),
+        http_client=httpx2.AsyncClient(
+            transport=PullTransport(max_connections), timeout=TIMEOUT, trust_env=False, follow_redirects=False
+        ),
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from openai import AsyncAPIResponse, AsyncOpenAI, omit
 
+from adapters.openai.client import WATCHED
 from adapters.openai.errors import Exchange, ProviderFault, Remedy, translated
 from adapters.openai.reading import Reading
 from adapters.openai.retry import Patience, Policy
@@ -99,7 +100,7 @@ class Responses:
             reading.reopen()
             place = reading.place
             call = self._client.responses.with_streaming_response.retrieve(
-                response_id, stream=True, starting_after=omit if cursor is None else cursor
+                response_id, stream=True, starting_after=omit if cursor is None else cursor, timeout=WATCHED
             )
             try:
                 async with aclosing(self.read(call, reading)) as steps:

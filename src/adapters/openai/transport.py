@@ -1,0 +1,177 @@
+"""HTTP/1.1 to the provider, which is read only when somebody asks for more."""
+
+import asyncio
+import io
+from collections.abc import AsyncIterator, Callable
+from urllib.request import getproxies, proxy_bypass
+
+import aiohttp
+import httpx2
+from yarl import URL
+
+KEEPALIVE_SECONDS = 5.0
+"""How long a connection is kept for the next request. The longer, the likelier the server ends it just then."""
+MAX_FIELD = 65_536
+"""Bytes of a header's line."""
+
+_SMALL = 65_536
+"""Bytes of a request that are written at once; more of it is written piece by piece."""
+_FAILURES = (aiohttp.ClientError, aiohttp.http_exceptions.HttpProcessingError, OSError)
+"""What a connection can come to; TimeoutError is an OSError."""
+
+
+class PullTransport(httpx2.AsyncBaseTransport):
+    """Sends requests for httpx2 through aiohttp, at most `max_connections` at a time.
+
+    A piece of a body is all that has come since the last one was asked for. In between nothing is read: what comes
+    gathers in the kernel, and when that is full, the sender waits. A body that is not read to its end takes its
+    connection with it.
+
+    A POST is never repeated, no redirect is followed, no cookie kept. Proxies are those of the environment
+    (HTTPS_PROXY, HTTP_PROXY, ALL_PROXY, NO_PROXY); certificates are checked as httpx2 does (SSL_CERT_FILE,
+    SSL_CERT_DIR). What goes wrong is raised as httpx2's exceptions: ConnectError and ConnectTimeout where nothing
+    of the request was sent.
+    """
+
+    def __init__(self, max_connections: int) -> None:
+        self._room = asyncio.Semaphore(max_connections)
+        self._session: aiohttp.ClientSession | None = None
+        self._proxies: dict[str, str | None] = {}
+
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        limits: dict[str, float | None] = request.extensions["timeout"]
+        content = await request.aread()
+        await self._enter(limits["pool"])
+        try:
+            async with asyncio.timeout(limits["read"]):
+                response = await self._opened().request(
+                    request.method,
+                    URL(str(request.url), encoded=True),
+                    headers=request.headers.multi_items(),
+                    data=content if len(content) <= _SMALL else io.BytesIO(content),
+                    allow_redirects=False,
+                    proxy=self._proxy(request.url),
+                    timeout=aiohttp.ClientTimeout(connect=limits["connect"]),
+                )
+        except _FAILURES as error:
+            self._room.release()
+            raise _as_httpx2(error) from error
+        except BaseException:
+            self._room.release()
+            raise
+        return httpx2.Response(
+            response.status,
+            headers=response.raw_headers,
+            stream=_Body(response, limits["read"], self._room.release),
+            extensions={"http_version": b"HTTP/1.1", "reason_phrase": (response.reason or "").encode()},
+        )
+
+    async def aclose(self) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+    async def _enter(self, seconds: float | None) -> None:
+        if not self._room.locked():
+            await self._room.acquire()
+            return
+        try:
+            async with asyncio.timeout(seconds):
+                await self._room.acquire()
+        except TimeoutError as error:
+            raise httpx2.PoolTimeout("all connections are in use") from error
+
+    def _opened(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                connector=self._connector(),
+                cookie_jar=aiohttp.DummyCookieJar(),
+                auto_decompress=False,
+                skip_auto_headers=("Accept", "Accept-Encoding", "Content-Type", "User-Agent"),
+                max_line_size=MAX_FIELD,
+                max_field_size=MAX_FIELD,
+            )
+        return self._session
+
+    def _connector(self) -> aiohttp.BaseConnector:
+        context = httpx2.create_ssl_context()
+        context.set_alpn_protocols(["http/1.1"])
+        return aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_SECONDS, ssl=context)
+
+    def _proxy(self, url: httpx2.URL) -> str | None:
+        """The proxy of the environment for an address. It is looked up once for each server."""
+        server = f"{url.scheme}://{url.netloc.decode()}"
+        if server not in self._proxies:
+            proxies = getproxies()
+            bypassed = proxy_bypass(url.netloc.decode())
+            self._proxies[server] = None if bypassed else proxies.get(url.scheme) or proxies.get("all")
+        return self._proxies[server]
+
+
+class _Body(httpx2.AsyncByteStream):
+    """A body on its way. `seconds` bound the wait for each piece, None for no bound; `done` is called once."""
+
+    def __init__(self, response: aiohttp.ClientResponse, seconds: float | None, done: Callable[[], None]) -> None:
+        self._response = response
+        self._seconds = seconds
+        self._done = done
+        self._loop = asyncio.get_running_loop()
+        self._pausing: asyncio.Handle | None = None
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        self._go_on()
+        try:
+            if self._seconds is None:
+                piece = await self._response.content.readany()
+            else:
+                async with asyncio.timeout(self._seconds):
+                    piece = await self._response.content.readany()
+        except _FAILURES as error:
+            raise _as_httpx2(error) from error
+        if not piece:
+            raise StopAsyncIteration
+        # Whoever comes back at once finds it reading: to pause costs as much as to read.
+        self._pausing = self._loop.call_soon(self._pause)
+        return piece
+
+    async def aclose(self) -> None:
+        self._response.close()
+        if self._pausing is not None:
+            self._pausing.cancel()
+        self._done()
+
+    def _pause(self) -> None:
+        self._pausing = None
+        if (transport := self._transport()) is not None:
+            transport.pause_reading()
+
+    def _go_on(self) -> None:
+        if self._pausing is not None:
+            self._pausing.cancel()
+            self._pausing = None
+        elif (transport := self._transport()) is not None:
+            transport.resume_reading()
+
+    def _transport(self) -> asyncio.Transport | None:
+        connection = self._response.connection
+        return None if connection is None else connection.transport
+
+
+def _as_httpx2(error: Exception) -> httpx2.TransportError:
+    """What httpx2 would raise. Only ConnectError and ConnectTimeout say that nothing was sent."""
+    match error:
+        case aiohttp.ConnectionTimeoutError():
+            kind: type[httpx2.TransportError] = httpx2.ConnectTimeout
+        case aiohttp.ClientConnectorError() | aiohttp.ClientHttpProxyError():
+            kind = httpx2.ConnectError
+        case aiohttp.InvalidURL() | aiohttp.NonHttpUrlClientError():
+            kind = httpx2.UnsupportedProtocol
+        case TimeoutError():
+            kind = httpx2.ReadTimeout
+        case OSError():
+            kind = httpx2.ReadError
+        case _:
+            kind = httpx2.RemoteProtocolError
+    return kind(str(error))
