@@ -10,6 +10,8 @@ from adapters.openai.client import make_client
 from fake_provider import FakeProvider
 
 URL = "http://provider.test/v1"
+READ = 1 << 18
+"""Bytes that are read at once at most, as by asyncio from a socket."""
 
 
 class _End(asyncio.Transport):
@@ -53,7 +55,10 @@ class _End(asyncio.Transport):
 
     def take(self, data: bytes | Exception | None) -> None:
         """What comes from the other end: bytes, its end, or a reset."""
-        self._unread.append(data)
+        if isinstance(data, bytes):
+            self._unread += [data[start : start + READ] for start in range(0, len(data), READ)]
+        else:
+            self._unread.append(data)
         self._read()
 
     def _read(self) -> None:

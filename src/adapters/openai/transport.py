@@ -27,7 +27,7 @@ class PullTransport(httpx2.AsyncBaseTransport):
     gathers in the kernel, and when that is full, the sender waits. A body that is not read to its end takes its
     connection with it.
 
-    A POST is never repeated, no redirect is followed, no cookie kept. Proxies are those of the environment
+    No request is repeated, no redirect is followed, no cookie kept. Proxies are those of the environment
     (HTTPS_PROXY, HTTP_PROXY, ALL_PROXY, NO_PROXY); certificates are checked as httpx2 does (SSL_CERT_FILE,
     SSL_CERT_DIR). What goes wrong is raised as httpx2's exceptions: ConnectError and ConnectTimeout where nothing
     of the request was sent.
@@ -87,6 +87,7 @@ class PullTransport(httpx2.AsyncBaseTransport):
                 cookie_jar=aiohttp.DummyCookieJar(),
                 auto_decompress=False,
                 skip_auto_headers=("Accept", "Accept-Encoding", "Content-Type", "User-Agent"),
+                middlewares=(_once,),
                 max_line_size=MAX_FIELD,
                 max_field_size=MAX_FIELD,
             )
@@ -157,6 +158,17 @@ class _Body(httpx2.AsyncByteStream):
     def _transport(self) -> asyncio.Transport | None:
         connection = self._response.connection
         return None if connection is None else connection.transport
+
+
+async def _once(request: aiohttp.ClientRequest, send: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
+    """Sends a request. A lost connection leaves here as an exception of httpx2: to one of its own aiohttp would
+    send a GET again, and nobody would know."""
+    try:
+        return await send(request)
+    except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError):
+        raise
+    except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as error:
+        raise _as_httpx2(error) from error
 
 
 def _as_httpx2(error: Exception) -> httpx2.TransportError:
