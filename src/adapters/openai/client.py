@@ -1,7 +1,6 @@
 """The HTTP client to the provider."""
 
-import ssl
-from functools import cache
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 
 import httpx2
 from openai import AsyncOpenAI
@@ -20,8 +19,9 @@ WATCHED = httpx2.Timeout(connect=5.0, pool=5.0, read=None, write=None)
 def make_client(api_key: str, base_url: str | None, max_connections: int) -> AsyncOpenAI:
     """Makes the one client of this process.
 
-    It repeats no request by itself: the SDK would repeat a POST without an idempotency key. A server without
-    keys is given a placeholder, so that the SDK doesn't look for one in the environment.
+    It repeats no request by itself: the SDK would repeat a POST without an idempotency key. It follows no
+    redirect and keeps no cookie. A server without keys is given a placeholder, so that the SDK doesn't look for
+    one in the environment.
     """
     return AsyncOpenAI(
         api_key=api_key or "none",
@@ -29,7 +29,11 @@ def make_client(api_key: str, base_url: str | None, max_connections: int) -> Asy
         timeout=TIMEOUT,
         max_retries=0,
         http_client=httpx2.AsyncClient(
-            transport=PullTransport(max_connections), timeout=TIMEOUT, trust_env=False, follow_redirects=False
+            transport=PullTransport(max_connections),
+            timeout=TIMEOUT,
+            trust_env=False,  # the transport has looked there
+            follow_redirects=False,
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),
         ),
     )
 

@@ -191,7 +191,7 @@ def _meaning(status: int | None, code: str, message: str, param: str) -> tuple[T
         return TurnReason.PROVIDER_CONFIG, Remedy.REBUILD
     if status in (None, 400) and ("no tool output found" in message or "no tool call found" in message):
         return TurnReason.PROVIDER_PROTOCOL, Remedy.REBUILD
-    if status is not None and 400 <= status < 500:
+    if status is not None and 300 <= status < 500:  # redirects are not followed
         return TurnReason.PROVIDER_CONFIG, Remedy.NONE
     return TurnReason.PROVIDER_UNAVAILABLE, Remedy.NONE
 
