@@ -57,7 +57,7 @@ class JsonFormatter(PlainFormatter):
         return json.dumps(fields, ensure_ascii=False)
 
 
-_QUIET = ("openai", "httpx2", "httpcore2", "asyncio", "sqlalchemy", "alembic", "grpc", "hpack")
+_QUIET = ("openai", "httpx2", "aiohttp", "asyncio", "sqlalchemy", "alembic", "grpc", "hpack")
 """Libraries whose debug lines quote requests and values: they never get below WARNING."""
 
 

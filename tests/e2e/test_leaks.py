@@ -228,7 +228,7 @@ async def test_a_store_that_refuses_words_does_not_repeat_them(log: io.StringIO)
 
 
 @pytest.mark.parametrize(
-    "name", ["openai", "httpx2", "httpcore2", "sqlalchemy.engine", "asyncio", "grpc", "alembic"]
+    "name", ["openai", "httpx2", "aiohttp", "sqlalchemy.engine", "asyncio", "grpc", "alembic"]
 )
 def test_libraries_that_quote_are_quiet(log: io.StringIO, name: str) -> None:
     logging.getLogger(name).debug(CANARY)

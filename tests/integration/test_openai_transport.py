@@ -521,7 +521,7 @@ async def test_a_proxy_without_encryption(no_proxy_yet: pytest.MonkeyPatch) -> N
         await exchange.send(OK)
 
     async with serving(answer) as proxy, client() as http:
-        no_proxy_yet.setenv("HTTP_PROXY", f"http://127.0.0.1:{proxy.port}")
+        no_proxy_yet.setenv("HTTP_PROXY", f"127.0.0.1:{proxy.port}")
         assert (await http.post("http://provider.test/v1")).text == "ok"
     assert heads[0].startswith("POST http://provider.test/v1 HTTP/1.1")
 
@@ -532,3 +532,11 @@ async def test_a_proxy_that_refuses(certificate: Path, no_proxy_yet: pytest.Monk
         no_proxy_yet.setenv("ALL_PROXY", f"http://127.0.0.1:{proxy.port}")
         with pytest.raises(httpx2.ConnectError):
             await http.post("https://provider.test/v1")
+
+
+async def test_a_proxy_of_another_kind(no_proxy_yet: pytest.MonkeyPatch) -> None:
+    async with client() as http:
+        no_proxy_yet.setenv("ALL_PROXY", "socks5://127.0.0.1:1080")
+        for _ in range(2):
+            with pytest.raises(httpx2.UnsupportedProtocol):
+                await http.post("https://provider.test/v1")

@@ -28,15 +28,17 @@ class PullTransport(httpx2.AsyncBaseTransport):
     connection with it.
 
     No request is repeated, no redirect is followed, no cookie kept. Proxies are those of the environment
-    (HTTPS_PROXY, HTTP_PROXY, ALL_PROXY, NO_PROXY); certificates are checked as httpx2 does (SSL_CERT_FILE,
-    SSL_CERT_DIR). What goes wrong is raised as httpx2's exceptions: ConnectError and ConnectTimeout where nothing
-    of the request was sent.
+    (HTTPS_PROXY, HTTP_PROXY, ALL_PROXY, NO_PROXY), not over SOCKS; certificates are checked as httpx2 does
+    (SSL_CERT_FILE, SSL_CERT_DIR). What goes wrong is raised as httpx2's exceptions: ConnectError and
+    ConnectTimeout where nothing of the request was sent.
     """
 
     def __init__(self, max_connections: int) -> None:
         self._room = asyncio.Semaphore(max_connections)
         self._session: aiohttp.ClientSession | None = None
         self._proxies: dict[str, str | None] = {}
+        self._certificates = httpx2.create_ssl_context()
+        self._certificates.set_alpn_protocols(["http/1.1"])
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         limits: dict[str, float | None] = request.extensions["timeout"]
@@ -94,9 +96,7 @@ class PullTransport(httpx2.AsyncBaseTransport):
         return self._session
 
     def _connector(self) -> aiohttp.BaseConnector:
-        context = httpx2.create_ssl_context()
-        context.set_alpn_protocols(["http/1.1"])
-        return aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_SECONDS, ssl=context)
+        return aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_SECONDS, ssl=self._certificates)
 
     def _proxy(self, url: httpx2.URL) -> str | None:
         """The proxy of the environment for an address. It is looked up once for each server."""
@@ -104,8 +104,12 @@ class PullTransport(httpx2.AsyncBaseTransport):
         if server not in self._proxies:
             proxies = getproxies()
             bypassed = proxy_bypass(url.netloc.decode())
-            self._proxies[server] = None if bypassed else proxies.get(url.scheme) or proxies.get("all")
-        return self._proxies[server]
+            named = None if bypassed else proxies.get(url.scheme) or proxies.get("all")
+            self._proxies[server] = named if named is None or "://" in named else f"http://{named}"
+        proxy = self._proxies[server]
+        if proxy is not None and not proxy.startswith(("http://", "https://")):
+            raise httpx2.UnsupportedProtocol("a proxy must be one for HTTP")
+        return proxy
 
 
 class _Body(httpx2.AsyncByteStream):
