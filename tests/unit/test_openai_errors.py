@@ -32,6 +32,7 @@ REBUILD, SHRINK = Remedy.REBUILD, Remedy.SHRINK
         (400, "context_length_exceeded", "", "input", R.CONTEXT_TOO_LONG, SHRINK),
         (400, "", "This model's maximum context length is 4096 tokens.", "", R.CONTEXT_TOO_LONG, SHRINK),
         (413, "", "", "", R.CONTEXT_TOO_LONG, SHRINK),
+        (307, "", "", "", R.PROVIDER_CONFIG, NONE),
         (400, "content_filter", "", "", R.CONTENT_FILTERED, NONE),
         (400, "invalid_prompt", "flagged", "", R.CONTENT_FILTERED, NONE),
         (400, "model_not_found", "", "model", R.PROVIDER_CONFIG, NONE),
