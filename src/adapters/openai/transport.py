@@ -24,8 +24,8 @@ class PullTransport(httpx2.AsyncBaseTransport):
     """Sends requests for httpx2 through aiohttp, at most `max_connections` at a time.
 
     A piece of a body is all that has come since the last one was asked for. In between nothing is read: what comes
-    gathers in the kernel, and when that is full, the sender waits. A body that is not read to its end takes its
-    connection with it.
+    gathers in the kernel, and when that is full, the sender waits. Over TLS asyncio itself reads on meanwhile, up
+    to 256 KiB, but opens nothing of it. A body that is not read to its end takes its connection with it.
 
     No request is repeated, no redirect is followed, no cookie kept. Proxies are those of the environment
     (HTTPS_PROXY, HTTP_PROXY, ALL_PROXY, NO_PROXY), not over SOCKS; certificates are checked as httpx2 does
