@@ -122,7 +122,7 @@ class Wire:
         ours, theirs = _End(protocol), _End(answering)
         ours.peer, theirs.peer = theirs, ours
         writer = asyncio.StreamWriter(theirs, answering, reader, asyncio.get_running_loop())
-        task = asyncio.create_task(self._provider._accept(reader, writer))
+        task = asyncio.create_task(self._provider.accept(reader, writer))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         self._ends.append(ours)
@@ -138,6 +138,6 @@ class Wire:
 def wired(provider: FakeProvider, max_connections: int = 5) -> tuple[AsyncOpenAI, Wire]:
     """The client as the adapter makes it, on a wire of its own."""
     wire = Wire(provider)
-    made._platform = "Linux"  # else it is found out in a thread
+    made = make_client("", URL, max_connections)
     cast("Any", made._client)._transport._connector = lambda: _Connector(wire)
     return made, wire

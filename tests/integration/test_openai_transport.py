@@ -91,7 +91,9 @@ async def serving(
 @asynccontextmanager
 async def client(connections: int = 1, read: float | None = 5.0) -> AsyncIterator[httpx2.AsyncClient]:
     limits = httpx2.Timeout(connect=5.0, read=read, write=None, pool=0.05)
-    async with httpx2.AsyncClient(transport=PullTransport(connections), timeout=limits, trust_env=False) as made:
+    async with httpx2.AsyncClient(
+        transport=PullTransport(connections, httpx2.create_ssl_context()), timeout=limits, trust_env=False
+    ) as made:
         yield made
 
 

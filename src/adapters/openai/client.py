@@ -1,5 +1,7 @@
 """The HTTP client to the provider."""
 
+import ssl
+from functools import cache
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 
 import httpx2
@@ -29,7 +31,7 @@ def make_client(api_key: str, base_url: str | None, max_connections: int) -> Asy
         timeout=TIMEOUT,
         max_retries=0,
         http_client=httpx2.AsyncClient(
-            transport=PullTransport(max_connections),
+            transport=PullTransport(max_connections, _trusted()),
             timeout=TIMEOUT,
             trust_env=False,  # the transport has looked there
             follow_redirects=False,
@@ -41,4 +43,6 @@ def make_client(api_key: str, base_url: str | None, max_connections: int) -> Asy
 @cache
 def _trusted() -> ssl.SSLContext:
     """Whom this process believes. Reading the certificates takes 20 ms."""
-    return httpx2.create_ssl_context()
+    context = httpx2.create_ssl_context()
+    context.set_alpn_protocols(["http/1.1"])
+    return context

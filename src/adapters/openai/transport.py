@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import ssl
 from collections.abc import AsyncIterator, Callable
 from urllib.request import getproxies, proxy_bypass
 
@@ -28,17 +29,16 @@ class PullTransport(httpx2.AsyncBaseTransport):
     to 256 KiB, but opens nothing of it. A body that is not read to its end takes its connection with it.
 
     No request is repeated, no redirect is followed, no cookie kept. Proxies are those of the environment
-    (HTTPS_PROXY, HTTP_PROXY, ALL_PROXY, NO_PROXY), not over SOCKS; certificates are checked as httpx2 does
-    (SSL_CERT_FILE, SSL_CERT_DIR). What goes wrong is raised as httpx2's exceptions: ConnectError and
-    ConnectTimeout where nothing of the request was sent.
+    (HTTPS_PROXY, HTTP_PROXY, ALL_PROXY, NO_PROXY), not over SOCKS; `trusted` says whose certificates are believed.
+    What goes wrong is raised as httpx2's exceptions: ConnectError and ConnectTimeout where nothing of the request
+    was sent.
     """
 
-    def __init__(self, max_connections: int) -> None:
+    def __init__(self, max_connections: int, trusted: ssl.SSLContext) -> None:
         self._room = asyncio.Semaphore(max_connections)
         self._session: aiohttp.ClientSession | None = None
         self._proxies: dict[str, str | None] = {}
-        self._certificates = httpx2.create_ssl_context()
-        self._certificates.set_alpn_protocols(["http/1.1"])
+        self._trusted = trusted
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         limits: dict[str, float | None] = request.extensions["timeout"]
@@ -96,7 +96,7 @@ class PullTransport(httpx2.AsyncBaseTransport):
         return self._session
 
     def _connector(self) -> aiohttp.BaseConnector:
-        return aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_SECONDS, ssl=self._certificates)
+        return aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_SECONDS, ssl=self._trusted)
 
     def _proxy(self, url: httpx2.URL) -> str | None:
         """The proxy of the environment for an address. It is looked up once for each server."""
