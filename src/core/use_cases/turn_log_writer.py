@@ -1,11 +1,13 @@
 """Group commit: the events of all running turns reach the log together.
 
-A turn's first text waits for its own commit and for no timer. What comes after waits for a tick that grows with
-the number of live turns, so the count of commits grows with time and not with tokens.
+A turn's first text waits for its own commit and for no timer. What comes after waits for ticks that grow with the
+number of live turns: one for asking the agent for more, so that what comes meanwhile is read, stored and sent as one
+piece, and a shorter one for commits. So the count of all of these grows with time and not with tokens.
 """
 
 import asyncio
 import logging
+import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -18,9 +20,11 @@ from core.use_cases.turn_feed import TurnFeed
 
 _log = logging.getLogger(__name__)
 
+_PACE_PER_TURN = 0.0002
+_MIN_PACE, _MAX_PACE = 0.004, 0.1
+"""Seconds between two pieces of a turn's text; less than the least is not waited for."""
+_COMMITS_IN_A_PACE = 5
 _MIN_TICK = 0.005
-_MAX_TICK = 0.1
-_TICK_PER_TURN = 0.0002
 _MAX_PENDING = 65_536
 _RETRY_FIRST = 0.05
 _RETRY_MAX = 1.0
@@ -42,6 +46,7 @@ class OpenLog:
         self._writer = writer
         self._feed = feed
         self._spoken = False
+        self._asked = -math.inf
         self._landed = asyncio.Event()
         self.silent = True
         """Whether nothing was added since the log was opened."""
@@ -63,9 +68,17 @@ class OpenLog:
         self._writer.offer(self, urgent=first_text)
 
     async def drain(self) -> None:
-        """Waits where too much is not yet committed: bounds memory when the store is slow."""
+        """Waits until it is time to ask for more text. What comes meanwhile gathers where it comes from.
+
+        Where too much is not yet committed it waits for that: bounds memory when the store is slow.
+        """
         if self._pending_extent > _MAX_PENDING:
             await self.flush()
+        loop = asyncio.get_running_loop()
+        pace = self._writer.pace
+        if pace >= _MIN_PACE and (wait := self._asked + pace - loop.time()) > 0:
+            await asyncio.sleep(wait)
+        self._asked = loop.time()
 
     async def flush(self) -> None:
         """Waits until everything added is committed. Raises LeaseLost, or what made a commit fail."""
@@ -122,6 +135,11 @@ class TurnLogWriter:
         self._held: set[asyncio.Task[None]] = set()
         self._live = 0
 
+    @property
+    def pace(self) -> float:
+        """Seconds that are to be between two pieces of one turn's text."""
+        return min(_MAX_PACE, _PACE_PER_TURN * self._live)
+
     def open(self, turn: Turn, feed: TurnFeed) -> OpenLog:
         """Opens a turn's log for the process that has claimed it."""
         self._live += 1
@@ -159,7 +177,7 @@ class TurnLogWriter:
         last = 0.0
         while True:
             await self._work.wait()
-            tick = min(_MAX_TICK, max(_MIN_TICK, _TICK_PER_TURN * self._live))
+            tick = max(_MIN_TICK, self.pace / _COMMITS_IN_A_PACE)
             if not self._urgent.is_set() and (wait := last + tick - loop.time()) > 0:
                 try:
                     async with asyncio.timeout(wait):
