@@ -61,6 +61,8 @@ class Context:
         self._request = request
         self._window = window
         self._used = 0
+        self.begins_at = request.message.index
+        """The number of the first line in what `items` has given."""
         self._shrunk = False
         self._lines: Sequence[Message] | None = None
 
@@ -90,13 +92,14 @@ class Context:
     def _fitting(self, lines: Iterable[Message]) -> list[ResponseInputItemParam]:
         turns = list(_by_turn(lines).values())
         kept: list[list[ResponseInputItemParam]] = []
-        self._used = 0
+        self._used, self.begins_at = 0, self._request.message.index
         for turn in reversed(turns):
             items = history_items(turn)
             cost = tokens(items)
             if self._used + cost > self._room:
                 break
             self._used += cost
+            self.begins_at = turn[0].index
             kept.append(items)
         return [item for items in reversed(kept) for item in items]
 

@@ -112,6 +112,7 @@ class ConversationMemory(Memory):
             raise ProviderFault(TurnReason.PROVIDER_PROTOCOL)
         self._gone = False
         mirrored = self._request.message.index - 1
+        self._state = replace(self._state, begins_at=self._context.begins_at)
         # Its id is nowhere else: the provider does not list conversations.
         yield self._changed(conversation, UNSYNCED if rest else mirrored)
         for start in range(0, len(rest), MAX_ITEMS):
@@ -155,6 +156,7 @@ class ConversationMemory(Memory):
             is_all=listed.get("has_more") is False,
             lines=lines,
             synced_to=self._state.synced_to,
+            begins_at=self._state.begins_at,
         )
         return await aside(compare, lines)
 

@@ -56,28 +56,32 @@ class _Question:
 
 
 def repair(
-    newest: Sequence[Mapping[str, Any]], *, is_all: bool, lines: Sequence[Message], synced_to: int
+    newest: Sequence[Mapping[str, Any]],
+    *,
+    is_all: bool,
+    lines: Sequence[Message],
+    synced_to: int,
+    begins_at: int = 1,
 ) -> Repair | None:
     """Compares the newest items of a conversation, oldest first, with the transcript, question by question.
 
     What follows the last question that is the same in both is deleted and added as it is on record: a reply that
     was cut off, a call that was never answered, a turn that never arrived. None where that is more than MAX_ITEMS,
     or where nothing is known of the items before these: `is_all` says that there are none, `synced_to` how many
-    lines they mirror at least. A conversation may begin in the middle of the transcript.
+    lines they mirror at least. `begins_at` is the line with which the conversation begins.
     """
     copy = _copied(newest, is_all=is_all)
-    record = _recorded(lines)
-    if not is_all and not copy:
-        return None
-    most, start = 0, 0
-    for offset, question in enumerate(record):
-        if not is_all and question.index - 1 > synced_to:
-            break
-        same = _same(copy, islice(record, offset, None))
-        if same > most:
-            most, start = same, offset
-    if not most and not is_all:
-        return None
+    record = _recorded(line for line in lines if line.index >= begins_at)
+    most, start = _same(copy, record), 0
+    if not is_all:
+        for offset, question in enumerate(record):
+            if question.index - 1 > synced_to:
+                break
+            same = _same(copy, islice(record, offset, None))
+            if same > most:
+                most, start = same, offset
+        if not most:
+            return None
     delete = [item_id for question in copy[most:] for item_id in question.ids]
     add = [item for question in record[start + most :] for item in question.items]
     if len(delete) > MAX_ITEMS or len(add) > MAX_ITEMS:

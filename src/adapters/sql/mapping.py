@@ -73,6 +73,7 @@ def provider_state_of(conversation_id: str | None, state: Mapping[str, Any] | No
         conversation_id=conversation_id,
         response_id=state.get("response_id"),
         synced_to=state["synced_to"],
+        begins_at=state.get("begins_at", 1),
         retired=tuple(state["retired"]),
     )
 
@@ -85,6 +86,7 @@ def provider_state_values(state: ProviderState) -> Values:
             "provider": state.provider,
             "response_id": state.response_id,
             "synced_to": state.synced_to,
+            "begins_at": state.begins_at,
             "retired": list(state.retired),
         },
     }

@@ -47,6 +47,7 @@ class ProviderState:
 
     `synced_to` is the number of transcript lines that the copy is known to mirror: where it is less than the
     thread's own count, the copy is brought into step before it is used; UNSYNCED says that nothing is known of it.
+    `begins_at` is the number of the first line in a conversation: what is before it did not fit.
     The copy is a conversation or a chain of responses, of which `response_id` is the last. `retired` holds the ids
     of the copies that were replaced and still have to be erased there.
     """
@@ -55,6 +56,7 @@ class ProviderState:
     conversation_id: str | None = None
     response_id: str | None = None
     synced_to: int = 0
+    begins_at: int = 1
     retired: tuple[str, ...] = ()
 
     @property

@@ -1,8 +1,8 @@
 """Group commit: the events of all running turns reach the log together.
 
 A turn's first text waits for its own commit and for no timer. What comes after waits for ticks that grow with the
-number of live turns: one for asking the agent for more, so that what comes meanwhile is read, stored and sent as one
-piece, and a shorter one for commits. So the count of all of these grows with time and not with tokens.
+number of live turns: one for asking the agent for more, so that what comes meanwhile is read, stored and sent as
+one piece, and a shorter one for commits. So the count of all of these grows with time and not with tokens.
 """
 
 import asyncio
