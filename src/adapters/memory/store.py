@@ -13,6 +13,7 @@ from collections.abc import (
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
+from itertools import islice
 from typing import TypeVar
 
 from core.model.agent import AgentDefinition, Domain
@@ -34,6 +35,8 @@ T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 
+_PLACE = 32
+"""Threads in a place."""
 _AT_WORK = frozenset({TurnState.RUNNING, TurnState.WAITING_FOR_CLIENT})
 
 
@@ -201,13 +204,25 @@ class Threads(_Repository, threads.Threads):
         batch = found[:limit]
         return ExpiredBatch(len(batch), ThreadKey(*_key(batch[-1])) if batch else None)
 
-    def count_expired(self, cutoff: datetime, domain: Domain | None) -> int:
-        return len(self._idle(cutoff, domain))
+    def places(self) -> int:
+        return -(-len(self._tables.threads) // _PLACE)
 
-    def _idle(self, cutoff: datetime, domain: Domain | None) -> Sequence[Thread]:
+    def expire_places(self, cutoff: datetime, domain: Domain | None, first: int, count: int) -> int:
+        there = islice(self._tables.threads.values(), first * _PLACE, (first + count) * _PLACE)
+        found = self._idle(cutoff, domain, there)
+        for thread in found:
+            self._tables.put(self._tables.threads, thread.id, replace(thread, state=ThreadState.INACTIVE))
+        return len(found)
+
+    def count_expired(self, cutoff: datetime, domain: Domain | None, limit: int | None = None) -> int:
+        return len(self._idle(cutoff, domain)[:limit])
+
+    def _idle(
+        self, cutoff: datetime, domain: Domain | None, among: Iterable[Thread] | None = None
+    ) -> Sequence[Thread]:
         return [
             thread
-            for thread in self._tables.threads.values()
+            for thread in (self._tables.threads.values() if among is None else among)
             if thread.state is ThreadState.ACTIVE
             and thread.last_message_at < cutoff
             and domain in (None, thread.domain)
@@ -377,6 +392,9 @@ class Turns(_Repository, turns.Turns):
     def abandoned(self, limit: int) -> Sequence[str]:
         found = [turn for turn in self._at_work() if not self.holder(turn.id).alive]
         return [turn.id for turn in sorted(found, key=_age)][:limit]
+
+    def any_at_work(self) -> bool:
+        return bool(self._at_work())
 
     def save_claim(self, turn: Turn, owner: str) -> None:
         claim = self._tables.claims[turn.id]

@@ -123,8 +123,23 @@ class Threads(Protocol):
         `cutoff` and that have no turn that has not ended. Threads that another process holds are left out."""
 
     @abstractmethod
-    def count_expired(self, cutoff: datetime, domain: Domain | None) -> int:
-        """How many threads `expire` would find."""
+    def places(self) -> int:
+        """How many places the store has for threads, in an order of its own.
+
+        In each lie about as many as on a page of a database. A new thread may take a new place, and a change may
+        move a thread to another.
+        """
+
+    @abstractmethod
+    def expire_places(self, cutoff: datetime, domain: Domain | None, first: int, count: int) -> int:
+        """Makes INACTIVE what `expire` would of the threads in `count` places from the `first` (0 or more).
+
+        Returns how many. It looks at every thread there: the way for many threads, as `expire` is for few.
+        """
+
+    @abstractmethod
+    def count_expired(self, cutoff: datetime, domain: Domain | None, limit: int | None = None) -> int:
+        """How many threads `expire` would find, held or not; it stops counting at `limit`."""
 
 
 class Messages(Protocol):

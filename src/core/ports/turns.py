@@ -128,6 +128,10 @@ class Turns(Protocol):
         """Ids of turns at work whose holder has no valid lease, oldest first."""
 
     @abstractmethod
+    def any_at_work(self) -> bool:
+        """Whether any turn is RUNNING or WAITING_FOR_CLIENT, of whichever process."""
+
+    @abstractmethod
     def save_claim(self, turn: Turn, owner: str) -> None:
         """Stores a locked turn's state, epoch, attempt, model, provider and time of its first claim, and its
         owner (empty: none). A turn that is at work no longer keeps a waiting message."""

@@ -1,27 +1,48 @@
-"""The admin command: expires idle threads in batches, beside traffic."""
+"""The admin command: expires idle threads in small transactions, beside traffic.
 
+A few go through the index, oldest first. A backlog goes place by place, in the order in which the store keeps its
+threads, which costs a fraction of that for each. A change may move a thread to a place that the sweep has passed:
+those go through the index at the end.
+"""
+
+import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import partial
+from typing import Generic, TypeVar
 
 from core.model.agent import Domain
 from core.model.errors import CleanupRunning, InvalidField
 from core.ports.store import Store, Transaction
 from core.ports.threads import ExpiredBatch, ThreadKey
 
+T = TypeVar("T")
+
 MAX_TTL_DAYS = 36_500
 DEFAULT_BATCH = 1_000
 MAX_BATCH = 10_000
 
+_BACKLOG = 20_000
+"""Threads from which on it pays to look at all: about 2 % of a million, see bench/README.md."""
+_STEP, _STEP_BESIDE_TURNS = 0.08, 0.02
+"""Seconds that a transaction may take: others wait for it."""
+_FEWEST_PLACES, _MOST_PLACES = 8, 512
+"""At most so many: after places where nothing expires may come some where all does."""
+_STRETCH = 4.0
+"""How many times larger or smaller a step may be than the one before."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cleanup:
-    """What to clean up. Threads whose newest message is older than `ttl_days` days expire."""
+    """What to clean up. Threads whose newest message is older than `ttl_days` days expire.
+
+    With a `batch_size`, at most so many in a transaction; else as many as take little time.
+    """
 
     ttl_days: int
-    batch_size: int = DEFAULT_BATCH
+    batch_size: int | None = None
     dry_run: bool = False
     domain: Domain | None = None
 
@@ -29,7 +50,7 @@ class Cleanup:
         """Raises InvalidField."""
         if not 0 <= self.ttl_days <= MAX_TTL_DAYS:
             raise InvalidField("ttl_days", f"must be 0 to {MAX_TTL_DAYS}")
-        if not 1 <= self.batch_size <= MAX_BATCH:
+        if self.batch_size is not None and not 1 <= self.batch_size <= MAX_BATCH:
             raise InvalidField("batch_size", f"must be 1 to {MAX_BATCH}")
 
 
@@ -71,14 +92,9 @@ class CleanUpThreads:
             if cleanup.dry_run:
                 expired = await self._store.read(lambda tx: tx.threads.count_expired(cutoff, cleanup.domain))
             else:
-                last: ThreadKey | None = None
-                while True:
-                    batch = await self._store.write(partial(_expire, cleanup, cutoff, last))
-                    if batch.last is None:
-                        break
-                    expired, batches, last = expired + batch.expired, batches + 1, batch.last
-                    if progress is not None:
-                        await progress(expired, batches)
+                sweep = _Sweep(self._store, cleanup, cutoff, progress)
+                await sweep.run()
+                expired, batches = sweep.expired, sweep.batches
         return CleanupReport(
             cutoff=cutoff,
             dry_run=cleanup.dry_run,
@@ -89,5 +105,85 @@ class CleanUpThreads:
         )
 
 
-def _expire(cleanup: Cleanup, cutoff: datetime, after: ThreadKey | None, tx: Transaction) -> ExpiredBatch:
-    return tx.threads.expire(cutoff, cleanup.domain, after, cleanup.batch_size)
+class _Sweep:
+    """A cleanup at work, and what it has done so far."""
+
+    def __init__(self, store: Store, cleanup: Cleanup, cutoff: datetime, progress: Progress | None) -> None:
+        self.expired = 0
+        self.batches = 0
+        self._store = store
+        self._cleanup = cleanup
+        self._cutoff = cutoff
+        self._progress = progress
+
+    async def run(self) -> None:
+        """Makes INACTIVE all that is due."""
+        if self._cleanup.batch_size is None and await self._due(_BACKLOG) == _BACKLOG:
+            await self._place_by_place()
+        if await self._due(1):
+            await self._oldest_first(self._cleanup.batch_size or DEFAULT_BATCH)
+
+    async def _due(self, limit: int) -> int:
+        return await self._store.read(
+            lambda tx: tx.threads.count_expired(self._cutoff, self._cleanup.domain, limit)
+        )
+
+    async def _place_by_place(self) -> None:
+        places = await self._store.read(lambda tx: tx.threads.places())
+        first, count = 0, _FEWEST_PLACES
+        while first < places:
+            step = await self._take(partial(self._expire_places, first, count))
+            await self._tell(step.done)
+            first += count
+            wanted = count * min(_STRETCH, max(1 / _STRETCH, step.allowed / step.seconds))
+            count = round(min(_MOST_PLACES, max(_FEWEST_PLACES, wanted)))
+            await step.rest()
+
+    def _expire_places(self, first: int, count: int, tx: Transaction) -> int:
+        return tx.threads.expire_places(self._cutoff, self._cleanup.domain, first, count)
+
+    async def _oldest_first(self, limit: int) -> None:
+        last: ThreadKey | None = None
+        while True:
+            step = await self._take(partial(self._expire_oldest, last, limit))
+            last = step.done.last
+            if last is None:
+                return
+            await self._tell(step.done.expired)
+            await step.rest()
+
+    def _expire_oldest(self, after: ThreadKey | None, limit: int, tx: Transaction) -> ExpiredBatch:
+        return tx.threads.expire(self._cutoff, self._cleanup.domain, after, limit)
+
+    async def _tell(self, expired: int) -> None:
+        self.expired, self.batches = self.expired + expired, self.batches + 1
+        if self._progress is not None:
+            await self._progress(self.expired, self.batches)
+
+    async def _take(self, work: Callable[[Transaction], T]) -> "_Step[T]":
+        """Works in a transaction of its own."""
+
+        def change(tx: Transaction) -> tuple[float, bool, T]:
+            return time.monotonic(), tx.turns.any_at_work(), work(tx)
+
+        begun, busy, done = await self._store.write(change)
+        return _Step(done, seconds=time.monotonic() - begun, busy=busy)
+
+
+@dataclass(frozen=True, slots=True)
+class _Step(Generic[T]):
+    """A transaction: what it has done, from its begin to its commit, and whether it was beside turns at work."""
+
+    done: T
+    seconds: float
+    busy: bool
+
+    @property
+    def allowed(self) -> float:
+        """Seconds that it should have taken."""
+        return _STEP_BESIDE_TURNS if self.busy else _STEP
+
+    async def rest(self) -> None:
+        """Beside turns, leaves the store to them for as long as it had it."""
+        if self.busy:
+            await asyncio.sleep(self.seconds)

@@ -37,7 +37,12 @@ def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
         metavar="N",
         help="days since the newest message (default: OPENAI_THREAD_TTL, 30); 0 expires every idle thread",
     )
-    parser.add_argument("--batch-size", type=int, metavar="N", help="threads a transaction (default: 1000)")
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help="at most so many threads a transaction, oldest first (default: as many as take little time)",
+    )
     parser.add_argument("--dry-run", action="store_true", help="count only, change nothing")
     parser.add_argument(
         "--domain", choices=["career", "health", "relationship", "general"], help="only threads of this domain"
@@ -53,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
     with explained():
         from core.model.agent import Domain
         from core.model.errors import CleanupRunning, InvalidField
-        from core.use_cases.clean_up_threads import DEFAULT_BATCH, Cleanup
+        from core.use_cases.clean_up_threads import Cleanup
         from entrypoints.observability import set_up_logging
         from entrypoints.settings import load_settings
 
@@ -61,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
         set_up_logging(settings)
         cleanup = Cleanup(
             ttl_days=settings.openai_thread_ttl if options.ttl_days is None else options.ttl_days,
-            batch_size=DEFAULT_BATCH if options.batch_size is None else options.batch_size,
+            batch_size=options.batch_size,
             dry_run=options.dry_run,
             domain=Domain(options.domain) if options.domain else None,
         )
@@ -154,7 +159,7 @@ def _ask_owner(database: Path, cleanup: "Cleanup", progress: Progress) -> "Clean
 
     request = api.CleanupRequest(
         ttl_days=cleanup.ttl_days,
-        batch_size=cleanup.batch_size,
+        batch_size=cleanup.batch_size or 0,
         dry_run=cleanup.dry_run,
         domain=DOMAINS[cleanup.domain] if cleanup.domain else pb.DOMAIN_UNSPECIFIED,
     )

@@ -7,10 +7,8 @@ from functools import cache
 from sqlalchemy import (
     ColumnElement,
     Integer,
-    and_,
     bindparam,
     delete,
-    exists,
     false,
     func,
     insert,
@@ -24,6 +22,8 @@ from sqlalchemy import (
 from adapters.sql import mapping as m
 from adapters.sql import tables as t
 from adapters.sql.repositories.base import Repository, insert_if_new
+from adapters.sql.repositories.expiry import PLACES, idle
+from adapters.sql.session import Session
 from adapters.sql.statement import Statement
 from core.model.agent import Domain
 from core.model.thread import ProviderState, Thread, ThreadState, Tombstone
@@ -76,16 +76,9 @@ def _list(states: frozenset[ThreadState], *, in_domain: bool, before: bool) -> S
     return Statement(newest_first.limit(bindparam("limit", type_=Integer)))
 
 
-def _idle(*, in_domain: bool) -> ColumnElement[bool]:
-    """What expires: active, older than the cutoff, without a turn that has not ended."""
-    unfinished = exists().where(t.turns.c.thread_id == _c.id, t.unfinished(t.turns.c.state))
-    idle = and_(_c.is_active, _c.last_message_at < bindparam("cutoff", type_=t.UtcDateTime), ~unfinished)
-    return and_(idle, _c.domain == bindparam("in_domain")) if in_domain else idle
-
-
 @cache
 def _choose(*, in_domain: bool, after: bool) -> Statement:
-    query = select(_c.last_message_at, _c.id).where(_idle(in_domain=in_domain))
+    query = select(_c.last_message_at, _c.id).where(idle(in_domain=in_domain))
     if after:
         key = tuple_(bindparam("after_time", type_=t.UtcDateTime), bindparam("after_id", type_=_c.id.type))
         query = query.where(_key() > key)
@@ -95,17 +88,23 @@ def _choose(*, in_domain: bool, after: bool) -> Statement:
 
 @cache
 def _expire(*, in_domain: bool) -> Statement:
-    return Statement(_change.where(_idle(in_domain=in_domain)).values(is_active=false()))
+    return Statement(_change.where(idle(in_domain=in_domain)).values(is_active=false()))
 
 
 @cache
-def _count_idle(*, in_domain: bool) -> Statement:
-    idle = select(func.count().label("count_")).select_from(t.threads)
-    return Statement(idle.where(_idle(in_domain=in_domain)))
+def _count_idle(*, in_domain: bool, limited: bool) -> Statement:
+    found = select(_c.id).where(idle(in_domain=in_domain))
+    if limited:  # in this order they come from an index, whatever the planner thinks of how many there are
+        found = found.order_by(_c.last_message_at, _c.id).limit(bindparam("limit", type_=Integer))
+    return Statement(select(func.count().label("count_")).select_from(found.subquery()))
 
 
 class Threads(Repository, threads.Threads):
     """`assistant_threads` and `tombstones`."""
+
+    def __init__(self, session: Session) -> None:
+        super().__init__(session)
+        self._places = PLACES[session.dialect.name]
 
     def add(self, thread: Thread) -> None:
         self._session.run(_ADD, m.thread_values(thread))
@@ -173,20 +172,31 @@ class Threads(Repository, threads.Threads):
         self._session.run(_CHANGE, {"of_thread": thread_id, **m.provider_state_values(state)})
 
     def expire(self, cutoff: datetime, domain: Domain | None, after: ThreadKey | None, limit: int) -> ExpiredBatch:
-        idle: m.Values = {"cutoff": cutoff, **({} if domain is None else {"in_domain": domain.value})}
+        due = _due(cutoff, domain)
         behind = {} if after is None else {"after_time": after.last_message_at, "after_id": after.id}
         choose = _choose(in_domain=domain is not None, after=after is not None)
-        found = self._session.rows(choose, {**idle, **behind, "limit": limit})
+        found = self._session.rows(choose, {**due, **behind, "limit": limit})
         if not found:
             return ExpiredBatch(0, None)
         # A turn may have begun between the look and the lock; the row as it is now decides.
         expire = _expire(in_domain=domain is not None)
-        expired = self._session.count_each(expire, [{"of_thread": row.id, **idle} for row in found])
+        expired = self._session.count_each(expire, [{"of_thread": row.id, **due} for row in found])
         return ExpiredBatch(expired, ThreadKey(*found[-1]))
 
-    def count_expired(self, cutoff: datetime, domain: Domain | None) -> int:
-        idle: m.Values = {"cutoff": cutoff, **({} if domain is None else {"in_domain": domain.value})}
-        return int(self._session.row(_count_idle(in_domain=domain is not None), idle).count_)
+    def places(self) -> int:
+        return self._places.count(self._session)
+
+    def expire_places(self, cutoff: datetime, domain: Domain | None, first: int, count: int) -> int:
+        return self._places.expire(self._session, _due(cutoff, domain), first, count)
+
+    def count_expired(self, cutoff: datetime, domain: Domain | None, limit: int | None = None) -> int:
+        count = _count_idle(in_domain=domain is not None, limited=limit is not None)
+        up_to = {} if limit is None else {"limit": limit}
+        return int(self._session.row(count, {**_due(cutoff, domain), **up_to}).count_)
+
+
+def _due(cutoff: datetime, domain: Domain | None) -> m.Values:
+    return {"cutoff": cutoff, **({} if domain is None else {"in_domain": domain.value})}
 
 
 def _key() -> ColumnElement[tuple[datetime, str]]:

@@ -65,6 +65,7 @@ _ABANDONED = Statement(
     .order_by(_c.accepted_at, _c.id)
     .limit(_limit)
 )
+_ANY_AT_WORK = Statement(select(exists().where(at_work(_c.state)).label("are_there")))
 _unclaimed = (
     select(_c.id)
     .where(
@@ -165,6 +166,9 @@ class Turns(Repository, turns.Turns):
 
     def abandoned(self, limit: int) -> Sequence[str]:
         return [row.id for row in self._session.rows(_ABANDONED, {"limit": limit, "now": self._session.now()})]
+
+    def any_at_work(self) -> bool:
+        return bool(self._session.row(_ANY_AT_WORK).are_there)
 
     def save_claim(self, turn: Turn, owner: str) -> None:
         values = {"of_turn": turn.id, "owner": owner, **m.claim_values(turn)}

@@ -4,7 +4,7 @@ from typing import Any, TypeAlias
 
 import grpc
 
-from core.use_cases.clean_up_threads import DEFAULT_BATCH, Cleanup, CleanUpThreads
+from core.use_cases.clean_up_threads import Cleanup, CleanUpThreads
 from entrypoints.grpc_api import mapping
 from entrypoints.grpc_api.gen.vidacoach.admin.v1 import admin_service_pb2 as api
 from entrypoints.grpc_api.gen.vidacoach.admin.v1.admin_service_pb2_grpc import AdminServiceServicer
@@ -29,7 +29,7 @@ class AdminService(AdminServiceServicer):
 
         cleanup = Cleanup(
             ttl_days=request.ttl_days if request.HasField("ttl_days") else self._ttl_days,
-            batch_size=request.batch_size or DEFAULT_BATCH,
+            batch_size=request.batch_size or None,
             dry_run=request.dry_run,
             domain=mapping.domain_of(request.domain),
         )
