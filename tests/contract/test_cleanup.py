@@ -2,9 +2,13 @@
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime, timedelta
+from functools import partial
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from adapters.system import Ids
 from core.model.agent import Domain
@@ -123,6 +127,203 @@ async def test_exactly_the_expired_ones_expire(store: Store, domain: Domain | No
     assert all(new.state is ThreadState.INACTIVE for new in after if new.id in due)
     again = await cleanup(Cleanup(ttl_days=30, batch_size=batch_size, domain=domain))
     assert (again.expired, again.batches) == (0, 0)
+
+
+@pytest.mark.parametrize("step", [1, 3, 1_000])
+@pytest.mark.parametrize("domain", [None, Domain.HEALTH], ids=str)
+async def test_places_hold_every_thread_once(store: Store, domain: Domain | None, step: int) -> None:
+    now = await time_of(store)
+    kinds = [
+        (days, of, state, turns)
+        for days in (1, 40)
+        for of in (Domain.CAREER, Domain.HEALTH)
+        for state in ThreadState
+        for turns in ([], ENDED, *([*ENDED, busy] for busy in UNFINISHED))
+    ]
+    threads = [
+        (a_thread(now - timedelta(days=days), domain=of, state=state), turns)
+        for _ in range(10)
+        for days, of, state, turns in kinds
+    ]
+    due = {
+        thread.id
+        for thread, (days, of, state, turns) in zip([thread for thread, _ in threads], kinds * 10, strict=True)
+        if days == 40 and state is ThreadState.ACTIVE and turns in ([], ENDED) and domain in (None, of)
+    }
+    await keep(store, threads)
+    before = await all_threads(store)
+    cutoff = now - timedelta(days=30)
+    for limit in (1, len(due), len(due) + 1):
+        assert await store.read(lambda tx, limit=limit: tx.threads.count_expired(cutoff, domain, limit)) == min(  # type: ignore[misc]
+            limit, len(due)
+        )
+    places = await store.read(lambda tx: tx.threads.places())
+    assert 3 < places < len(threads)
+    expired = [
+        await store.write(lambda tx, first=first: tx.threads.expire_places(cutoff, domain, first, step))  # type: ignore[misc]
+        for first in range(0, places, step)
+    ]
+    assert sum(expired) == len(due)
+    after = await all_threads(store)
+    assert {old.id for old, new in zip(before, after, strict=True) if old != new} == due
+    assert all(new.state is ThreadState.INACTIVE for new in after if new.id in due)
+    assert await store.write(lambda tx: tx.threads.expire_places(cutoff, domain, 0, places)) == 0
+    assert await store.write(lambda tx: tx.threads.expire_places(now, None, places, 1_000)) == 0
+
+
+async def test_an_empty_store_has_no_places(store: Store) -> None:
+    assert await store.read(lambda tx: tx.threads.places()) == 0
+    assert (await CleanUpThreads(store, backlog=0)(Cleanup(ttl_days=0))).batches == 0
+
+
+async def test_a_backlog_goes_place_by_place_and_with_a_batch_size_it_does_not(store: Store) -> None:
+    now = await time_of(store)
+    threads = [a_thread(now - timedelta(days=40 if number % 2 else 1)) for number in range(2_000)]
+    await keep(store, [(thread, []) for thread in threads])
+    cleanup = CleanUpThreads(store, backlog=1_000)
+    by_batches = await cleanup(Cleanup(ttl_days=39, batch_size=600, dry_run=True))
+    assert (by_batches.expired, by_batches.batches) == (1_000, 0)
+    told: list[tuple[int, int]] = []
+
+    async def progress(expired: int, batches: int) -> None:
+        told.append((expired, batches))
+
+    report = await cleanup(Cleanup(ttl_days=30), progress)
+    assert (report.expired, report.batches) == (1_000, len(told))
+    assert told == sorted(told)
+    assert [batches for _, batches in told] == list(range(1, len(told) + 1))
+    assert told[0][0] < 600  # the first step is a short one
+    listed = await store.read(lambda tx: tx.threads.list("ada", None, INACTIVE, None, 10_000))
+    assert {thread.id for thread in listed} == {thread.id for thread in threads[1::2]}
+
+
+@pytest.mark.parametrize(("due", "batches"), [(999, 1), (1_000, 2)])
+async def test_what_is_a_backlog(store: Store, due: int, batches: int) -> None:
+    old = await time_of(store) - timedelta(days=40)
+    await keep(store, [(a_thread(old), []) for _ in range(due)])
+    report = await CleanUpThreads(store, backlog=1_000)(Cleanup(ttl_days=30))
+    assert report.expired == due
+    assert (report.batches == 1) is (batches == 1)
+
+
+async def test_a_thread_that_moves_out_of_the_way_of_a_sweep_expires_all_the_same(store: Store) -> None:
+    now = await time_of(store)
+    threads = [a_thread(now - timedelta(days=40)) for _ in range(500)]
+    await keep(store, [(thread, []) for thread in threads])
+    cutoff = now - timedelta(days=30)
+    places = await store.read(lambda tx: tx.threads.places())
+
+    def move(tx: Transaction) -> None:
+        for thread in threads[-100:]:  # PostgreSQL writes a changed row where there is room
+            tx.threads.describe(thread.id, title="t" * 200, metadata={"k": "v" * 500})
+
+    await store.write(move)
+    swept = await store.write(lambda tx: tx.threads.expire_places(cutoff, None, 0, places))
+    left = await store.read(lambda tx: tx.threads.count_expired(cutoff, None))
+    assert swept + left == 500
+    if getattr(store, "_url", "").startswith("postgresql"):
+        assert left > 0
+    report = await CleanUpThreads(store, backlog=1)(Cleanup(ttl_days=30))
+    assert report.expired == left
+    assert await store.read(lambda tx: tx.threads.count_expired(cutoff, None)) == 0
+
+
+async def test_a_backlog_is_left_and_woken_meanwhile(store: Store) -> None:
+    old = await time_of(store) - timedelta(days=40)
+    threads = [a_thread(old) for _ in range(3_000)]
+    await keep(store, [(thread, []) for thread in threads])
+    async with service(store) as it:
+        stop = asyncio.Event()
+
+        async def progress(expired: int, batches: int) -> None:
+            if batches == 1:  # one of the places that come last, and one of the first
+                await it.events(await it.say(thread_id=threads[-1].id))
+                await it.events(await it.say(thread_id=threads[0].id))
+            if batches == 2:
+                stop.set()
+                await asyncio.Event().wait()
+
+        cleanup = CleanUpThreads(store, backlog=100)
+        first = asyncio.create_task(cleanup(Cleanup(ttl_days=30), progress))
+        await stop.wait()
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+        done = {thread.id for thread in await all_threads(store) if thread.state is ThreadState.INACTIVE}
+        assert 0 < len(done) < 2_998
+        report = await cleanup(Cleanup(ttl_days=30))
+        assert len(done) + report.expired == 2_998
+        active = {thread.id for thread in await all_threads(store) if thread.state is ThreadState.ACTIVE}
+        assert active == {threads[0].id, threads[-1].id}
+
+
+STEPS = st.lists(
+    st.tuples(st.sampled_from(["sweep", "batch", "wake", "begin", "end", "describe"]), st.integers(0, 199)),
+    max_size=60,
+)
+
+
+@given(steps=STEPS)
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+async def test_two_sweeps_and_what_happens_meanwhile_in_any_order(
+    store: Store, steps: Sequence[tuple[str, int]]
+) -> None:
+    now = await time_of(store)
+    threads = [a_thread(now - timedelta(days=40)) for _ in range(200)]
+    await keep(store, [(thread, []) for thread in threads])
+    cutoff = now - timedelta(days=30)
+    first = [0, 0]
+    expired = 0
+    woken: set[str] = set()
+    slept: list[str] = []
+    at_work: dict[str, Turn] = {}
+    places = await store.read(lambda tx: tx.threads.places())
+    request = RequestKey(caller="local", user_id="ada", request_id="", fingerprint="")
+
+    def take(tx: Transaction, what: str, pick: int) -> int:
+        thread = threads[pick]
+        match what:
+            case "sweep":
+                first[pick % 2], begin = first[pick % 2] + pick % 5, first[pick % 2]
+                return tx.threads.expire_places(cutoff, None, begin, pick % 5)
+            case "batch":
+                return tx.threads.expire(cutoff, None, None, pick % 7 + 1).expired
+            case "wake":
+                found = tx.threads.lock("ada", thread.id)
+                assert found is not None
+                slept.extend([thread.id] if found.state is ThreadState.INACTIVE else [])
+                tx.threads.touch(thread.id, now)
+                woken.add(thread.id)
+            case "begin" if thread.id not in at_work:
+                # As an acceptance does, but for the time: the thread stays old.
+                found = tx.threads.lock("ada", thread.id)
+                assert found is not None
+                if found.state is ThreadState.ACTIVE:
+                    at_work[thread.id] = a_turn(thread, TurnState.RUNNING)
+                    tx.turns.add(at_work[thread.id], request, owner="test")
+            case "end" if at_work:
+                turn = at_work.pop(sorted(at_work)[pick % len(at_work)])
+                tx.turns.save_ending(replace(turn, state=TurnState.FAILED, epoch=2))
+            case "describe":
+                tx.threads.describe(thread.id, title="t" * pick, metadata=None)
+        return 0
+
+    for what, pick in steps:
+        expired += await store.write(partial(take, what=what, pick=pick))
+    for begin in first:
+        expired += await store.write(
+            lambda tx, begin=begin: tx.threads.expire_places(cutoff, None, begin, places)  # type: ignore[misc]
+        )
+    expired += await store.write(lambda tx: tx.threads.expire(cutoff, None, None, 1_000).expired)
+    ours = {thread.id for thread in threads}
+    asleep = {thread.id for thread in await all_threads(store) if thread.state is ThreadState.INACTIVE} & ours
+    assert asleep == ours - woken - set(at_work)
+    assert expired == len(asleep) + len(slept)
+    await store.write(
+        lambda tx: [
+            tx.turns.save_ending(replace(turn, state=TurnState.FAILED, epoch=2)) for turn in at_work.values()
+        ]
+    )
+    await store.write(lambda tx: tx.threads.expire(cutoff, None, None, 1_000))
 
 
 async def test_a_thread_as_old_as_the_cutoff_is_not_expired(store: Store) -> None:

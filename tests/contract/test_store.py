@@ -410,6 +410,9 @@ async def test_postgresql_a_lock_keeps_other_processes_away(
             await third.write(lambda tx: tx.turns.save_ending(replace(turn, state=TurnState.FAILED)))
             batch = await third.write(lambda tx: tx.threads.expire(cutoff, None, None, 10))
             assert batch.expired == 0
+            assert (
+                await third.write(lambda tx: tx.threads.expire_places(cutoff, None, 0, tx.threads.places())) == 0
+            )
             await third.aclose()
         assert not colliding.done()
         hold.open()

@@ -735,6 +735,25 @@ class Lifecycles(RuleBasedStateMachine):
             self.touched.add(thread.id)
             self.cover("expired")
 
+    @rule(after=st.integers(0, 3))
+    def clean_up_by_places(self, after: int) -> None:
+        def change(tx: Transaction) -> tuple[datetime, int]:
+            cutoff, places = tx.now() - TTL, tx.threads.places()
+            expired = tx.threads.expire_places(cutoff, None, 0, after)
+            return cutoff, expired + tx.threads.expire_places(cutoff, None, after, places)
+
+        cutoff, expired = self.write(change)
+        idle = [
+            thread
+            for thread in self.threads.values()
+            if thread.active and not thread.deleted and not thread.queue and thread.touched_at < cutoff
+        ]
+        assert expired == len(idle)
+        for thread in idle:
+            thread.active = False
+            self.touched.add(thread.id)
+            self.cover("expired")
+
     @rule(owner=owners, pick=picks)
     @precondition(lambda self: self.threads)
     def take_back(self, owner: str, pick: int) -> None:

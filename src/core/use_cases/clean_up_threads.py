@@ -24,8 +24,8 @@ MAX_TTL_DAYS = 36_500
 DEFAULT_BATCH = 1_000
 MAX_BATCH = 10_000
 
-_BACKLOG = 20_000
-"""Threads from which on it pays to look at all: about 2 % of a million, see bench/README.md."""
+BACKLOG = 20_000
+"""Threads due from which on it pays to look at all there are: about 2 % of a million, see bench/README.md."""
 _STEP, _STEP_BESIDE_TURNS = 0.08, 0.02
 """Seconds that a transaction may take: others wait for it."""
 _FEWEST_PLACES, _MOST_PLACES = 8, 512
@@ -73,8 +73,10 @@ Progress = Callable[[int, int], Awaitable[None]]
 class CleanUpThreads:
     """Makes idle threads INACTIVE. A thread with a turn that has not ended is never touched."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, backlog: int = BACKLOG) -> None:
+        """`backlog`: so many threads or more that are due go place by place."""
         self._store = store
+        self._backlog = backlog
 
     async def __call__(self, cleanup: Cleanup, progress: Progress | None = None) -> CleanupReport:
         """Runs a cleanup to its end. Cancelled, it stops after the batch at hand; run again, it goes on.
@@ -93,7 +95,7 @@ class CleanUpThreads:
                 expired = await self._store.read(lambda tx: tx.threads.count_expired(cutoff, cleanup.domain))
             else:
                 sweep = _Sweep(self._store, cleanup, cutoff, progress)
-                await sweep.run()
+                await sweep.run(self._backlog)
                 expired, batches = sweep.expired, sweep.batches
         return CleanupReport(
             cutoff=cutoff,
@@ -116,9 +118,9 @@ class _Sweep:
         self._cutoff = cutoff
         self._progress = progress
 
-    async def run(self) -> None:
+    async def run(self, backlog: int) -> None:
         """Makes INACTIVE all that is due."""
-        if self._cleanup.batch_size is None and await self._due(_BACKLOG) == _BACKLOG:
+        if self._cleanup.batch_size is None and await self._due(backlog) == backlog:
             await self._place_by_place()
         if await self._due(1):
             await self._oldest_first(self._cleanup.batch_size or DEFAULT_BATCH)
