@@ -118,11 +118,11 @@ def test_100_000_threads_without_an_owner(file: Path) -> None:
     assert set(report) == KEYS
     assert (report["dry_run"], report["expired"], report["deleted"], report["batches"]) == (True, len(due), 0, 0)
     assert inactive(file) == set()
-    code, report, errors = clean("--batch-size", "1234")
+    code, report, errors = clean()
     assert (code, errors) == (0, "")
     assert set(report) == KEYS
     assert (report["dry_run"], report["expired"], report["deleted"]) == (False, len(due), 0)
-    assert report["batches"] == -(-len(due) // 1_234)
+    assert 1 < report["batches"] < len(due) / 1_000  # a backlog: place by place
     assert report["seconds"] > 0
     cutoff = datetime.fromisoformat(report["cutoff"])
     assert abs(datetime.now(UTC) - timedelta(days=30) - cutoff) < timedelta(minutes=5)
@@ -168,15 +168,21 @@ def test_a_command_that_fails_says_so(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "Traceback" not in errors
 
 
-def test_kill_9_in_the_middle_loses_nothing_and_another_goes_on(file: Path) -> None:
-    due = fill(file, 20_000)
-    with subprocess.Popen([*COMMAND, "cleanup", "--batch-size", "50"], stdout=subprocess.DEVNULL) as first:
+@pytest.mark.parametrize(
+    ("threads", "arguments"), [(10_000, ["--batch-size", "50"]), (60_000, [])], ids=["batches", "backlog"]
+)
+def test_kill_9_in_the_middle_loses_nothing_and_another_goes_on(
+    file: Path, threads: int, arguments: list[str]
+) -> None:
+    due = fill(file, threads)
+    with subprocess.Popen([*COMMAND, "cleanup", *arguments], stdout=subprocess.DEVNULL) as first:
         while not (done := inactive(file)):
             assert first.poll() is None
         first.kill()
     done = inactive(file)
     assert 0 < len(done) < len(due)
-    assert len(done) % 50 == 0
+    assert done < due
+    assert not arguments or len(done) % 50 == 0
     code, report, _ = clean()
     assert (code, report["expired"]) == (0, len(due) - len(done))
     assert inactive(file) == due
@@ -205,6 +211,26 @@ async def chatting(address: str, user: str, stop: asyncio.Event) -> int:
 async def test_100_000_threads_beside_chats_through_the_owner(file: Path) -> None:
     # None is busy: an owner begins with ending what a stopped process left.
     due = await asyncio.to_thread(functools.partial(fill, file, THREADS, busy=False))
+    with serving() as (_, address):
+        stop = asyncio.Event()
+        chats = [asyncio.create_task(chatting(address, f"chatter{number}", stop)) for number in range(4)]
+        cleaning = asyncio.create_task(asyncio.to_thread(clean))
+        seen: list[int] = []
+        while not cleaning.done():
+            seen.append(len(await asyncio.to_thread(inactive, file)))
+        code, report, errors = await cleaning
+        stop.set()
+        turns = await asyncio.gather(*chats)
+        assert (code, errors) == (0, "")
+        assert report["expired"] == len(due) == THREADS // 2
+        assert 1 < report["batches"] < len(due) / 1_000
+        assert seen == sorted(seen)
+        assert min(turns) >= 1
+        assert await asyncio.to_thread(inactive, file) == due
+
+
+async def test_batches_beside_chats_through_the_owner(file: Path) -> None:
+    due = await asyncio.to_thread(functools.partial(fill, file, THREADS // 2, busy=False))
     with serving() as (server, address):
         stop = asyncio.Event()
         chats = [asyncio.create_task(chatting(address, f"chatter{number}", stop)) for number in range(4)]
@@ -223,8 +249,8 @@ async def test_100_000_threads_beside_chats_through_the_owner(file: Path) -> Non
         assert (first.returncode, errors) == (0, b"")
         report = json.loads(out)
         assert set(report) == KEYS
-        assert report["expired"] == len(due) == THREADS // 2
-        assert report["batches"] == THREADS // 2 / 500
+        assert report["expired"] == len(due) == THREADS // 4
+        assert report["batches"] == len(due) / 500
         assert codes == [75]
         assert seen == sorted(seen)
         assert len({count for count in seen if 0 < count < len(due)}) >= 2  # committed in batches

@@ -32,7 +32,9 @@ class CleanupRequest(_message.Message):
     every idle thread. Unset: the owner's `OPENAI_THREAD_TTL`.
     """
     batch_size: _builtins.int
-    """Threads a transaction; 0 is the default."""
+    """At most so many threads a transaction, oldest first; 0: as many as take
+    little time.
+    """
     dry_run: _builtins.bool
     """Count only."""
     domain: _resources_pb2.Domain.ValueType
