@@ -110,9 +110,9 @@ def swept(state: TurnState | None) -> float:
     return rested
 
 
-def test_alone_a_step_takes_80_ms_and_none_is_waited_for(pace: Pace) -> None:
+def test_alone_a_step_takes_60_ms_and_none_is_waited_for(pace: Pace) -> None:
     assert swept(None) == 0.0
-    assert pace.counts == [8, 32, 80, 80]
+    assert pace.counts == [8, 32, 60, 60, 60]
 
 
 @pytest.mark.parametrize("state", [TurnState.RUNNING, TurnState.WAITING_FOR_CLIENT])

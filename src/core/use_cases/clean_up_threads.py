@@ -26,7 +26,7 @@ MAX_BATCH = 10_000
 
 BACKLOG = 20_000
 """Threads due from which on it pays to look at all there are: about 2 % of a million, see bench/README.md."""
-_STEP, _STEP_BESIDE_TURNS = 0.08, 0.02
+_STEP, _STEP_BESIDE_TURNS = 0.06, 0.02
 """Seconds that a transaction may take: others wait for it."""
 _FEWEST_PLACES, _MOST_PLACES = 8, 512
 """At most so many: after places where nothing expires may come some where all does."""

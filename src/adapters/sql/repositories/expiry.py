@@ -34,21 +34,38 @@ from adapters.sql.statement import Statement
 
 _c = t.threads.c
 
+_has_none = ~exists().where(t.turns.c.thread_id == _c.id, t.unfinished(t.turns.c.state))
+_of_turns = t.turns.c.thread_id
+_is_in_none = and_(
+    _c.id.not_in(select(_of_turns).where(t.at_work(t.turns.c.state))),
+    _c.id.not_in(select(_of_turns).where(t.accepted(t.turns.c.state))),
+)
+_FREE = {"sqlite": _has_none, "postgresql": _is_in_none}
+"""For each dialect, that a thread has no turn that has not ended, for many threads.
 
-def idle(*, in_domain: bool) -> ColumnElement[bool]:
-    """What expires: active, older than the cutoff, without a turn that has not ended."""
-    return _idle(_c.is_active, in_domain=in_domain)
+PostgreSQL reads those turns once for all threads, a condition for each partial index. Thread by thread would be
+left to its planner, and what that knows of turns that have not ended is always out of date. SQLite does as it is
+told, thread by thread.
+"""
 
 
-def _idle_there(*, in_domain: bool) -> ColumnElement[bool]:
+def one_idle(*, in_domain: bool) -> ColumnElement[bool]:
+    """What expires: active, older than the cutoff, without a turn that has not ended. For one thread at a time."""
+    return _idle(_c.is_active, _has_none, in_domain=in_domain)
+
+
+def idle(dialect: str, *, in_domain: bool) -> ColumnElement[bool]:
+    """The same, for many threads."""
+    return _idle(_c.is_active, _FREE[dialect], in_domain=in_domain)
+
+
+def _idle_there(dialect: str, *, in_domain: bool) -> ColumnElement[bool]:
     """The same, written so that no index has it: where to look is said by rows or pages."""
-    return _idle(_c.is_active.is_not(false()), in_domain=in_domain)
+    return _idle(_c.is_active.is_not(false()), _FREE[dialect], in_domain=in_domain)
 
 
-def _idle(active: ColumnElement[bool], *, in_domain: bool) -> ColumnElement[bool]:
-    unfinished = exists().where(t.turns.c.thread_id == _c.id, t.unfinished(t.turns.c.state))
-    cutoff = bindparam("cutoff", type_=t.UtcDateTime)
-    found = and_(active, _c.last_message_at < cutoff, ~unfinished)
+def _idle(active: ColumnElement[bool], free: ColumnElement[bool], *, in_domain: bool) -> ColumnElement[bool]:
+    found = and_(active, _c.last_message_at < bindparam("cutoff", type_=t.UtcDateTime), free)
     return and_(found, _c.domain == bindparam("in_domain")) if in_domain else found
 
 
@@ -85,7 +102,7 @@ class Rows(Places):
             Rows._row_id >= bindparam("first", type_=BigInteger), Rows._row_id < bindparam("end", type_=BigInteger)
         )
         return Statement(
-            update(t.threads).where(there, _idle_there(in_domain=in_domain)).values(is_active=false())
+            update(t.threads).where(there, _idle_there("sqlite", in_domain=in_domain)).values(is_active=false())
         )
 
 
@@ -126,7 +143,9 @@ class Pages(Places):
     def _lock(*, in_domain: bool) -> Statement:
         first, end = (cast(bindparam(name, type_=String), _Tid) for name in ("first", "end"))
         there = select(Pages._place.label("place")).select_from(t.threads)
-        there = there.where(Pages._place >= first, Pages._place < end, _idle_there(in_domain=in_domain))
+        there = there.where(
+            Pages._place >= first, Pages._place < end, _idle_there("postgresql", in_domain=in_domain)
+        )
         found = there.with_for_update(skip_locked=True).subquery()
         return Statement(select(cast(func.array_agg(found.c.place), String).label("locked")))
 
@@ -135,7 +154,9 @@ class Pages(Places):
     def _expire(*, in_domain: bool) -> Statement:
         locked = Pages._place == any_(cast(bindparam("locked", type_=String), ARRAY(_Tid)))
         return Statement(
-            update(t.threads).where(locked, _idle_there(in_domain=in_domain)).values(is_active=false())
+            update(t.threads)
+            .where(locked, _idle_there("postgresql", in_domain=in_domain))
+            .values(is_active=false())
         )
 
 

@@ -22,7 +22,7 @@ from sqlalchemy import (
 from adapters.sql import mapping as m
 from adapters.sql import tables as t
 from adapters.sql.repositories.base import Repository, insert_if_new
-from adapters.sql.repositories.expiry import PLACES, idle
+from adapters.sql.repositories.expiry import PLACES, idle, one_idle
 from adapters.sql.session import Session
 from adapters.sql.statement import Statement
 from core.model.agent import Domain
@@ -77,8 +77,8 @@ def _list(states: frozenset[ThreadState], *, in_domain: bool, before: bool) -> S
 
 
 @cache
-def _choose(*, in_domain: bool, after: bool) -> Statement:
-    query = select(_c.last_message_at, _c.id).where(idle(in_domain=in_domain))
+def _choose(dialect: str, *, in_domain: bool, after: bool) -> Statement:
+    query = select(_c.last_message_at, _c.id).where(idle(dialect, in_domain=in_domain))
     if after:
         key = tuple_(bindparam("after_time", type_=t.UtcDateTime), bindparam("after_id", type_=_c.id.type))
         query = query.where(_key() > key)
@@ -88,12 +88,12 @@ def _choose(*, in_domain: bool, after: bool) -> Statement:
 
 @cache
 def _expire(*, in_domain: bool) -> Statement:
-    return Statement(_change.where(idle(in_domain=in_domain)).values(is_active=false()))
+    return Statement(_change.where(one_idle(in_domain=in_domain)).values(is_active=false()))
 
 
 @cache
-def _count_idle(*, in_domain: bool, limited: bool) -> Statement:
-    found = select(_c.id).where(idle(in_domain=in_domain))
+def _count_idle(dialect: str, *, in_domain: bool, limited: bool) -> Statement:
+    found = select(_c.id).where(idle(dialect, in_domain=in_domain))
     if limited:  # in this order they come from an index, whatever the planner thinks of how many there are
         found = found.order_by(_c.last_message_at, _c.id).limit(bindparam("limit", type_=Integer))
     return Statement(select(func.count().label("count_")).select_from(found.subquery()))
@@ -174,7 +174,7 @@ class Threads(Repository, threads.Threads):
     def expire(self, cutoff: datetime, domain: Domain | None, after: ThreadKey | None, limit: int) -> ExpiredBatch:
         due = _due(cutoff, domain)
         behind = {} if after is None else {"after_time": after.last_message_at, "after_id": after.id}
-        choose = _choose(in_domain=domain is not None, after=after is not None)
+        choose = _choose(self._session.dialect.name, in_domain=domain is not None, after=after is not None)
         found = self._session.rows(choose, {**due, **behind, "limit": limit})
         if not found:
             return ExpiredBatch(0, None)
@@ -190,7 +190,7 @@ class Threads(Repository, threads.Threads):
         return self._places.expire(self._session, _due(cutoff, domain), first, count)
 
     def count_expired(self, cutoff: datetime, domain: Domain | None, limit: int | None = None) -> int:
-        count = _count_idle(in_domain=domain is not None, limited=limit is not None)
+        count = _count_idle(self._session.dialect.name, in_domain=domain is not None, limited=limit is not None)
         up_to = {} if limit is None else {"limit": limit}
         return int(self._session.row(count, {**_due(cutoff, domain), **up_to}).count_)
 
