@@ -28,7 +28,8 @@ def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
         help="expire threads that nobody has used for a while",
         description="Makes threads INACTIVE whose newest message is older than the time to live. They stay "
         "readable, and a new message wakes them; a thread with a turn that has not ended is never touched. Works "
-        "in batches, beside traffic, and goes on where a stopped cleanup left off. Meant to be run daily.",
+        "in short transactions, beside traffic, and goes on where a stopped cleanup left off. Meant to be run "
+        "daily.",
         epilog="exit codes: 0 done, 1 failed, 2 usage, 75 another cleanup is running",
     )
     parser.add_argument(
