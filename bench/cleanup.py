@@ -16,7 +16,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -244,7 +243,8 @@ def timed(work: Callable[[], T]) -> tuple[float, T]:
 
 @contextmanager
 def transactions() -> Iterator[dict[str, list[float]]]:
-    """How long transactions take meanwhile, of the thread that writes and of those that read."""
+    """How long transactions take meanwhile: those that may write, and those that only read."""
+    from adapters.sql.engines import BEGIN_WRITING
     from adapters.sql.session import Session
 
     seconds: dict[str, list[float]] = {"write": [], "read": []}
@@ -252,7 +252,8 @@ def transactions() -> Iterator[dict[str, list[float]]]:
 
     def measured(session: Session, work: Callable[[], Any]) -> Any:
         spent, result = timed(lambda: transact(session, work))
-        seconds["write" if threading.current_thread().name == "store-write" else "read"].append(spent)
+        writes = session._begin in BEGIN_WRITING.values()  # noqa: SLF001 - nobody else asks a session what it is for
+        seconds["write" if writes else "read"].append(spent)
         return result
 
     Session.transact = measured  # type: ignore[method-assign]
