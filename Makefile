@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+BENCH_VENV := .bench-venv
 export PYTHONDONTWRITEBYTECODE := 1
 
-.PHONY: help chat test faults-small faults check lint types proto proto-check fmt lock clean
+.PHONY: help chat test faults-small faults bench bench-quick check lint types proto proto-check fmt lock clean
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
@@ -32,6 +33,19 @@ faults-small: $(VENV)/dev.stamp ## kill, freeze and cut everything, for about a 
 
 faults: $(VENV)/dev.stamp ## the same at the large size, for hours
 	@VIDA_TEST_SIZE=large $(BIN)/python -m pytest -q -s tests/faults tests/simulation tests/integration/test_openai_streams.py
+
+# What the service is compared with and does not need itself. Where it can't be installed the bench says why.
+$(BENCH_VENV)/bench.stamp: bench/requirements.lock
+	@echo "setting up what the bench compares with (once) …" >&2
+	@$(PYTHON) -m venv --without-pip --clear $(BENCH_VENV) >&2
+	@if $(PYTHON) -m pip --python $(BENCH_VENV)/bin/python install -q --disable-pip-version-check --require-hashes \
+		-r bench/requirements.lock 2>$(BENCH_VENV)/why-not; then touch $@; else cat $(BENCH_VENV)/why-not >&2; fi
+
+bench: $(VENV)/dev.stamp $(BENCH_VENV)/bench.stamp ## measure the speed beside references, for hours
+	@PYTHONPATH=bench $(BIN)/python -m speed $(BENCH_ARGS)
+
+bench-quick: $(VENV)/dev.stamp $(BENCH_VENV)/bench.stamp ## see that the bench runs, for some minutes
+	@PYTHONPATH=bench $(BIN)/python -m speed --quick $(BENCH_ARGS)
 
 check: lint types proto-check test ## everything that must pass before a change lands
 
@@ -62,6 +76,8 @@ lock: $(VENV)/dev.stamp ## pin the dependencies anew, with hashes and without in
 	@for set in "requirements.lock --extra build" "requirements-dev.lock --extra build --extra dev"; do \
 		$(BIN)/python -m uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header \
 			--no-annotate --no-emit-index-url pyproject.toml -o $$set; done
+	@$(BIN)/python -m uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header \
+		--no-annotate --no-emit-index-url bench/requirements.in -o bench/requirements.lock
 
 clean: ## remove everything that can be made again
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(BENCH_VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,0 +1,79 @@
+"""Running a load against a server, and what the run says of both."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+
+from speed.loadgen import Load, Outcome
+from speed.processes import BenchError, Process, Usage, started
+from speed.servers import ENVIRONMENT, Server
+from speed.upstream import Upstream
+
+FULL = 0.8
+"""The share of their core from which on the generator and the provider may be what limits a run."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """A load, and what became of it. `cpu` is the server's processor time in seconds, `peak` its memory in bytes
+    while all streams were live, or at the end if they never were.
+
+    `beside` is how much of a core the generator and the provider took together.
+    """
+
+    server: str
+    outcome: Outcome
+    cpu: float
+    peak: Usage
+    beside: float
+
+    @property
+    def per_delta(self) -> float:
+        """The server's microseconds per delta that arrived, everything included."""
+        if not self.outcome.deltas:
+            raise BenchError(f"{self.server}: nothing arrived: {self.outcome.failed}")
+        return self.cpu / self.outcome.deltas * 1e6
+
+    @property
+    def is_trusted(self) -> bool:
+        """Whether what limited it was the server, as far as one can tell."""
+        return self.beside <= FULL
+
+
+class Generator:
+    """The load generator's process."""
+
+    def __init__(self, process: Process) -> None:
+        self._process = process
+
+    def run(
+        self, server: Server, load: Load, upstream: Upstream, when_live: Callable[[], None] | None = None
+    ) -> Run:
+        """Runs a load to its end."""
+        before, provider, begun = server.usage(), upstream.usage(), time.monotonic()
+        self._process.say(json.dumps(asdict(load)))
+        said = self._process.line(load.seconds + 60)
+        peak = server.usage()
+        if said == "live" and when_live is not None:
+            when_live()
+        outcome = Outcome.read(self._process.line(load.seconds + 60))
+        after, wall = server.usage(), time.monotonic() - begun
+        return Run(
+            server=server.name,
+            outcome=outcome,
+            cpu=after.cpu - before.cpu,
+            peak=peak,
+            beside=outcome.busy + (upstream.usage().cpu - provider.cpu) / wall,
+        )
+
+
+@contextlib.contextmanager
+def generator(cores: frozenset[int]) -> Iterator[Generator]:
+    """Runs one until left."""
+    with started("generator", [sys.executable, "-m", "speed.loadgen"], cores, ENVIRONMENT) as process:
+        yield Generator(process)
