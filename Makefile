@@ -42,10 +42,10 @@ $(BENCH_VENV)/bench.stamp: bench/requirements.lock
 		-r bench/requirements.lock 2>$(BENCH_VENV)/why-not; then touch $@; else cat $(BENCH_VENV)/why-not >&2; fi
 
 bench: $(VENV)/dev.stamp $(BENCH_VENV)/bench.stamp ## measure the speed beside references, for hours
-	@PYTHONPATH=bench $(BIN)/python -m speed $(BENCH_ARGS)
+	@PYTHONPATH=bench:tests $(BIN)/python -m speed $(BENCH_ARGS)
 
 bench-quick: $(VENV)/dev.stamp $(BENCH_VENV)/bench.stamp ## see that the bench runs, for some minutes
-	@PYTHONPATH=bench $(BIN)/python -m speed --quick $(BENCH_ARGS)
+	@PYTHONPATH=bench:tests $(BIN)/python -m speed --quick $(BENCH_ARGS)
 
 check: lint types proto-check test ## everything that must pass before a change lands
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from durability import file_system
 
 from speed.bench import Bench, prepared, say
-from speed.measures import replies, startup, streams
+from speed.measures import commits, memory, replies, startup, streams
 from speed.processes import BenchError
 from speed.upstream import ROOT
 from speed.verdict import Verdict, table
@@ -26,6 +26,8 @@ MEASURES: dict[str, Callable[[Bench], list[Verdict]]] = {
     "burst": replies.burst,
     "first-text": replies.first_text,
     "startup": startup.startup,
+    "memory": memory.memory,
+    "commits": commits.commits,
 }
 QUICK_ROUNDS = 1
 
@@ -56,7 +58,7 @@ how to read it
 examples
   make bench-quick                                     does it run at all? some minutes
   make bench                                           everything; about two hours on two cores
-  PYTHONPATH=bench .venv/bin/python -m speed --measures delta burst --rounds 5
+  make bench BENCH_ARGS="--measures delta burst --rounds 5"
 
 exit status
   0  measured, targets met or not     1  something could not be started or failed     2  wrong arguments
@@ -92,11 +94,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     rounds = QUICK_ROUNDS if options.quick else options.rounds
     verdicts: list[Verdict] = []
+    failed = False
     try:
         with prepared(options.folder, rounds, quick=options.quick) as bench:
             for name in options.measures:
                 say(f"{name} …")
-                verdicts += MEASURES[name](bench)
+                try:
+                    verdicts += MEASURES[name](bench)
+                except BenchError as error:
+                    say(f"error: {error}")
+                    failed = True
+                    verdicts.append(Verdict(measure=name, what="everything", why=str(error)))
     except (BenchError, OSError) as error:
         say(f"error: {error}")
         return 1
@@ -111,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps({"machine": machine, "verdicts": [verdict.as_json() for verdict in verdicts]}, indent=2))
     else:
         print(f"{machine}\n\n{table(verdicts)}")
-    return 0
+    return int(failed)
 
 
 def _positive(text: str) -> int:

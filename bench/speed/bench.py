@@ -6,7 +6,7 @@ import contextlib
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -88,7 +88,6 @@ class Bench:
         seconds: float | None = None,
         method: str | None = None,
         threads: Sequence[tuple[str, str]] = (),
-        when_live: Callable[[], None] | None = None,
     ) -> Run:
         """Runs a load: see Load. Unless told otherwise it may take three times as long as it should, plus 60 s."""
         planned = ramp + (deltas / pace if pace else 0.0) * (streams / in_flight if in_flight else 1)
@@ -105,7 +104,7 @@ class Bench:
             threads=threads,
             **({} if method is None else {"method": method}),
         )
-        found = self.generator.run(server, load, self.upstream, when_live)
+        found = self.generator.run(server, load, self.upstream)
         if not threads:
             self.upstream.forget()
         return found

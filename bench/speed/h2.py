@@ -143,8 +143,8 @@ def _problem(trailers: bytes) -> str | None:
     if at < 0:
         return "no status that could be read"
     at += len(_STATUS)
-    status = trailers[at + 1 : at + 1 + trailers[at]]
-    return None if status == b"0" else f"status {status.decode('ascii', 'replace')}"
+    status = trailers[at + 1 : at + 1 + trailers[at]].decode("ascii", "replace")
+    return None if status == "0" else f"status {status}"
 
 
 def _request_headers(authority: str, method: str) -> bytes:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 from speed.loadgen import Load, Outcome
@@ -20,8 +20,8 @@ FULL = 0.8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """A load, and what became of it. `cpu` is the server's processor time in seconds, `peak` its memory in bytes
-    while all streams were live, or at the end if they never were.
+    """A load, and what became of it. `cpu` is the server's processor time in seconds, `base` what it used before,
+    `peak` what it used while all streams were live, or at the end if they never were.
 
     `beside` is how much of a core the generator and the provider took together.
     """
@@ -29,6 +29,7 @@ class Run:
     server: str
     outcome: Outcome
     cpu: float
+    base: Usage
     peak: Usage
     beside: float
 
@@ -51,22 +52,19 @@ class Generator:
     def __init__(self, process: Process) -> None:
         self._process = process
 
-    def run(
-        self, server: Server, load: Load, upstream: Upstream, when_live: Callable[[], None] | None = None
-    ) -> Run:
+    def run(self, server: Server, load: Load, upstream: Upstream) -> Run:
         """Runs a load to its end."""
         before, provider, begun = server.usage(), upstream.usage(), time.monotonic()
         self._process.say(json.dumps(asdict(load)))
-        said = self._process.line(load.seconds + 60)
+        self._process.line(load.seconds + 60)  # all are live, or never were
         peak = server.usage()
-        if said == "live" and when_live is not None:
-            when_live()
         outcome = Outcome.read(self._process.line(load.seconds + 60))
         after, wall = server.usage(), time.monotonic() - begun
         return Run(
             server=server.name,
             outcome=outcome,
             cpu=after.cpu - before.cpu,
+            base=before,
             peak=peak,
             beside=outcome.busy + (upstream.usage().cpu - provider.cpu) / wall,
         )

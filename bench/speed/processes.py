@@ -132,7 +132,7 @@ def started(
     """Runs a command on these cores from its first instruction on, in a session of its own, until left."""
     with tempfile.TemporaryDirectory(prefix="vida-bench-") as folder:
         errors = Path(folder, name)
-        with errors.open("w") as sink, _on(cores):
+        with errors.open("w") as sink, on(cores):
             running = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,
@@ -156,8 +156,8 @@ def clean_environment(more: Mapping[str, str]) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _on(cores: frozenset[int]) -> Iterator[None]:
-    """Moves this thread, as a child stays where it was started."""
+def on(cores: frozenset[int]) -> Iterator[None]:
+    """Moves this thread to these cores; processes and threads that it starts there stay there."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, cores)
     try:

@@ -15,7 +15,7 @@ ADDED_MS = 250.0
 FIRST_TEXT_MS = 1000.0
 FEW = 40
 """Streams that no server here has trouble with."""
-_FIRST_GUESS = {PRODUCT: 300, "naive": 120, "fastapi": 120, "litellm": 60, "nginx": 1000}
+_FIRST_GUESS = {PRODUCT: 150, "naive": 120, "fastapi": 120, "litellm": 60, "nginx": 1000}
 
 
 def steady(bench: Bench, server: Server, streams: int) -> Run:
