@@ -14,7 +14,7 @@ from pathlib import Path
 from durability import file_system
 
 from speed.bench import Bench, prepared, say
-from speed.measures import commits, memory, replies, startup, streams
+from speed.measures import commits, growth, memory, replies, startup, streams
 from speed.processes import BenchError
 from speed.upstream import ROOT
 from speed.verdict import Verdict, table
@@ -28,6 +28,7 @@ MEASURES: dict[str, Callable[[Bench], list[Verdict]]] = {
     "startup": startup.startup,
     "memory": memory.memory,
     "commits": commits.commits,
+    "growth": growth.growth,
 }
 QUICK_ROUNDS = 1
 

@@ -6,7 +6,7 @@ import contextlib
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -50,13 +50,13 @@ class Bench:
     quick: bool
 
     @contextlib.contextmanager
-    def field(self, *names: str) -> Iterator[Field]:
-        """Starts servers, warms them up, and stops them."""
+    def field(self, *names: str, folder: Path | None = None) -> Iterator[Field]:
+        """Starts servers, warms them up, and stops them. Each has a new folder, or the one that is given."""
         with contextlib.ExitStack() as stack:
             found = Field({})
             for name in names:
-                folder = stack.enter_context(self.room())
-                around = Surroundings(frozenset([self.cores.server]), self.upstream, folder)
+                place = stack.enter_context(self.room()) if folder is None else folder
+                around = Surroundings(frozenset([self.cores.server]), self.upstream, place)
                 try:
                     found.servers[name] = server = stack.enter_context(SERVERS[name](around))
                 except Missing as missing:
@@ -88,6 +88,7 @@ class Bench:
         seconds: float | None = None,
         method: str | None = None,
         threads: Sequence[tuple[str, str]] = (),
+        when_live: Callable[[], None] | None = None,
     ) -> Run:
         """Runs a load: see Load. Unless told otherwise it may take three times as long as it should, plus 60 s."""
         planned = ramp + (deltas / pace if pace else 0.0) * (streams / in_flight if in_flight else 1)
@@ -104,7 +105,7 @@ class Bench:
             threads=threads,
             **({} if method is None else {"method": method}),
         )
-        found = self.generator.run(server, load, self.upstream)
+        found = self.generator.run(server, load, self.upstream, when_live)
         if not threads:
             self.upstream.forget()
         return found

@@ -6,10 +6,10 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
-from speed.loadgen import Load, Outcome
+from speed.loadgen import LIVE, Load, Outcome
 from speed.processes import BenchError, Process, Usage, started
 from speed.servers import ENVIRONMENT, Server
 from speed.upstream import Upstream
@@ -52,12 +52,16 @@ class Generator:
     def __init__(self, process: Process) -> None:
         self._process = process
 
-    def run(self, server: Server, load: Load, upstream: Upstream) -> Run:
-        """Runs a load to its end."""
+    def run(
+        self, server: Server, load: Load, upstream: Upstream, when_live: Callable[[], None] | None = None
+    ) -> Run:
+        """Runs a load to its end. `when_live` is called once all streams are live."""
         before, provider, begun = server.usage(), upstream.usage(), time.monotonic()
         self._process.say(json.dumps(asdict(load)))
-        self._process.line(load.seconds + 60)  # all are live, or never were
+        said = self._process.line(load.seconds + 60)
         peak = server.usage()
+        if when_live is not None and said == LIVE:
+            when_live()
         outcome = Outcome.read(self._process.line(load.seconds + 60))
         after, wall = server.usage(), time.monotonic() - begun
         return Run(

@@ -25,6 +25,8 @@ from speed.h2 import Broken, Calls
 from speed.sse import Answer
 from speed.upstream import MODEL, PIECE
 
+LIVE = "live"
+"""What it says when all streams are."""
 CHAT = "/vidacoach.agents.v1.AgentService/Chat"
 RESPONSES = "/v1/responses"
 STREAMS_PER_CONNECTION = 100
@@ -203,7 +205,7 @@ class Generator:
             self._busy.append(time.monotonic_ns() - woken)
             if not told and tally.spoken >= self._load.streams:
                 told = True
-                print("live", flush=True)
+                print(LIVE, flush=True)
         wall, cpu = time.monotonic() - began, time.process_time() - cpu
         for connection in self._open.values():
             connection.socket.close()

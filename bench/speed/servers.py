@@ -18,6 +18,8 @@ from speed.upstream import MODEL, ROOT, Upstream
 
 ENVIRONMENT = {"PYTHONPATH": str(ROOT / "bench")}
 PRODUCT = "vida-coach"
+RECORD = "record.db"
+"""The file in which the service keeps its record."""
 MAX_TURNS = 9_000
 _LITELLM = f"""\
 model_list:
@@ -71,17 +73,12 @@ class Surroundings:
 Start = Callable[[Surroundings], contextlib.AbstractContextManager[Server]]
 
 
-def database(surroundings: Surroundings) -> Path:
-    """The file in which the service keeps its record."""
-    return surroundings.folder / "record.db"
-
-
 @contextlib.contextmanager
 def product(surroundings: Surroundings) -> Iterator[Server]:
     """`vida-coach serve` with OpenAI's conversations, its record on the disk."""
     environment = {
         "OPENAI_BASE_URL": surroundings.upstream.base_url,
-        "VIDA_DATABASE_URL": f"sqlite:///{database(surroundings)}",
+        "VIDA_DATABASE_URL": f"sqlite:///{surroundings.folder / RECORD}",
         "VIDA_LOG_LEVEL": "error",
         "VIDA_DRAIN": "0",
         "VIDA_MAX_TURNS": str(MAX_TURNS),
