@@ -14,7 +14,7 @@ from pathlib import Path
 from durability import file_system
 
 from speed.bench import Bench, prepared, say
-from speed.measures import commits, growth, memory, replies, startup, streams
+from speed.measures import cleanup, commits, growth, memory, replies, startup, streams
 from speed.processes import BenchError
 from speed.upstream import ROOT
 from speed.verdict import Verdict, table
@@ -29,6 +29,7 @@ MEASURES: dict[str, Callable[[Bench], list[Verdict]]] = {
     "memory": memory.memory,
     "commits": commits.commits,
     "growth": growth.growth,
+    "cleanup": cleanup.cleanup,
 }
 QUICK_ROUNDS = 1
 

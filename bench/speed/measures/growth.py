@@ -73,7 +73,7 @@ def _verdict(what: str, grown: Sequence[Run], small: Sequence[Run]) -> Verdict:
 
 def _turns(bench: Bench, server: Server, threads: Threads) -> Run:
     """Turns one after another: in these threads by turns, or each in a new one."""
-    turns = 40 if bench.quick else 200
+    turns = 100 if bench.quick else 300
     repeated = [threads[number % len(threads)] for number in range(turns)] if threads else ()
     run = bench.run(server, streams=turns, deltas=2, pace=_PACE, in_flight=1, threads=repeated)
     if run.outcome.failed:
