@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 BENCH_VENV := .bench-venv
 export PYTHONDONTWRITEBYTECODE := 1
 
-.PHONY: help chat test faults-small faults bench bench-quick check lint types proto proto-check fmt lock clean
+.PHONY: help chat test faults-small faults bench bench-quick bench-gate check lint types proto proto-check fmt lock clean
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
@@ -47,7 +47,10 @@ bench: $(VENV)/dev.stamp $(BENCH_VENV)/bench.stamp ## measure the speed beside r
 bench-quick: $(VENV)/dev.stamp $(BENCH_VENV)/bench.stamp ## see that the bench runs, for some minutes
 	@PYTHONPATH=bench:tests $(BIN)/python -m speed --quick $(BENCH_ARGS)
 
-check: lint types proto-check test ## everything that must pass before a change lands
+bench-gate: $(VENV)/dev.stamp ## fail where something has become much slower
+	@$(BIN)/python bench/gate.py
+
+check: lint types proto-check bench-gate test ## everything that must pass before a change lands
 
 lint: $(VENV)/dev.stamp ## ruff, buf and the import contracts
 	@$(BIN)/ruff check .

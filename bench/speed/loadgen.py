@@ -82,7 +82,8 @@ class Outcome:
     """How it went. `first_text` is from sending a request to the first text of its answer; `added` is how old
     deltas are when they arrive; `live` is how many streams were open at once; `turns` is their whole time.
 
-    `busy` is the share of its core that the generator took, `lag` how long it left data lying while it read other.
+    `busy` is the share of its core that the generator took, `lag` how long it left data lying while it read other,
+    `stall` for how many seconds at a time it did not come to run at all.
     """
 
     completed: int
@@ -96,6 +97,7 @@ class Outcome:
     turns: Spread | None
     busy: float
     lag: Spread | None
+    stall: float
 
     @classmethod
     def read(cls, line: str) -> Outcome:
@@ -195,11 +197,13 @@ class Generator:
                 self._calls.append(calls)
                 self._watch(calls)
         began, cpu = time.monotonic(), time.process_time()
-        tally, told = self._tally, False
+        tally, told, stall = self._tally, False, 0.0
         while tally.over < self._load.streams and (passed := time.monotonic() - began) < self._load.seconds:
             wait = self._ask(passed)
+            asleep = time.monotonic()
             events = self._epoll.poll(wait)
             woken = time.monotonic_ns()
+            stall = max(stall, woken / 1e9 - asleep - wait)
             for number, _ in events:
                 self._read(number)
             self._busy.append(time.monotonic_ns() - woken)
@@ -225,6 +229,7 @@ class Generator:
             turns=Spread.of(tally.turns),
             busy=cpu / wall,
             lag=Spread.of(self._busy),
+            stall=stall,
         )
 
     def _ask(self, passed: float) -> float:

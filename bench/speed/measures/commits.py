@@ -45,7 +45,7 @@ def commits(bench: Bench) -> list[Verdict]:
             recording = asyncio.run(record(make(), turns))
             rates: dict[str, list[float]] = {"store": [], "reference": []}
             for _ in range(bench.rounds):
-                rates["store"].append(asyncio.run(_store(make(), recording)))
+                rates["store"].append(asyncio.run(through_store(make(), recording)))
                 rates["reference"].append(asyncio.run(_reference(make(), recording)))
                 say(f"  {kind}: the store {rates['store'][-1]:,.0f}, the reference {rates['reference'][-1]:,.0f}")
             steps = statistics.mean(len(turn) for turn in recording.turns)
@@ -81,8 +81,8 @@ def _databases(folder: Path) -> Iterator[dict[str, Callable[[], str]]]:
         postgres.close()
 
 
-async def _store(url: str, recording: Recording) -> float:
-    """Turns a second through the service's store."""
+async def through_store(url: str, recording: Recording, in_flight: int = IN_FLIGHT) -> float:
+    """Turns a second through the service's store, so many at once. One at a time, nothing is grouped."""
     store = SqlStore(url, Clock())
 
     def again(step: Step, tx: Transaction) -> None:
@@ -95,7 +95,7 @@ async def _store(url: str, recording: Recording) -> float:
         await store.write(lambda tx: again(step, tx))
 
     try:
-        rate = await _rate(run, recording)
+        rate = await _rate(run, recording, in_flight)
     finally:
         await store.aclose()
     _check(url, recording)
@@ -111,7 +111,7 @@ async def _reference(url: str, recording: Recording) -> float:
                 for call in step:
                     await connection.execute(_element(call), _values(call))
 
-        rate = await _rate(run, recording)
+        rate = await _rate(run, recording, IN_FLIGHT)
     _check(url, recording)
     return rate
 
@@ -163,7 +163,7 @@ def _values(call: Call) -> Any:
     return [dict(each) for each in call.parameters] if call.kind == "count_each" else dict(call.parameters[0])
 
 
-async def _rate(run: RunStep, recording: Recording) -> float:
+async def _rate(run: RunStep, recording: Recording, in_flight: int) -> float:
     """Turns a second, so many in flight, each turn's steps one after another."""
     for step in recording.before:
         await run(step)
@@ -176,6 +176,6 @@ async def _rate(run: RunStep, recording: Recording) -> float:
 
     begun = time.perf_counter()
     async with asyncio.TaskGroup() as group:
-        for _ in range(IN_FLIGHT):
+        for _ in range(in_flight):
             group.create_task(work())
     return len(recording.turns) / (time.perf_counter() - begun)

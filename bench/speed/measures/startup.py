@@ -14,17 +14,17 @@ from speed.processes import clean_environment
 from speed.servers import Surroundings, product
 from speed.verdict import Verdict
 
-_IMPORTS = "import grpc, openai, sqlalchemy"
+IMPORTS = "import grpc, openai, sqlalchemy"
+CLEANUP_HELP = [str(Path(sys.executable).with_name("vida-coach")), "cleanup", "--help"]
 
 
 def startup(bench: Bench) -> list[Verdict]:
     """`serve` until it serves, and `cleanup --help`, beside `python -c 'import grpc, openai, sqlalchemy'`."""
     times: dict[str, list[float]] = {"imports": [], "serve": [], "cleanup --help": []}
-    cleanup = [str(Path(sys.executable).with_name("vida-coach")), "cleanup", "--help"]
     ways: dict[str, Callable[[], float]] = {
-        "imports": lambda: _command([sys.executable, "-c", _IMPORTS]),
+        "imports": lambda: _command([sys.executable, "-c", IMPORTS]),
         "serve": lambda: _serve(bench),
-        "cleanup --help": lambda: _command(cleanup),
+        "cleanup --help": lambda: _command(CLEANUP_HELP),
     }
     for number in range(max(3, bench.rounds * 3) + 1):
         for name, way in ways.items():
@@ -35,7 +35,7 @@ def startup(bench: Bench) -> list[Verdict]:
     return [
         Verdict(
             measure="startup",
-            what=f"{what}, in `{_IMPORTS}`",
+            what=f"{what}, in `{IMPORTS}`",
             figures=[own / base for own, base in zip(times[name], times["imports"], strict=True)],
             target=target,
             detail=f"{statistics.median(times[name]):.2f} s; imports {statistics.median(times['imports']):.2f} s",
