@@ -138,7 +138,7 @@ def prepared(folder: Path, rounds: int, *, quick: bool) -> Iterator[Bench]:
         raise BenchError(f"{folder} is {kind}, where nothing is durable; name a disk with --folder")
     cores = Cores.pick()
     with (
-        tempfile.TemporaryDirectory(prefix="vida-bench-", dir=folder, ignore_cleanup_errors=True) as name,
+        tempfile.TemporaryDirectory(prefix=".bench-", dir=folder, ignore_cleanup_errors=True) as name,
         upstream(cores.others) as model,
         generator(cores.others) as load,
     ):

@@ -48,18 +48,18 @@ class Verdict:
     def line(self) -> str:
         """For people."""
         if not self.figures:
-            return f"{self.measure:>12}  {self.what:<66} {'-':>12}  not measured: {self.why}"
+            return f"{self.measure:>12}  {self.what:<72} {'-':>12}  not measured: {self.why}"
         sign = "≤" if self.at_most else "≥"
         wanted = "" if self.target is None else f"{sign} {_number(self.target)} {self.unit}"
         met = {True: "yes", False: "NO", None: ""}[self.is_met]
         spread = f"[{_number(min(self.figures))} to {_number(max(self.figures))}]" if len(self.figures) > 1 else ""
         measured = f"{_number(self.median)} {self.unit}"
-        return f"{self.measure:>12}  {self.what:<66} {measured:>12}  {wanted:>12}  {met:<3} {spread}".rstrip()
+        return f"{self.measure:>12}  {self.what:<72} {measured:>12}  {wanted:>12}  {met:<3} {spread}".rstrip()
 
 
 def table(verdicts: Sequence[Verdict]) -> str:
     """All of them."""
-    lines = [f"{'':12}  {'':<66} {'measured':>12}  {'target':>12}  met [lowest to highest round]"]
+    lines = [f"{'':12}  {'':<72} {'measured':>12}  {'target':>12}  met [lowest to highest round]"]
     for verdict in verdicts:
         lines.append(verdict.line())
         if verdict.detail:

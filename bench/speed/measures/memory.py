@@ -87,7 +87,7 @@ def memory(bench: Bench) -> list[Verdict]:
 
 def _wave(bench: Bench, server: Server, streams: int) -> Run:
     """Opens all of them, and keeps them open until all speak. Raises BenchError if they never are at once."""
-    ramp, hold = (5.0, 10.0) if bench.quick else (60.0, 60.0)
+    ramp, hold = (5.0, 10.0) if bench.quick else (100.0, 60.0)
     run = bench.run(server, streams=streams, deltas=round((ramp + hold) * _PACE), pace=_PACE, ramp=ramp)
     if run.outcome.failed or run.outcome.live != streams:
         raise BenchError(f"{server.name}: {run.outcome.live} of {streams} streams live, {run.outcome.failed}")
