@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import sqlite3
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -107,6 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     say(f"error: {error}")
                     failed = True
                     verdicts.append(Verdict(measure=name, what="everything", why=str(error)))
+            others = bench.others
     except (BenchError, OSError) as error:
         say(f"error: {error}")
         return 1
@@ -117,10 +119,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"Python {platform.python_version()}, SQLite {sqlite3.sqlite_version}, {os.cpu_count()} cores, "
         f"{file_system(options.folder)}, {rounds} rounds{', quick: no measurement' if options.quick else ''}"
     )
+    quiet = (
+        f"Strangers took {statistics.median(others):.0%} of the server's core, {max(others):.0%} at the most: "
+        "with more than a few percent no figure of many streams means anything."
+    )
     if options.json:
-        print(json.dumps({"machine": machine, "verdicts": [verdict.as_json() for verdict in verdicts]}, indent=2))
+        found = [verdict.as_json() for verdict in verdicts]
+        print(json.dumps({"machine": machine, "others": others, "verdicts": found}, indent=2))
     else:
-        print(f"{machine}\n\n{table(verdicts)}")
+        print(f"{machine}\n{quiet}\n\n{table(verdicts)}")
     return int(failed)
 
 

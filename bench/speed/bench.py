@@ -51,6 +51,8 @@ class Bench:
     generator: Generator
     rounds: int
     quick: bool
+    others: list[float] = field(default_factory=list)
+    """Of each run, the share of the server's core that strangers took."""
 
     @contextlib.contextmanager
     def field(self, *names: str, folder: Path | None = None) -> Iterator[Field]:
@@ -113,6 +115,7 @@ class Bench:
             if not threads:
                 self.upstream.forget()
                 self.upstream.answer(deltas, pace)
+            self.others.append(found.others)
             if found.outcome.stall <= _STALL:
                 return found
             say(f"  {server.name}: the machine stood still for {found.outcome.stall:.1f} s, once more")
@@ -140,7 +143,7 @@ def prepared(folder: Path, rounds: int, *, quick: bool) -> Iterator[Bench]:
     with (
         tempfile.TemporaryDirectory(prefix=".bench-", dir=folder, ignore_cleanup_errors=True) as name,
         upstream(cores.others) as model,
-        generator(cores.others) as load,
+        generator(cores) as load,
     ):
         bench = Bench(cores, Path(name), model, load, rounds, quick)
         _check(bench)

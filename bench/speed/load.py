@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
 from speed.loadgen import LIVE, Load, Outcome
-from speed.processes import BenchError, Process, Usage, started
+from speed.processes import BenchError, Cores, Process, Usage, busy_seconds, started
 from speed.servers import ENVIRONMENT, Server
 from speed.upstream import Upstream
 
@@ -23,7 +23,8 @@ class Run:
     """A load, and what became of it. `cpu` is the server's processor time in seconds, `base` what it used before,
     `peak` what it used while all streams were live, or at the end if they never were.
 
-    `beside` is how much of a core the generator and the provider took together.
+    `beside` is how much of a core the generator and the provider took together, `others` how much of the server's
+    core was taken by processes that are none of this.
     """
 
     server: str
@@ -32,6 +33,7 @@ class Run:
     base: Usage
     peak: Usage
     beside: float
+    others: float
 
     @property
     def per_delta(self) -> float:
@@ -49,14 +51,16 @@ class Run:
 class Generator:
     """The load generator's process."""
 
-    def __init__(self, process: Process) -> None:
+    def __init__(self, process: Process, server_core: int) -> None:
         self._process = process
+        self._core = server_core
 
     def run(
         self, server: Server, load: Load, upstream: Upstream, when_live: Callable[[], None] | None = None
     ) -> Run:
         """Runs a load to its end. `when_live` is called once all streams are live."""
         before, provider, begun = server.usage(), upstream.usage(), time.monotonic()
+        busy = busy_seconds(self._core)
         self._process.say(json.dumps(asdict(load)))
         said = self._process.line(load.seconds + 60)
         peak = server.usage()
@@ -64,18 +68,20 @@ class Generator:
             when_live()
         outcome = Outcome.read(self._process.line(load.seconds + 60))
         after, wall = server.usage(), time.monotonic() - begun
+        cpu = after.cpu - before.cpu
         return Run(
             server=server.name,
             outcome=outcome,
-            cpu=after.cpu - before.cpu,
+            cpu=cpu,
             base=before,
             peak=peak,
             beside=outcome.busy + (upstream.usage().cpu - provider.cpu) / wall,
+            others=max(0.0, busy_seconds(self._core) - busy - cpu) / wall,
         )
 
 
 @contextlib.contextmanager
-def generator(cores: frozenset[int]) -> Iterator[Generator]:
+def generator(cores: Cores) -> Iterator[Generator]:
     """Runs one until left."""
-    with started("generator", [sys.executable, "-m", "speed.loadgen"], cores, ENVIRONMENT) as process:
-        yield Generator(process)
+    with started("generator", [sys.executable, "-m", "speed.loadgen"], cores.others, ENVIRONMENT) as process:
+        yield Generator(process, cores.server)

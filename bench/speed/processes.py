@@ -155,6 +155,14 @@ def clean_environment(more: Mapping[str, str]) -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if not key.startswith(ours)} | dict(more)
 
 
+def busy_seconds(core: int) -> float:
+    """How long a core has worked, for whomever, since the machine was started."""
+    with Path("/proc/stat").open() as lines:
+        fields = next(line.split() for line in lines if line.startswith(f"cpu{core} "))
+    user, nice, system, _, _, *rest = map(int, fields[1:9])  # without idle and waiting
+    return (user + nice + system + sum(rest)) / _TICK
+
+
 @contextlib.contextmanager
 def on(cores: frozenset[int]) -> Iterator[None]:
     """Moves this thread to these cores; processes and threads that it starts there stay there."""

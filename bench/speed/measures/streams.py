@@ -13,6 +13,7 @@ from speed.verdict import Verdict
 
 ADDED_MS = 250.0
 FIRST_TEXT_MS = 1000.0
+_OTHERS = 0.05
 FEW = 40
 """Streams that no server here has trouble with."""
 _FIRST_GUESS = {PRODUCT: 150, "naive": 120, "fastapi": 120, "litellm": 60, "nginx": 1000}
@@ -191,5 +192,6 @@ def _told(run: Run) -> str:
     first = f"first text p99 {outcome.first_text.p99:.0f} ms" if outcome.first_text else "no text"
     failed = f", failed {outcome.failed}" if outcome.failed else ""
     merged = outcome.deltas / max(1, outcome.messages)
+    others = f"; others on its core {run.others:.0%}" if run.others > _OTHERS else ""
     load = f"; the load's side {run.beside:.0%} of a core{'' if run.is_trusted else f', over {FULL:.0%}'}"
-    return f"{run.per_delta:.0f} µs/delta, {merged:.1f} deltas/message, {added}, {first}{failed}{load}"
+    return f"{run.per_delta:.0f} µs/delta, {merged:.1f} deltas/message, {added}, {first}{failed}{load}{others}"
