@@ -20,6 +20,8 @@ from speed.upstream import Upstream, upstream
 
 PACE = 25.0
 """Deltas a second of a stream that is spoken at the pace of a model."""
+IN_MEMORY = frozenset({"tmpfs", "ramfs"})
+"""File systems on which nothing is durable."""
 _WARM_UP = 20
 _STALL = 2.0
 """Seconds for which the load generator may not come to run. A run with a longer pause says nothing."""
@@ -137,7 +139,7 @@ class Bench:
 def prepared(folder: Path, rounds: int, *, quick: bool) -> Iterator[Bench]:
     """Starts what all measures share. Raises BenchError where nothing is durable."""
     kind = file_system(folder)
-    if kind in {"tmpfs", "ramfs"}:
+    if kind in IN_MEMORY:
         raise BenchError(f"{folder} is {kind}, where nothing is durable; name a disk with --folder")
     cores = Cores.pick()
     with (
