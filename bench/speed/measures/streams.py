@@ -16,6 +16,8 @@ FIRST_TEXT_MS = 1000.0
 _OTHERS = 0.05
 FEW = 40
 """Streams that no server here has trouble with."""
+_LEAST = 5
+"""Streams below which no level is tried."""
 _FIRST_GUESS = {PRODUCT: 150, "naive": 120, "fastapi": 120, "litellm": 60, "nginx": 1000}
 
 
@@ -78,7 +80,7 @@ def sustained(bench: Bench) -> list[Verdict]:
         for server in bench.turns(found):
             before = levels[server.name]
             guess = before[-1].streams if before else _FIRST_GUESS[server.name]
-            before.append(_most(bench, server, max(guess, 10)))
+            before.append(_most(bench, server, max(guess, 2 * _LEAST), step=1.25 if before else 2.0))
             say(f"  {server.name} sustains {_level(before[-1])}")
     verdicts = []
     for name, target in (("litellm", 8.0), ("naive", 5.0), ("fastapi", None), ("nginx", None)):
@@ -132,32 +134,27 @@ def goes_well(run: Run, streams: int) -> bool:
     )
 
 
-def _most(bench: Bench, server: Server, guess: int) -> Sustained:
-    """Goes up by steps while it goes well, or down until it does; then halves the last step."""
-    step = 1.5 if bench.quick else 1.25
+def _most(bench: Bench, server: Server, guess: int, step: float) -> Sustained:
+    """Goes up by steps while it goes well, or down until it does; then halves what is left in between."""
+    fine = 1.6 if bench.quick else 1.1
     best: Run | None = None
-    good, bad, level = 0, None, guess
-    while level >= 5:
+    good, bad, level = 0, 0, guess
+    while level >= _LEAST and level not in (good, bad):
         run = steady(bench, server, level)
         if goes_well(run, level):
             good, best = level, run
-            if not run.is_trusted:
-                return Sustained(good, True, best)
-            if bad is not None:
-                break
-            level = math.ceil(level * step)
         else:
             bad = level
-            if good:
-                if not run.is_trusted:
-                    return Sustained(good, True, best)
-                break
-            level = math.floor(level / step)
-    if good and bad is not None and not bench.quick:
-        level = round(math.sqrt(good * bad))
-        run = steady(bench, server, level)
-        if goes_well(run, level):
-            good, best = level, run
+        if good and not run.is_trusted:
+            return Sustained(good, True, best)
+        if not bad:
+            level = math.ceil(good * step)
+        elif not good:
+            level = math.floor(bad / step)
+        elif bad / good > fine:
+            level = round(math.sqrt(good * bad))
+        else:
+            break
     return Sustained(good, False, best)
 
 
