@@ -26,6 +26,8 @@ _WARM_UP = 20
 _STALL = 2.0
 """Seconds for which the load generator may not come to run. A run with a longer pause says nothing."""
 _TRIES = 3
+_QUIET = 300.0
+"""Seconds that replies of an earlier run may take to end."""
 _UNKNOWN_METHOD = "/none"
 _UNIMPLEMENTED = "status 12"
 
@@ -113,6 +115,7 @@ class Bench:
             **({} if method is None else {"method": method}),
         )
         for _ in range(1 if when_live else _TRIES):
+            self.upstream.await_quiet(_QUIET)  # a turn of the service goes on when its caller is gone
             found = self.generator.run(server, load, self.upstream, when_live)
             if not threads:
                 self.upstream.forget()

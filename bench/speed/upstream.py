@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +37,14 @@ class Upstream:
     def forget(self) -> None:
         """Drops all that it keeps: nothing of an earlier measure may cost the next one anything."""
         self._ask("POST", "reset", {})
+
+    def await_quiet(self, seconds: float) -> None:
+        """Waits until nobody is being answered. Raises BenchError if that takes longer."""
+        deadline = time.monotonic() + seconds
+        while running := self.counts()["running"]:
+            if time.monotonic() > deadline:
+                raise BenchError(f"{running} replies of an earlier run are still being written")
+            time.sleep(0.1)
 
     def counts(self) -> dict[str, Any]:
         """What it says of itself."""
