@@ -119,8 +119,8 @@ def after(entries: Iterable[LogEntry], position: int) -> list[LogEntry]:
         if isinstance(event, TextDelta):
             surplus = len(event.text) - (entry.position - position)
             if surplus > 0:
-                event = TextDelta(event.text[surplus:], event.refusal)
-        result.append(LogEntry(entry.position, event))
+                entry = LogEntry(entry.position, TextDelta(event.text[surplus:], event.refusal))
+        result.append(entry)
     return result
 
 

@@ -51,7 +51,7 @@ class TurnFeed:
     def after(self, position: int) -> list[LogEntry]:
         """What follows `position`, in the fewest entries."""
         rest = after(self._entries[bisect_right(self._positions, position) :], position)
-        return place(merged(entry.event for entry in rest), position)
+        return rest if len(rest) < 2 else place(merged([entry.event for entry in rest]), position)
 
     async def changed(self, position: int) -> None:
         """Waits until there is something after `position`, or there will be nothing more here."""

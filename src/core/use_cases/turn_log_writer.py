@@ -20,8 +20,8 @@ from core.use_cases.turn_feed import TurnFeed
 
 _log = logging.getLogger(__name__)
 
-_PACE_PER_TURN = 0.0002
-_MIN_PACE, _MAX_PACE = 0.004, 0.1
+_PACE_PER_TURN = 0.0003
+_MIN_PACE, _MAX_PACE = 0.004, 0.15
 """Seconds between two pieces of a turn's text; less than the least is not waited for."""
 _COMMITS_IN_A_PACE = 5
 _MIN_TICK = 0.005
