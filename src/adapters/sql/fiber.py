@@ -7,11 +7,16 @@ work or its answer, and it does not wait for the interpreter until the loop has 
 import asyncio
 import select
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from greenlet import getcurrent, greenlet
 
 T = TypeVar("T")
+
+Resume = Callable[[], None]
+Arm = Callable[[Resume], Resume]
+"""Has a fiber resumed when what it waits for is there; returns how to leave off. Called outside of the fiber:
+while its stack is in place that of the loop is not, and libuv has addresses in that."""
 
 
 class Fiber:
@@ -19,24 +24,29 @@ class Fiber:
 
     def __init__(self, work: Callable[[], None]) -> None:
         self._greenlet = greenlet(work)
+        self._leave_off: Resume | None = None
 
     @property
     def is_over(self) -> bool:
         """Whether the work is done."""
-        return self._greenlet.dead
+        over: bool = self._greenlet.dead
+        return over
 
     def resume(self) -> None:
         """Runs the work until it waits, or ends."""
-        self._greenlet.switch()
+        if self._leave_off is not None:
+            self._leave_off()
+        arm: Arm | None = self._greenlet.switch()
+        self._leave_off = None if arm is None else arm(self.resume)
 
 
 def rest(seconds: float | None = None) -> None:
     """Called by a fiber's work: waits until somebody resumes it, at the latest when the time is over."""
-    fiber = getcurrent()
-    timer = None if seconds is None else asyncio.get_running_loop().call_later(max(0.0, seconds), fiber.switch)
-    _go_on_without(fiber)
-    if timer is not None:
-        timer.cancel()
+
+    def arm(resume: Resume) -> Resume:
+        return asyncio.get_running_loop().call_later(max(0.0, seconds or 0.0), resume).cancel
+
+    _wait(None if seconds is None else arm)
 
 
 class Readiness:
@@ -50,33 +60,44 @@ class Readiness:
 
     def wait(self) -> None:
         """Waits for it."""
-        fiber = getcurrent()
-        if fiber.parent is None:
+        if getcurrent().parent is None:
             self._poll.poll()
-            return
+        else:
+            _wait(self._arm)
+
+    def _arm(self, resume: Resume) -> Resume:
         loop = asyncio.get_running_loop()
-        loop.add_reader(self._descriptor, fiber.switch)
+        loop.add_reader(self._descriptor, resume)
         if self._or_to_write:
-            loop.add_writer(self._descriptor, fiber.switch)
-        try:
-            _go_on_without(fiber)
-        finally:
+            loop.add_writer(self._descriptor, resume)
+
+        def leave_off() -> None:
             loop.remove_reader(self._descriptor)
             if self._or_to_write:
                 loop.remove_writer(self._descriptor)
 
+        return leave_off
+
 
 def apart(work: Callable[[], T]) -> T:
     """Runs what can't but block: where a fiber asks for it, in a thread."""
-    fiber = getcurrent()
-    if fiber.parent is None:
+    if getcurrent().parent is None:
         return work()
-    done = asyncio.get_running_loop().run_in_executor(None, work)
-    done.add_done_callback(lambda _: fiber.switch())
-    _go_on_without(fiber)
-    return done.result()
+    done: list[asyncio.Future[T]] = []
+
+    def arm(resume: Resume) -> Resume:
+        done.append(asyncio.get_running_loop().run_in_executor(None, work))
+        done[0].add_done_callback(lambda _: resume())
+        return _nothing
+
+    _wait(arm)
+    return done[0].result()
 
 
-def _go_on_without(fiber: greenlet) -> None:
-    assert fiber.parent is not None
-    fiber.parent.switch()
+def _wait(arm: Arm | None) -> None:
+    loop: Any = getcurrent().parent
+    loop.switch(arm)
+
+
+def _nothing() -> None:
+    """There is nothing to leave off."""
