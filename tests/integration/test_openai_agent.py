@@ -35,6 +35,7 @@ from fake_provider import (
     Gate,
     HttpError,
     Incomplete,
+    Load,
     Reasoning,
     Text,
     rate_limited,
@@ -108,6 +109,24 @@ async def test_what_is_sent(provider: FakeProvider, thread: ThreadOfTest) -> Non
     }
     request = provider.requests[-1]
     assert request.headers["x-client-request-id"] == "turn-1-0-0"
+
+
+async def test_what_comes_while_nobody_wants_more_is_one_piece(
+    provider: FakeProvider, thread: ThreadOfTest
+) -> None:
+    provider.then(Load(deltas=40, pace=500))
+    pauses = 0
+
+    async def pause() -> None:
+        nonlocal pauses
+        pauses += 1
+        await provider.quiet()
+
+    async with aclosing(thread.agent.reply(replace(thread.begin("Hello"), pause=pause))) as reply:
+        pieces = [event.text async for event in reply if isinstance(event, TextDelta)]
+    assert "".join(pieces) == "word " * 40
+    assert len(pieces) <= 5  # of 40 that were sent; a read may end in the middle of what has come
+    assert 1 <= pauses <= len(pieces)  # none before the first text
 
 
 async def test_what_is_not_set_is_not_sent(provider: FakeProvider, thread: ThreadOfTest) -> None:

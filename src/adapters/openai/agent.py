@@ -188,6 +188,8 @@ class OpenAIAgent(Agent):
                     yield Begun(reading.response_id)
                 for delta in deltas:
                     yield delta
+                if deltas:
+                    await request.pause()
         assert reading.end is not None
         if reading.oddities:
             logger.info("an odd stream: %s turn_id=%s", reading.oddities, request.turn_id)

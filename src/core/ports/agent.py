@@ -2,7 +2,7 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import AsyncGenerator, Awaitable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -32,6 +32,10 @@ class Resumption:
     text: str
 
 
+async def at_once() -> None:
+    """Nobody wants an agent to wait."""
+
+
 class History(Protocol):
     """Loads the lines of the transcript before a turn's message, oldest first."""
 
@@ -48,7 +52,8 @@ class ReplyRequest:
     of this turn: empty at first. `state` is what the agent last said of the provider's copy, None if it never did
     or if it was another provider's; in the later rounds of a turn it is the `copy` that came with the round
     before. `resume` asks for the rest of a round that was begun before. At `deadline`, in the loop's time, the
-    turn's budget is spent.
+    turn's budget is spent. An agent that lets text gather where it comes from awaits `pause` before it fetches
+    more: many live turns are many small pieces, each with a price.
     """
 
     turn_id: str
@@ -63,6 +68,7 @@ class ReplyRequest:
     state: ProviderState | None = None
     resume: Resumption | None = None
     deadline: float = math.inf
+    pause: Callable[[], Awaitable[None]] = at_once
 
 
 @dataclass(frozen=True, slots=True)

@@ -141,6 +141,7 @@ class ReplyWriter:
             state=work.state,
             resume=work.resume,
             deadline=work.deadline,
+            pause=log.pause,
         )
         while True:
             text: list[str] = [request.resume.text] if request.resume else []

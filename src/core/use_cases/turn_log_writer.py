@@ -1,8 +1,8 @@
 """Group commit: the events of all running turns reach the log together.
 
 A turn's first text waits for its own commit and for no timer. What comes after waits for ticks that grow with the
-number of live turns: one for asking the agent for more, so that what comes meanwhile is read, stored and sent as
-one piece, and a shorter one for commits. So the count of all of these grows with time and not with tokens.
+number of live turns: one for fetching more, so that what comes meanwhile is read, stored and sent as one piece,
+and a shorter one for commits. So the count of all of these grows with time and not with tokens.
 """
 
 import asyncio
@@ -68,12 +68,12 @@ class OpenLog:
         self._writer.offer(self, urgent=first_text)
 
     async def drain(self) -> None:
-        """Waits until it is time to ask for more text. What comes meanwhile gathers where it comes from.
-
-        Where too much is not yet committed it waits for that: bounds memory when the store is slow.
-        """
+        """Waits where too much is not yet committed: bounds memory when the store is slow."""
         if self._pending_extent > _MAX_PENDING:
             await self.flush()
+
+    async def pause(self) -> None:
+        """Waits until it is time to fetch more text. What comes meanwhile gathers where it comes from."""
         loop = asyncio.get_running_loop()
         pace = self._writer.pace
         if pace >= _MIN_PACE and (wait := self._asked + pace - loop.time()) > 0:
