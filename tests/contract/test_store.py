@@ -31,6 +31,7 @@ from core.model.events import (
     TurnFinished,
     TurnStarted,
     extent,
+    place,
 )
 from core.model.goal import Goal
 from core.model.message import ContentPart, Message, RefusalPart, Role, TextPart, ToolExchange
@@ -1181,6 +1182,30 @@ async def test_an_append_is_fenced(record: Store) -> None:
     again = await record.write(lambda tx: tx.log.append([LogAppend(good.id, 1, 1, text)]))
     assert again == NOTHING  # a repeat adds nothing
     assert await record.write(lambda tx: tx.log.append([])) == NOTHING
+
+
+async def test_the_appends_of_a_group_stand_each_by_itself(record: Store) -> None:
+    turns = [(await begun(record))[1] for _ in range(5)]
+    first = [LogAppend(turn.id, 1, 1, (TextDelta("abc"),)) for turn in turns]
+    outcome = await record.write(lambda tx: tx.log.append(first))
+    assert outcome == Appended(frozenset(turn.id for turn in turns))
+    restarted, repeated, called, outdated, spoken = turns
+    more = [
+        LogAppend(restarted.id, 1, 4, (AttemptRestarted(2, "PROVIDER_STALLED"), TextDelta("d"))),
+        LogAppend(repeated.id, 1, 1, (TextDelta("abc"),)),
+        LogAppend(called.id, 1, 4, (ToolCalled("c", "note", "{}"),)),
+        LogAppend(outdated.id, 2, 4, (TextDelta("d"),)),
+        LogAppend(spoken.id, 1, 4, (TextDelta("d"), TextDelta("e", refusal=True))),
+    ]
+    outcome = await record.write(lambda tx: tx.log.append(more))
+    assert outcome == Appended(frozenset({restarted.id, called.id, spoken.id}))
+    for turn, begin, append in zip(turns, first, more, strict=True):
+        events = begin.events + append.events * (turn.id in outcome.accepted)
+        entries = await record.read(lambda tx, t=turn: tx.log.read(t.id, 1))  # type: ignore[misc]
+        found = await record.read(lambda tx, t=turn: tx.turns.find(t.id))  # type: ignore[misc]
+        assert entries == place(events, 1)
+        assert found is not None
+        assert (found.last_position, found.attempt) == (entries[-1].position, 2 if turn is restarted else 1)
 
 
 EVENTS: tuple[tuple[TurnEvent, ...], ...] = (

@@ -108,7 +108,7 @@ class Session:
     def count_each(self, statement: Statement, parameters: Sequence[Parameters]) -> int:
         """Runs a statement for each of several sets of parameters; returns how many rows it has changed."""
         form = statement.form(self.dialect, parameters[0])
-        return self._driver.count(form.sql, *(form.bind(each) for each in parameters))
+        return self._driver.count(form.sql, *map(form.bind, parameters))
 
     def tell(self, statement: Statement, parameters: Parameters) -> None:
         """Runs a statement behind a transaction; nobody waits for it or hears what became of it."""

@@ -9,6 +9,7 @@ from sqlalchemy import (
     Integer,
     String,
     Text,
+    and_,
     any_,
     bindparam,
     column,
@@ -33,6 +34,7 @@ from core.ports.turns import Appended, LogAppend
 
 _c = t.turn_log.c
 _turn = t.turns.c
+_COLUMNS = ["turn_id", "position", "start", "events"]
 _is_running = _turn.state == literal_column("'running'", String)
 
 _ADD = Statement(insert(t.turn_log).inline())
@@ -43,34 +45,25 @@ _READ = Statement(
 )
 _DELETE = Statement(delete(t.turn_log).where(_c.turn_id == bindparam("of_turn")))
 
+# The fence: one who may add to the log's end.
+_is_open = and_(_turn.epoch == bindparam("of_epoch"), _turn.last_position == bindparam("start"), _is_running)
+_position = bindparam("position", type_=BigInteger)
+_row = (_position, bindparam("start", type_=BigInteger), bindparam("events", type_=Text))
+_is_it = _turn.id == bindparam("of_turn")
 _move_on = (
     update(t.turns)
-    .where(_turn.epoch == bindparam("of_epoch"), _turn.last_position == bindparam("start"), _is_running)
-    .values(attempt=func.coalesce(bindparam("new_attempt", type_=Integer), _turn.attempt))
+    .where(_is_open)
+    .values(last_position=_position, attempt=func.coalesce(bindparam("new_attempt", type_=Integer), _turn.attempt))
 )
-_MOVE_ON = Statement(_move_on.where(_turn.id == bindparam("of_turn")))
+_MOVE_ON = Statement(_move_on.where(_is_it))
+_ADD_IF_OPEN = Statement(insert(t.turn_log).from_select(_COLUMNS, select(_turn.id, *_row).where(_is_it, _is_open)))
 
 # Not FOR UPDATE: that would collide with whoever only adds a row that refers to the turn.
-_if_free = (
-    select(_turn.id).where(_turn.id == bindparam("of_turn")).with_for_update(key_share=True, skip_locked=True)
-)
-_moved_one = (
-    _move_on.where(_turn.id == _if_free.scalar_subquery())
-    .values(last_position=bindparam("position", type_=BigInteger))
-    .returning(_turn.id)
-    .cte("moved_one")
-)
+_if_free = select(_turn.id).where(_is_it).with_for_update(key_share=True, skip_locked=True)
+_moved_one = _move_on.where(_turn.id == _if_free.scalar_subquery()).returning(_turn.id).cte("moved_one")
 # Nobody waits to hear that it was taken: if it was not, there is no turn for the row, and that fails.
 _MOVE_ON_OR_FAIL = Statement(
-    insert(t.turn_log).from_select(
-        ["turn_id", "position", "start", "events"],
-        select(
-            select(_moved_one.c.id).scalar_subquery(),
-            bindparam("position", type_=BigInteger),
-            bindparam("start", type_=BigInteger),
-            bindparam("events", type_=Text),
-        ),
-    )
+    insert(t.turn_log).from_select(_COLUMNS, select(select(_moved_one.c.id).scalar_subquery(), *_row))
 )
 
 # The same for a whole group in one statement, and without waiting for a lock: PostgreSQL.
@@ -119,7 +112,7 @@ _moved = (
 _logged = (
     insert(t.turn_log)
     .from_select(
-        ["turn_id", "position", "start", "events"],
+        _COLUMNS,
         select(_batch.c.turn_id, _batch.c.position, _batch.c.start, _batch.c.events).join(
             _moved, _moved.c.id == _batch.c.turn_id
         ),
@@ -138,16 +131,15 @@ class TurnLog(Repository, turns.TurnLog):
     """`turn_log`, and the position in `turns` that fences it."""
 
     def begin(self, turn_id: str, events: Sequence[TurnEvent]) -> None:
-        self._session.run(_ADD, _log_row(turn_id, 0, events))
+        self._session.run(_ADD, _first_row(turn_id, events))
 
     def append(self, batch: Sequence[LogAppend]) -> Appended:
         if not batch:
             return Appended(frozenset())
         if not self._session.is_server:
-            # Where the writer has the whole database, nobody is busy.
-            appended = Appended(frozenset(append.turn_id for append in batch if self._append_one(append)))
+            appended = self._append_alone(batch)
         elif len(batch) == 1 and self._session.hopeful:
-            self._append_or_fail(batch[0])
+            self._session.run(_MOVE_ON_OR_FAIL, _append_values(batch[0]))
             appended = Appended(frozenset({batch[0].turn_id}))
         else:
             appended = self._append_to_free(batch)
@@ -155,16 +147,16 @@ class TurnLog(Repository, turns.TurnLog):
         return appended
 
     def _append_to_free(self, batch: Sequence[LogAppend]) -> Appended:
-        rows = [_log_row(append.turn_id, append.position, append.events) for append in batch]
+        values = [_append_values(append) for append in batch]
         found = self._session.rows(
             _APPEND,
             {
-                "ids": [row["turn_id"] for row in rows],
-                "epochs": [append.epoch for append in batch],
-                "starts": [row["start"] for row in rows],
-                "positions": [row["position"] for row in rows],
-                "attempts": [_attempt(append.events) for append in batch],
-                "events": [row["events"] for row in rows],
+                "ids": [each["of_turn"] for each in values],
+                "epochs": [each["of_epoch"] for each in values],
+                "starts": [each["start"] for each in values],
+                "positions": [each["position"] for each in values],
+                "attempts": [each["new_attempt"] for each in values],
+                "events": [each["events"] for each in values],
             },
         )
         return Appended(
@@ -172,31 +164,14 @@ class TurnLog(Repository, turns.TurnLog):
             frozenset(turn_id for turn_id, _, is_free in found if not is_free),
         )
 
-    def _append_or_fail(self, append: LogAppend) -> None:
-        row = _log_row(append.turn_id, append.position, append.events)
-        values = {
-            "of_turn": append.turn_id,
-            "of_epoch": append.epoch,
-            "start": append.position,
-            "position": row["position"],
-            "new_attempt": _attempt(append.events),
-            "events": row["events"],
-        }
-        self._session.run(_MOVE_ON_OR_FAIL, values)
-
-    def _append_one(self, append: LogAppend) -> bool:
-        row = _log_row(append.turn_id, append.position, append.events)
-        moved = {
-            "of_turn": append.turn_id,
-            "of_epoch": append.epoch,
-            "start": append.position,
-            "last_position": row["position"],
-            "new_attempt": _attempt(append.events),
-        }
-        is_in = self._session.count(_MOVE_ON, moved) == 1
-        if is_in:
-            self._session.run(_ADD, row)
-        return is_in
+    def _append_alone(self, batch: Sequence[LogAppend]) -> Appended:
+        """For a writer that has the whole database: nobody is busy, and nothing changes between two statements."""
+        values = [_append_values(append) for append in batch]
+        if self._session.count_each(_ADD_IF_OPEN, values) == len(values):
+            self._session.count_each(_MOVE_ON, values)
+            return Appended(frozenset(append.turn_id for append in batch))
+        # Whose events are in tells the same condition once more.
+        return Appended(frozenset(each["of_turn"] for each in values if self._session.count(_MOVE_ON, each)))
 
     def read(self, turn_id: str, after: int = 0) -> Sequence[LogEntry]:
         rows = self._session.rows(_READ, {"of_turn": turn_id, "behind": after})
@@ -208,7 +183,7 @@ class TurnLog(Repository, turns.TurnLog):
 
     def fold(self, turn_id: str, events: Sequence[TurnEvent]) -> None:
         self._session.run(_DELETE, {"of_turn": turn_id})
-        self._session.run(_ADD, _log_row(turn_id, 0, events))
+        self._session.run(_ADD, _first_row(turn_id, events))
         self._session.changed.add(turn_id)
 
     def _finished(self, turn_id: str) -> TurnFinished | None:
@@ -218,9 +193,19 @@ class TurnLog(Repository, turns.TurnLog):
         return TurnFinished(turn, Messages(self._session).reply_of(turn_id))
 
 
-def _log_row(turn_id: str, start: int, events: Sequence[TurnEvent]) -> dict[str, Any]:
-    position = start + sum(map(extent, events))
-    return {"turn_id": turn_id, "position": position, "start": start, "events": m.dump_events(events)}
+def _first_row(turn_id: str, events: Sequence[TurnEvent]) -> dict[str, Any]:
+    return {"turn_id": turn_id, "position": sum(map(extent, events)), "start": 0, "events": m.dump_events(events)}
+
+
+def _append_values(append: LogAppend) -> dict[str, Any]:
+    return {
+        "of_turn": append.turn_id,
+        "of_epoch": append.epoch,
+        "start": append.position,
+        "position": append.position + sum(map(extent, append.events)),
+        "new_attempt": _attempt(append.events),
+        "events": m.dump_events(append.events),
+    }
 
 
 def _attempt(events: Sequence[TurnEvent]) -> int | None:
