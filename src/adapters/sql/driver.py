@@ -71,17 +71,16 @@ class Embedded(Driver):
         self._cursor = connection.cursor()
 
     def begin(self, sql: str) -> None:
-        self._connection.execute(sql)
+        self._cursor.execute(sql)
 
     def run(self, sql: str, values: Values = ()) -> None:
-        self._connection.execute(sql, values)
+        self._cursor.execute(sql, values)
 
     def count(self, sql: str, *values: Values) -> int:
-        return self._connection.executemany(sql, values).rowcount
+        return self._cursor.executemany(sql, values).rowcount
 
     def rows(self, sql: str, values: Values = ()) -> Sequence[Sequence[Any]]:
-        self._cursor = self._connection.execute(sql, values)
-        return self._cursor.fetchall()
+        return self._cursor.execute(sql, values).fetchall()
 
     def columns(self) -> Sequence[Column]:
         return [(column[0], None) for column in self._cursor.description]
@@ -90,10 +89,10 @@ class Embedded(Driver):
         """Everything has been done."""
 
     def tell(self, sql: str, values: Values = ()) -> None:
-        self._connection.execute(sql, values)
+        self._cursor.execute(sql, values)
 
     def roll_back_to(self, savepoint: str) -> None:
-        self._connection.execute(f"ROLLBACK TO SAVEPOINT {savepoint}")
+        self._cursor.execute(f"ROLLBACK TO SAVEPOINT {savepoint}")
 
     def commit(self) -> None:
         self._connection.commit()

@@ -317,6 +317,9 @@ def goal_values(goal: Goal, key: str) -> Values:
 
 def dump_events(events: Sequence[TurnEvent]) -> str:
     """Writes events as compact JSON. What an ended turn and its reply are stands in their own rows."""
+    match events:
+        case [TextDelta(text, refusal=False)]:  # nearly every row of a running turn, in a fraction of the time
+            return f'[["t",{_encode(text)}]]'
     return _encode([_event_values(event) for event in events])
 
 

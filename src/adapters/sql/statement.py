@@ -7,6 +7,7 @@ times what SQLite takes for the statement itself.
 
 from collections import namedtuple
 from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 from sqlalchemy import ClauseElement, Dialect, ReturnsRows
@@ -54,7 +55,9 @@ class Form:
         # Values that the statement brings along are converted once, here.
         self._own = {name: converts[name](value) for name, value in compiled.params.items() if name not in names}
         needed = {name: converts[name] for name in names if converts.get(name, _as_it_is) is not _as_it_is}
-        self._takes = [(name, needed.get(name)) for name in compiled.positiontup or ()]
+        places = compiled.positiontup or []
+        self._take = _taker(places)
+        self._converts = [(number, needed[name]) for number, name in enumerate(places) if name in needed]
         self._types = (
             [column.type for column in element.exported_columns] if isinstance(element, ReturnsRows) else []
         )
@@ -65,7 +68,13 @@ class Form:
         """The parameters as the driver takes them."""
         if self._own:
             parameters = {**self._own, **parameters}
-        return [convert(parameters[name]) if convert else parameters[name] for name, convert in self._takes]
+        taken = self._take(parameters)
+        if not self._converts:
+            return taken
+        values = list(taken)
+        for number, convert in self._converts:
+            values[number] = convert(values[number])
+        return values
 
     def rows(self, found: Sequence[Sequence[Any]], columns: Callable[[], Sequence[Column]]) -> list[Any]:
         """Rows as the driver gives them, as named tuples."""
@@ -89,6 +98,11 @@ class Form:
         self._outs = [(number, convert) for number, convert in outs if convert is not None]
         row: Any = namedtuple("Row", [name for name, _ in columns], rename=True)  # type: ignore[misc] # known at run time
         self._make = row._make
+
+
+def _taker(names: Sequence[str]) -> Callable[[Parameters], Sequence[Any]]:
+    """Takes the values of these names, in their order."""
+    return itemgetter(*names) if len(names) > 1 else lambda parameters: [parameters[name] for name in names]
 
 
 def _as_it_is(value: Any) -> Any:
