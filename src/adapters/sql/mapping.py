@@ -323,9 +323,10 @@ def dump_events(events: Sequence[TurnEvent]) -> str:
     return _encode([_event_values(event) for event in events])
 
 
-def load_events(stored: str, finished: TurnFinished | None) -> list[TurnEvent]:
-    """Reads events. `finished` stands for the last one of a turn that has ended."""
-    return [_event_of(values, finished) for values in json.loads(stored)]
+def load_events(stored: Sequence[str], finished: TurnFinished | None) -> list[TurnEvent]:
+    """Reads the events of rows, in their order. `finished` stands for the last one of a turn that has ended."""
+    rows = json.loads(f"[{','.join(stored)}]")
+    return [_event_of(values, finished) for row in rows for values in row]
 
 
 def _event_values(event: TurnEvent) -> list[Any]:

@@ -175,11 +175,12 @@ class TurnLog(Repository, turns.TurnLog):
 
     def read(self, turn_id: str, after: int = 0) -> Sequence[LogEntry]:
         rows = self._session.rows(_READ, {"of_turn": turn_id, "behind": after})
-        finished = self._finished(turn_id) if rows and rows[-1].events.endswith('["f"]]') else None
-        entries: list[LogEntry] = []
-        for start, events in rows:
-            entries.extend(place(m.load_events(events, finished), start))
-        return events_after(entries, after)
+        if not rows:
+            return []
+        finished = self._finished(turn_id) if rows[-1].events.endswith('["f"]]') else None
+        start = rows[0].start  # each row begins where the one before it ends
+        entries = place(m.load_events([row.events for row in rows], finished), start)
+        return entries if after <= start else events_after(entries, after)
 
     def fold(self, turn_id: str, events: Sequence[TurnEvent]) -> None:
         self._session.run(_DELETE, {"of_turn": turn_id})
