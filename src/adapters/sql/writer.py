@@ -294,14 +294,19 @@ class Writer:
         begun = time.monotonic()
         for number, job in enumerate(group, start=1):
             job.again, job.error = False, None
-            self._run_one(job, alone=len(group) == 1)
+            self._run_one(job, bare=number == 1 and (len(group) == 1 or not self._session.is_server))
             if time.monotonic() - begun > _LONGEST_GROUP:
                 return number
         return len(group)
 
-    def _run_one(self, job: Job, *, alone: bool) -> None:
+    def _run_one(self, job: Job, *, bare: bool) -> None:
+        """Runs a job. `bare`: without a savepoint, as there is nothing to keep if it fails.
+
+        SQLite copies every page that is changed behind a savepoint, into a file if there are many. PostgreSQL's
+        makes sure that a change behind which others come has hidden no error.
+        """
         try:
-            if alone:
+            if bare:
                 job.result = job.change(self._transaction)
             else:
                 with self._session.nested():
@@ -312,7 +317,7 @@ class Writer:
             job.error, job.again = translated(error), collided(error) or is_held(error)
         except BaseException as error:  # noqa: BLE001 - belongs to whoever submitted the change, not to the writer
             job.error = error
-        if alone and job.error is not None:
+        if bare and job.error is not None:
             raise _RollbackError
 
 
