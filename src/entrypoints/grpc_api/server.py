@@ -25,6 +25,9 @@ from entrypoints.grpc_api.services.threads import ThreadService
 
 _PENDING = 20_000
 """Calls that wait to be picked up. The library's own bound of 1,000 sheds bursts as CANCELLED."""
+_PICKED_UP = 7_200
+"""Seconds that a call may wait to be picked up: longer than any caller does, whose own deadline still holds.
+The library's own bound of 30 ends those who wait in an overload CANCELLED, as if they had asked for that."""
 
 
 class Server:
@@ -49,6 +52,7 @@ class Server:
                 ("grpc.max_receive_message_length", max_request_bytes),
                 ("grpc.server.max_pending_requests", _PENDING),
                 ("grpc.server.max_pending_requests_hard_limit", _PENDING),
+                ("grpc.server_max_unrequested_time_in_server", _PICKED_UP),
                 # A peer that is gone is noticed within 25 s; the ping time-out is what makes it so.
                 ("grpc.keepalive_time_ms", 20_000),
                 ("grpc.keepalive_timeout_ms", 5_000),
