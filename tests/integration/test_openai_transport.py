@@ -309,6 +309,31 @@ async def test_a_connection_that_ended_before_is_not_used() -> None:
         assert server.connections == 3
 
 
+def descriptors() -> int:
+    """How many this process has open."""
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+async def test_connections_that_nobody_uses_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adapters.openai.transport.KEEPALIVE_SECONDS", 0.2)
+    all_there = asyncio.Barrier(200)
+
+    async def answer(exchange: Exchange) -> None:
+        await exchange.request()
+        await all_there.wait()
+        await exchange.send(OK)
+        await exchange.request()
+
+    async with serving(answer) as server, client(200) as http:
+        before = descriptors()
+        async with asyncio.TaskGroup() as group:
+            for _ in range(200):
+                group.create_task(http.post(server.url))
+        assert server.connections == 200
+        await until(lambda: server.gone == 200)
+        assert descriptors() <= before
+
+
 async def test_nobody_listening_is_told_apart() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]
