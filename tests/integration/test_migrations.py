@@ -13,6 +13,7 @@ from typing import Any
 import psycopg
 import pytest
 from alembic import command
+from alembic.script import ScriptDirectory
 
 from adapters.sql import schema
 from adapters.sql.engines import migration_engine
@@ -85,6 +86,25 @@ def test_an_empty_database_is_brought_to_the_code(empty_url: str) -> None:
     assert schema_state(empty_url) is SchemaState.CURRENT
     assert drift(empty_url) == []
     assert migrate(empty_url) is SchemaState.CURRENT
+
+
+def test_migrations_are_known_by_their_files(sqlite_url: str) -> None:
+    engine = migration_engine(sqlite_url)
+    with engine.connect() as connection:
+        script = ScriptDirectory.from_config(schema._config(connection))
+    engine.dispose()
+    assert [known.revision for known in script.walk_revisions()] == schema._REVISIONS[::-1]
+
+
+def test_alembic_stays_away_from_a_current_schema(sqlite_url: str) -> None:
+    code = """
+import sys
+from adapters.sql.schema import migrate
+migrate(sys.argv[1])
+print("alembic" in sys.modules)
+"""
+    said = subprocess.run([sys.executable, "-c", code, sqlite_url], check=True, stdout=subprocess.PIPE, text=True)
+    assert said.stdout == "False\n"
 
 
 def step(url: str, revision: str) -> None:
