@@ -59,13 +59,13 @@ class Bench:
     """Of each run, the share of the server's core that strangers took."""
 
     @contextlib.contextmanager
-    def field(self, *names: str, folder: Path | None = None) -> Iterator[Field]:
-        """Starts servers, warms them up, and stops them. Each has a new folder, or the one that is given."""
+    def field(self, *names: str, database: str | None = None) -> Iterator[Field]:
+        """Starts servers, warms them up, and stops them. The service has a new record, or the one given."""
         with contextlib.ExitStack() as stack:
             found = Field({})
             for name in names:
-                place = stack.enter_context(self.room()) if folder is None else folder
-                around = Surroundings(frozenset([self.cores.server]), self.upstream, place)
+                place = stack.enter_context(self.room())
+                around = Surroundings(frozenset([self.cores.server]), self.upstream, place, database)
                 try:
                     found.servers[name] = server = stack.enter_context(SERVERS[name](around))
                 except Missing as missing:

@@ -18,8 +18,6 @@ from speed.upstream import MODEL, ROOT, Upstream
 
 ENVIRONMENT = {"PYTHONPATH": str(ROOT / "bench")}
 PRODUCT = "vida-coach"
-RECORD = "record.db"
-"""The file in which the service keeps its record."""
 MAX_TURNS = 9_000
 _LITELLM = f"""\
 model_list:
@@ -63,11 +61,15 @@ class Missing(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """What every server is started with: its core, the model, a folder of its own on a disk."""
+    """What every server is started with: its core, the model, a folder of its own on a disk.
+
+    The service keeps its record in that folder, unless `database` is the URL of another.
+    """
 
     cores: frozenset[int]
     upstream: Upstream
     folder: Path
+    database: str | None = None
 
 
 Start = Callable[[Surroundings], contextlib.AbstractContextManager[Server]]
@@ -78,7 +80,7 @@ def product(surroundings: Surroundings) -> Iterator[Server]:
     """`vida-coach serve` with OpenAI's conversations, its record on the disk."""
     environment = {
         "OPENAI_BASE_URL": surroundings.upstream.base_url,
-        "VIDA_DATABASE_URL": f"sqlite:///{surroundings.folder / RECORD}",
+        "VIDA_DATABASE_URL": surroundings.database or f"sqlite:///{surroundings.folder / 'record.db'}",
         "VIDA_LOG_LEVEL": "error",
         "VIDA_DRAIN": "0",
         "VIDA_MAX_TURNS": str(MAX_TURNS),

@@ -19,7 +19,7 @@ from speed.bench import Bench, say
 from speed.filling import fill
 from speed.load import Run
 from speed.processes import BenchError
-from speed.servers import PRODUCT, RECORD, Server
+from speed.servers import PRODUCT, Server
 from speed.verdict import Verdict
 
 _THREADS = 5
@@ -51,10 +51,10 @@ def _larger_record(bench: Bench) -> list[Verdict]:
     few, many = (1000, 20_000) if bench.quick else (1000, 1_000_000)
     runs: dict[int, list[Run]] = {few: [], many: []}
     with bench.room() as folder:
-        places = {size: _filled(folder / str(size), size) for size in (few, many)}
+        records = {size: _filled(folder, size) for size in (few, many)}
         for number in range(bench.rounds):
             for size in (few, many) if number % 2 else (many, few):
-                with bench.field(PRODUCT, folder=places[size]) as found:
+                with bench.field(PRODUCT, database=records[size]) as found:
                     runs[size].append(_turns(bench, found.servers[PRODUCT], ()))
                 say(f"  {size:,} threads: {_told(runs[size][-1])}")
     return [_verdict(f"a turn with {many:,} threads in the record, in one with {few:,}'s", runs[many], runs[few])]
@@ -101,14 +101,13 @@ def _conversation(stub: AgentServiceStub, messages: int) -> tuple[str, str]:
     return user, thread
 
 
-def _filled(folder: Path, threads: int) -> Path:
-    """A folder with a record of so many threads."""
-    folder.mkdir()
-    url = f"sqlite:///{folder / RECORD}"
+def _filled(folder: Path, threads: int) -> str:
+    """The URL of a record of so many threads."""
+    url = f"sqlite:///{folder / f'{threads}.db'}"
     migrate(url)
     say(f"  filling a record with {threads:,} threads …")
     fill(url, threads)
-    return folder
+    return url
 
 
 def _cpu(run: Run) -> float:
