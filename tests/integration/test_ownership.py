@@ -162,13 +162,14 @@ def test_the_writer_is_durable_and_the_only_one_that_writes(sqlite_url: str) -> 
         with writer.connect() as connection:
             found = {
                 name: connection.execute(text(f"PRAGMA {name}")).scalar_one()
-                for name in ("journal_mode", "synchronous", "foreign_keys", "secure_delete", "query_only")
+                for name in ("journal_mode", "synchronous", "foreign_keys", "secure_delete", "temp_store", "query_only")
             }
             assert found == {
                 "journal_mode": "wal",
                 "synchronous": 2,  # FULL
                 "foreign_keys": 1,
                 "secure_delete": 1,
+                "temp_store": 2,
                 "query_only": 0,
             }
         insert = "INSERT INTO users (id, created_at) VALUES ('x', '2026-01-01')"

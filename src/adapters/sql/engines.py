@@ -56,6 +56,8 @@ def writer_engine(url: str | URL) -> Engine:
             "PRAGMA synchronous=FULL",
             "PRAGMA foreign_keys=ON",
             "PRAGMA secure_delete=ON",
+            # What a savepoint may take back would else be copied into files elsewhere, users' words with it.
+            "PRAGMA temp_store=MEMORY",
         ],
         pool_size=1,
     )
