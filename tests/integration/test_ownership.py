@@ -160,18 +160,15 @@ def test_the_writer_is_durable_and_the_only_one_that_writes(sqlite_url: str) -> 
     writer, readers = writer_engine(sqlite_url), reader_engine(sqlite_url)
     try:
         with writer.connect() as connection:
-            found = {
-                name: connection.execute(text(f"PRAGMA {name}")).scalar_one()
-                for name in ("journal_mode", "synchronous", "foreign_keys", "secure_delete", "temp_store", "query_only")
-            }
-            assert found == {
+            wanted: dict[str, object] = {
                 "journal_mode": "wal",
                 "synchronous": 2,  # FULL
                 "foreign_keys": 1,
                 "secure_delete": 1,
-                "temp_store": 2,
+                "temp_store": 2,  # MEMORY
                 "query_only": 0,
             }
+            assert {name: connection.execute(text(f"PRAGMA {name}")).scalar_one() for name in wanted} == wanted
         insert = "INSERT INTO users (id, created_at) VALUES ('x', '2026-01-01')"
         for _ in range(8):  # whichever of the pool's connections
             with readers.connect() as one, readers.connect() as other:
