@@ -10,11 +10,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import records
 from adapters.system import Ids
 from core.model.agent import Domain
 from core.model.errors import CleanupRunning, InvalidField
 from core.model.thread import Thread, ThreadState
-from core.model.turn import Turn, TurnState, Usage
+from core.model.turn import Turn, TurnState
 from core.ports.store import Store, Transaction
 from core.ports.turns import RequestKey
 from core.use_cases.clean_up_threads import MAX_BATCH, Cleanup, CleanUpThreads
@@ -31,37 +32,11 @@ async def time_of(store: Store) -> datetime:
 
 
 def a_thread(last_message_at: datetime, **changes: object) -> Thread:
-    values: dict[str, object] = {
-        "id": IDS.new(),
-        "user_id": "ada",
-        "domain": Domain.CAREER,
-        "agent_id": "career-v1",
-        "title": "",
-        "state": ThreadState.ACTIVE,
-        "metadata": {},
-        "last_message_at": last_message_at,
-        "created_at": last_message_at,
-        "message_count": 0,
-    }
-    return Thread(**{**values, **changes})  # type: ignore[arg-type]
+    return records.a_thread("ada", last_message_at=last_message_at, created_at=last_message_at, **changes)
 
 
 def a_turn(of: Thread, state: TurnState) -> Turn:
-    return Turn(
-        id=IDS.new(),
-        thread_id=of.id,
-        user_id=of.user_id,
-        agent_id=of.agent_id,
-        state=state,
-        attempt=1,
-        epoch=1,
-        last_position=1,
-        usage=Usage(),
-        reason=None,
-        model="m",
-        provider="p",
-        accepted_at=of.created_at,
-    )
+    return records.a_turn(of, state=state, accepted_at=of.created_at)
 
 
 async def keep(store: Store, threads: Sequence[tuple[Thread, Sequence[TurnState]]]) -> None:

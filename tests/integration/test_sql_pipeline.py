@@ -9,7 +9,7 @@ from dataclasses import replace
 import psycopg
 import pytest
 
-from adapters.sql import session
+from adapters.sql import errors, session, writer
 from adapters.sql.errors import StoreFaultError
 from adapters.sql.fiber import apart
 from adapters.sql.pipeline import Pipeline
@@ -332,6 +332,27 @@ async def test_the_way_of_a_change_to_the_server_and_back_is_short(
     monkeypatch.setattr(session, "_QUICK", 0.0)  # no answer is quick enough to be relied on
     await store.write(lambda tx: tx.now())
     assert store._writer._session._seen is None
+    await store.aclose()
+
+
+async def test_an_append_that_fails_tells_the_server_no_word(
+    postgres_url: str, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It logs what it says of an error."""
+    store = SqlStore(postgres_url, clock)
+    told: list[BaseException] = []
+
+    def translated(error: BaseException) -> Exception:
+        told.append(error)
+        return errors.translated(error)
+
+    monkeypatch.setattr(writer, "translated", translated)
+    await store.write(lambda tx: [tx.agents.publish(agent) for agent in CATALOG.agents()])
+    append = LogAppend("nobody", 1, 1, (TextDelta("a secret"),))
+    assert not (await store.write(lambda tx: tx.log.append([append]))).accepted
+    (error,) = told
+    assert isinstance(error, psycopg.Error)
+    assert "secret" not in f"{error} {error.diag.message_detail} {error.diag.context}"
     await store.aclose()
 
 

@@ -9,15 +9,13 @@ import pytest
 
 from adapters.memory import store as memory
 from adapters.memory.store import MemoryStore
-from adapters.system import Ids
 from core.model.agent import Domain
-from core.model.thread import Thread, ThreadState
-from core.model.turn import Turn, TurnState, Usage
+from core.model.turn import TurnState
 from core.ports.store import Transaction
-from core.ports.turns import RequestKey
 from core.use_cases import clean_up_threads
 from core.use_cases.clean_up_threads import Cleanup, CleanUpThreads
 from doubles import CATALOG, ManualClock
+from records import a_thread, a_turn, request
 from simulation.loop import simulate
 
 THREADS = 32 * 200
@@ -56,42 +54,15 @@ def pace(monkeypatch: pytest.MonkeyPatch) -> Pace:
 
 def fill(tx: Transaction, state: TurnState | None) -> None:
     """Old threads, and a fresh one with a turn in this state."""
-    ids, now = Ids(), tx.now()
+    now = tx.now()
     tx.agents.publish(next(agent for agent in CATALOG.agents() if agent.id == "career-v1"))
     tx.users.ensure("ada", now)
     for number in range(THREADS):
         at = now - timedelta(days=1 if number == 0 else 40)
-        thread = Thread(
-            id=ids.new(),
-            user_id="ada",
-            domain=Domain.CAREER,
-            agent_id="career-v1",
-            title="",
-            state=ThreadState.ACTIVE,
-            metadata={},
-            last_message_at=at,
-            created_at=at,
-            message_count=0,
-        )
+        thread = a_thread(last_message_at=at, created_at=at)
         tx.threads.add(thread)
         if number == 0 and state is not None:
-            turn = Turn(
-                id=ids.new(),
-                thread_id=thread.id,
-                user_id="ada",
-                agent_id="career-v1",
-                state=state,
-                attempt=1,
-                epoch=1,
-                last_position=1,
-                usage=Usage(),
-                reason=None,
-                model="m",
-                provider="p",
-                accepted_at=at,
-            )
-            request = RequestKey(caller="local", user_id="ada", request_id="", fingerprint="")
-            tx.turns.add(turn, request, owner="test")
+            tx.turns.add(a_turn(thread, state=state, accepted_at=at), request(), owner="test")
 
 
 def swept(state: TurnState | None) -> float:

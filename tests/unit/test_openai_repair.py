@@ -138,6 +138,15 @@ def test_of_a_long_conversation_only_what_is_known_to_be_mirrored_is_trusted() -
             assert told(result) == told(whole)
 
 
+def test_nothing_is_trusted_before_what_is_listed_of_a_copy_of_which_nothing_is_known() -> None:
+    lines = transcript([(f"question {number}", f"answer {number}", 0) for number in range(33)])
+    page = copied(lines)
+    assert len(page) <= PAGE
+    for synced_to, helps in ((UNSYNCED, False), (0, True), (66, True)):
+        todo = repair(page, is_all=False, lines=lines, synced_to=synced_to)
+        assert (todo is not None) is helps
+
+
 def test_a_page_that_begins_in_an_answer_is_read_from_the_next_question_on() -> None:
     lines = transcript([(f"question {number}", "a\n\nb" if number % 2 else "c", 1) for number in range(60)])
     for extra in range(12):

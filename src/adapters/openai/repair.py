@@ -72,16 +72,14 @@ def repair(
     """
     copy = _copied(newest, is_all=is_all)
     record = _recorded(line for line in lines if line.index >= begins_at)
-    most, start = _same(copy, record), 0
-    if not is_all:
-        for offset, question in enumerate(record):
-            if question.index - 1 > synced_to:
-                break
-            same = _same(copy, islice(record, offset, None))
-            if same > most:
-                most, start = same, offset
-        if not most:
-            return None
+    known = [offset for offset, question in enumerate(record) if question.index - 1 <= synced_to]
+    most, start = 0, 0
+    for offset in [0] if is_all else known:
+        same = _same(copy, islice(record, offset, None))
+        if same > most:
+            most, start = same, offset
+    if not most and not is_all:
+        return None
     delete = [item_id for question in copy[most:] for item_id in question.ids]
     add = [item for question in record[start + most :] for item in question.items]
     if len(delete) > MAX_ITEMS or len(add) > MAX_ITEMS:

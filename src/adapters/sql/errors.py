@@ -20,6 +20,8 @@ _OUTAGES = (
 )
 _VIOLATIONS = (sqlite3.IntegrityError, psycopg.IntegrityError)
 _SERIALIZATION = "40001"
+_UNMET = "22012"
+"""Division by zero: what a statement counts on is not so."""
 _HELD = frozenset({"55P03", "40P01"})
 """A lock that somebody else holds, or would for ever: one change's trouble, not its group's."""
 _TOO_SLOW = "57014"
@@ -67,9 +69,9 @@ def is_outage(error: BaseException) -> bool:
 
 
 def collided(error: BaseException) -> bool:
-    """Whether another process was faster: unique violation, serialization failure."""
+    """Whether another process was faster: unique violation, unmet condition, serialization failure."""
     cause = _cause(error)
-    return isinstance(cause, _VIOLATIONS) or _sqlstate(cause) == _SERIALIZATION
+    return _is_violation(cause) or _sqlstate(cause) == _SERIALIZATION
 
 
 def is_held(error: BaseException) -> bool:
@@ -82,11 +84,15 @@ def translated(error: BaseException) -> Exception:
     if is_outage(error):
         return StoreUnavailable()
     cause = _cause(error)
-    if isinstance(cause, _VIOLATIONS):
+    if _is_violation(cause):
         return Conflict()
     if is_held(error) or _sqlstate(cause) in (_SERIALIZATION, _TOO_SLOW):
         return StoreBusy()
     return StoreFaultError(type(cause).__name__)
+
+
+def _is_violation(cause: BaseException) -> bool:
+    return isinstance(cause, _VIOLATIONS) or _sqlstate(cause) == _UNMET
 
 
 def _cause(error: BaseException) -> BaseException:

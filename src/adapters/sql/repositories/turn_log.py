@@ -48,7 +48,7 @@ _DELETE = Statement(delete(t.turn_log).where(_c.turn_id == bindparam("of_turn"))
 # The fence: one who may add to the log's end.
 _is_open = and_(_turn.epoch == bindparam("of_epoch"), _turn.last_position == bindparam("start"), _is_running)
 _position = bindparam("position", type_=BigInteger)
-_row = (_position, bindparam("start", type_=BigInteger), bindparam("events", type_=Text))
+_rest = (bindparam("start", type_=BigInteger), bindparam("events", type_=Text))
 _is_it = _turn.id == bindparam("of_turn")
 _move_on = (
     update(t.turns)
@@ -56,14 +56,20 @@ _move_on = (
     .values(last_position=_position, attempt=func.coalesce(bindparam("new_attempt", type_=Integer), _turn.attempt))
 )
 _MOVE_ON = Statement(_move_on.where(_is_it))
-_ADD_IF_OPEN = Statement(insert(t.turn_log).from_select(_COLUMNS, select(_turn.id, *_row).where(_is_it, _is_open)))
+_ADD_IF_OPEN = Statement(
+    insert(t.turn_log).from_select(_COLUMNS, select(_turn.id, _position, *_rest).where(_is_it, _is_open))
+)
 
 # Not FOR UPDATE: that would collide with whoever only adds a row that refers to the turn.
 _if_free = select(_turn.id).where(_is_it).with_for_update(key_share=True, skip_locked=True)
 _moved_one = _move_on.where(_turn.id == _if_free.scalar_subquery()).returning(_turn.id).cte("moved_one")
-# Nobody waits to hear that it was taken: if it was not, there is no turn for the row, and that fails.
+# Nobody waits to hear that it was taken: if it was not, this divides by zero. A row that breaks a rule of its
+# table would fail as well, and stand in the server's log as a whole.
+_taken = select(func.count()).select_from(_moved_one).scalar_subquery()
 _MOVE_ON_OR_FAIL = Statement(
-    insert(t.turn_log).from_select(_COLUMNS, select(select(_moved_one.c.id).scalar_subquery(), *_row))
+    insert(t.turn_log).from_select(
+        _COLUMNS, select(select(_moved_one.c.id).scalar_subquery(), _position // _taken, *_rest)
+    )
 )
 
 # The same for a whole group in one statement, and without waiting for a lock: PostgreSQL.
