@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 BENCH_VENV := .bench-venv
 export PYTHONDONTWRITEBYTECODE := 1
 
-.PHONY: help chat test faults-small faults bench bench-quick bench-gate check lint types proto proto-check fmt lock clean
+.PHONY: help chat test faults-small faults faults-kill faults-others faults-simulated bench bench-quick bench-gate check lint types proto proto-check fmt lock clean
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
@@ -31,8 +31,17 @@ test: $(VENV)/dev.stamp ## run the tests
 faults-small: $(VENV)/dev.stamp ## kill, freeze and cut everything, for about a quarter of an hour
 	@VIDA_TEST_SIZE=small $(BIN)/python -m pytest -q -s tests/faults tests/simulation tests/integration/test_openai_streams.py
 
-faults: $(VENV)/dev.stamp ## the same at the large size, for hours
-	@VIDA_TEST_SIZE=large $(BIN)/python -m pytest -q -s tests/faults tests/simulation tests/integration/test_openai_streams.py
+faults: faults-kill faults-others faults-simulated ## the same at the large size, for hours; with -j3 on two cores, for three
+
+# What is killed and cut in real time comes first; what is simulated takes what they leave of the processors.
+faults-kill: $(VENV)/dev.stamp
+	@VIDA_TEST_SIZE=large $(BIN)/python -m pytest -q -s tests/faults/test_kill.py
+
+faults-others: $(VENV)/dev.stamp
+	@VIDA_TEST_SIZE=large $(BIN)/python -m pytest -q -s tests/faults --ignore=tests/faults/test_kill.py
+
+faults-simulated: $(VENV)/dev.stamp
+	@VIDA_TEST_SIZE=large nice $(BIN)/python -m pytest -q -s tests/simulation tests/integration/test_openai_streams.py
 
 # What the service is compared with and does not need itself. Where it can't be installed the bench says why.
 $(BENCH_VENV)/bench.stamp: bench/requirements.lock
