@@ -11,17 +11,32 @@ import struct
 from collections.abc import Callable
 from typing import NoReturn, Protocol
 
-_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-_DATA, _HEADERS, _RST_STREAM, _SETTINGS, _PING, _GOAWAY, _WINDOW_UPDATE = 0, 1, 3, 4, 6, 7, 8
-_END_STREAM, _ACK, _END_HEADERS, _PADDED = 1, 1, 4, 8
-_HEAD = struct.Struct(">HBBBL")
+from http2 import (
+    ACK,
+    DATA,
+    END_HEADERS,
+    END_STREAM,
+    GOAWAY,
+    HEAD,
+    HEADERS,
+    PADDED,
+    PING,
+    PREFACE,
+    RST_STREAM,
+    SETTINGS,
+    WINDOW_UPDATE,
+    frame,
+    message,
+    request_headers,
+    settings,
+)
+
 _LARGEST = 2**31 - 1
 _FIRST_WINDOW = 65_535
 _REFILL = 1 << 28
 _READ = 1 << 18
 _STATUS = b"grpc-status"
-_OWN_SETTINGS = struct.pack(">HLHLHL", 1, 0, 2, 0, 4, _LARGEST)
-"""No header table, no pushes, the largest window for each stream."""
+_OWN_SETTINGS = settings(header_table_size=0, enable_push=0, initial_window_size=_LARGEST)
 
 Now = Callable[[], int]
 
@@ -50,21 +65,21 @@ class Calls:
         self.socket = socket.create_connection(address)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._now = now
-        self._block = _request_headers(f"{address[0]}:{address[1]}", method)
+        self._block = request_headers(f"{address[0]}:{address[1]}", method)
         self._next = 1
         self._readers: dict[int, Reader] = {}
         self._parts: dict[int, bytes] = {}
         self._rest = b""
         self._taken = 0
-        window = _frame(_WINDOW_UPDATE, 0, 0, struct.pack(">L", _LARGEST - _FIRST_WINDOW))
-        self.socket.sendall(_PREFACE + _frame(_SETTINGS, 0, 0, _OWN_SETTINGS) + window)
+        window = frame(WINDOW_UPDATE, 0, 0, struct.pack(">L", _LARGEST - _FIRST_WINDOW))
+        self.socket.sendall(PREFACE + _OWN_SETTINGS + window)
 
     def call(self, reader: Reader, request: bytes) -> None:
         """Begins a call. The request is small: it fits into the server's first window."""
         stream, self._next = self._next, self._next + 2
         self._readers[stream] = reader
-        message = b"\0" + len(request).to_bytes(4, "big") + request
-        data = _frame(_HEADERS, _END_HEADERS, stream, self._block) + _frame(_DATA, _END_STREAM, stream, message)
+        body = frame(DATA, END_STREAM, stream, message(request))
+        data = frame(HEADERS, END_HEADERS, stream, self._block) + body
         reader.begin()
         self.socket.sendall(data)
 
@@ -81,11 +96,11 @@ class Calls:
             data = self._rest + data
         at, size = 0, len(data)
         while size - at >= 9:
-            high, low, kind, flags, stream = _HEAD.unpack_from(data, at)
+            high, low, kind, flags, stream = HEAD.unpack_from(data, at)
             end = at + 9 + (high << 8 | low)
             if end > size:
                 break
-            if kind == _DATA:
+            if kind == DATA:
                 self._data(stream, flags, data[at + 9 : end], now)
             else:
                 self._other(kind, flags, stream, data[at + 9 : end])
@@ -93,11 +108,11 @@ class Calls:
         self._rest = data[at:]
         self._taken += at
         if self._taken > _REFILL:
-            self.socket.sendall(_frame(_WINDOW_UPDATE, 0, 0, struct.pack(">L", self._taken)))
+            self.socket.sendall(frame(WINDOW_UPDATE, 0, 0, struct.pack(">L", self._taken)))
             self._taken = 0
 
     def _data(self, stream: int, flags: int, data: bytes, now: int) -> None:
-        if flags & _PADDED:
+        if flags & PADDED:
             self._break("sent padding, which this client does not know")
         reader = self._readers.get(stream)
         if reader is None:
@@ -115,15 +130,15 @@ class Calls:
             self._parts[stream] = data[at:]
 
     def _other(self, kind: int, flags: int, stream: int, payload: bytes) -> None:
-        if kind == _HEADERS and flags & _END_STREAM:
-            self._end(stream, _problem(payload) if flags & _END_HEADERS else "trailers in pieces")
-        elif kind == _RST_STREAM:
+        if kind == HEADERS and flags & END_STREAM:
+            self._end(stream, _problem(payload) if flags & END_HEADERS else "trailers in pieces")
+        elif kind == RST_STREAM:
             self._end(stream, f"reset {int.from_bytes(payload, 'big')}")
-        elif kind == _SETTINGS and not flags & _ACK:
-            self.socket.sendall(_frame(_SETTINGS, _ACK, 0, b""))
-        elif kind == _PING and not flags & _ACK:
-            self.socket.sendall(_frame(_PING, _ACK, 0, payload))
-        elif kind == _GOAWAY and not self._readers:
+        elif kind == SETTINGS and not flags & ACK:
+            self.socket.sendall(frame(SETTINGS, ACK, 0, b""))
+        elif kind == PING and not flags & ACK:
+            self.socket.sendall(frame(PING, ACK, 0, payload))
+        elif kind == GOAWAY and not self._readers:
             self._break("sent away")
 
     def _end(self, stream: int, problem: str | None) -> None:
@@ -145,30 +160,3 @@ def _problem(trailers: bytes) -> str | None:
     at += len(_STATUS)
     status = trailers[at + 1 : at + 1 + trailers[at]].decode("ascii", "replace")
     return None if status == "0" else f"status {status}"
-
-
-def _request_headers(authority: str, method: str) -> bytes:
-    """Literals that enter no table: RFC 7541, 6.2.2; numbers are those of its static table."""
-    return b"".join(
-        [
-            b"\x83\x86",  # :method POST, :scheme http
-            _named(4, method),
-            _named(1, authority),
-            _named(31, "application/grpc"),
-            b"\0" + _string("te") + _string("trailers"),
-        ]
-    )
-
-
-def _named(number: int, value: str) -> bytes:
-    return (bytes([number]) if number < 15 else bytes([15, number - 15])) + _string(value)
-
-
-def _string(value: str) -> bytes:
-    data = value.encode("ascii")
-    assert len(data) < 127, "longer strings take a longer length"
-    return bytes([len(data)]) + data
-
-
-def _frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
-    return _HEAD.pack(len(payload) >> 8, len(payload) & 255, kind, flags, stream) + payload

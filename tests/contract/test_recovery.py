@@ -472,6 +472,65 @@ async def test_a_stop_without_another_process_waits_and_then_leaves_turns_to_the
         assert (text_of(events), ending(events).attempt) == ("Later.", 2)
 
 
+async def test_a_stop_lets_a_turn_finish_that_was_on_its_way(
+    store: Store, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick, spoken, arrived = Gate(), Gate(), asyncio.Event()
+    async with service(store, ScriptedAgent([quick, "a", DONE], ["b", spoken, "c", DONE])) as it:
+        first = await it.say()
+        await quick.reached.wait()
+        write = store.write
+
+        async def late(change: Any) -> Any:
+            await arrived.wait()
+            return await write(change)
+
+        with monkeypatch.context() as slow:
+            slow.setattr(store, "write", late)
+            saying = asyncio.create_task(it.say(user="eve"))
+            await until(lambda: it.engine._reserved["eve"])
+        drain = asyncio.create_task(it.engine.drain(20))
+        await until(lambda: it.engine._draining)
+        arrived.set()
+        second = await saying
+        await it.stream(second, "b")
+        quick.open()
+        await until(lambda: not it.engine.knows(first))
+        for _ in range(100):  # time for a stop to go wrong in
+            await asyncio.sleep(0)
+        spoken.open()
+        assert text_of(await it.events(second)) == "bc"
+        await drain
+        assert (await it.threads.turn("eve", second))[0].state is TurnState.COMPLETED
+
+
+async def test_a_stop_tries_once_more_to_write_an_ending_that_was_decided(
+    store: Store, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, refused = Gate(), 0
+    async with service(store, ScriptedAgent(["said", gate, DONE])) as it:
+        turn_id = await it.say()
+        await it.stream(turn_id, "said")
+
+        async def away(_: object) -> Any:
+            nonlocal refused
+            refused += 1
+            raise StoreUnavailable
+
+        stop = it.engine._stop
+
+        async def back(chosen: Any) -> None:
+            monkeypatch.undo()
+            await stop(chosen)
+
+        monkeypatch.setattr(store, "write", away)
+        monkeypatch.setattr(it.engine, "_stop", back)
+        gate.open()
+        await until(lambda: refused > 1)
+        await it.engine.drain(0.1)
+        assert (await it.threads.turn("ada", turn_id))[0].state is TurnState.COMPLETED
+
+
 async def test_a_queue_goes_on_in_another_process(store: Store, clock: ManualClock) -> None:
     gate = Gate()
     async with service(store, ScriptedAgent(["one", gate])) as it:

@@ -10,7 +10,10 @@ from pathlib import Path
 import entrypoints
 import faults
 
-_PYTHONPATH = os.pathsep.join(str(Path(package.__path__[0]).parent) for package in (entrypoints, faults))
+
+def pythonpath() -> str:
+    """Where a process of the tests finds the product and the tests."""
+    return os.pathsep.join(str(Path(package.__path__[0]).parent) for package in (entrypoints, faults))
 
 
 class ServerProcess:
@@ -70,7 +73,7 @@ async def start(folder: Path, point: str = "", **settings: str) -> ServerProcess
     With `point` it kills itself there; one that does so before it listens has the address "".
     """
     environ = {name: value for name, value in os.environ.items() if not name.startswith(("OPENAI_", "VIDA_"))}
-    faulty = {"FAULT_FOLDER": str(folder), "FAULT_POINT": point, "PYTHONPATH": _PYTHONPATH}
+    faulty = {"FAULT_FOLDER": str(folder), "FAULT_POINT": point, "PYTHONPATH": pythonpath()}
     with (folder / "log").open("ab") as sink:
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "faults.points", "serve", "--listen", "127.0.0.1:0"),

@@ -81,6 +81,7 @@ class TurnEngine:
         self._writer = TurnLogWriter(store)
         self._writing: asyncio.Task[None] | None = None
         self._running: dict[str, _Run] = {}
+        self._decided: dict[tuple[str, int], _Decided] = {}
         self._expected: set[str] = set()
         self._stopping: set[asyncio.Task[None]] = set()
         self._reserved: Counter[str] = Counter()
@@ -242,8 +243,7 @@ class TurnEngine:
             await self._stop(lambda run: run.can_move)
         async with asyncio.TaskGroup() as group:
             hurried = group.create_task(self._hurried.wait())
-            running = [run.task for run in self._running.values()]
-            finished = group.create_task(_all_done(running))
+            finished = group.create_task(self._all_done())
             await asyncio.wait([hurried, finished], timeout=grace, return_when=asyncio.FIRST_COMPLETED)
             hurried.cancel()
             finished.cancel()
@@ -253,6 +253,11 @@ class TurnEngine:
         if self._writing is not None:
             self._writing.cancel()
             await asyncio.gather(self._writing, return_exceptions=True)
+
+    async def _all_done(self) -> None:
+        """Waits until nothing runs; a claim that was on its way when the drain began may still bring a turn."""
+        while self._running:
+            await asyncio.wait([run.task for run in self._running.values()])
 
     def hurry(self) -> None:
         """Cuts the grace of a drain short."""
@@ -268,19 +273,26 @@ class TurnEngine:
     async def _stop(self, chosen: Callable[["_Run"], bool]) -> None:
         """Stops turns and releases them. Between a look at a turn and its stop nothing else happens."""
         stopped = [run for run in self._running.values() if chosen(run)]
+        decided = [self._decided.get((run.claimed.turn.id, run.claimed.turn.epoch)) for run in stopped]
         for run in stopped:
             run.task.cancel()
         await asyncio.gather(*(run.task for run in stopped), return_exceptions=True)
         try:
             async with asyncio.timeout(_LAST_WRITES):
-                releases = [self._release(run.claimed.turn) for run in stopped]
+                releases = [
+                    self._release(run.claimed.turn, end) for run, end in zip(stopped, decided, strict=True)
+                ]
                 for outcome in await asyncio.gather(*releases, return_exceptions=True):
                     if isinstance(outcome, Exception):
                         _log.error("a turn is left to be recovered", exc_info=outcome)
         except TimeoutError:
             _log.error("the store does not answer: turns are left to be recovered")
 
-    async def _release(self, turn: Turn) -> None:
+    async def _release(self, turn: Turn, decided: "_Decided | None") -> None:
+        """Ends a turn as it was to end, or gives it up."""
+        if decided is not None:
+            await self._end(turn.id, decided.ending, epoch=turn.epoch, tail=decided.tail)
+            return
         await patiently(
             lambda: self._store.write(lambda tx: release_turn(tx, self._ids, turn, self.claimant)),
         )
@@ -303,7 +315,11 @@ class TurnEngine:
                 _log.exception("turn %s failed", turn.id)
                 ending = Ending(reason=TurnReason.INTERNAL)
                 tail = await _settled(log)
-            ended, kept = await self._end_somehow(turn, ending, tail)
+            self._decided[turn.id, turn.epoch] = _Decided(ending, tail)
+            try:
+                ended, kept = await self._end_somehow(turn, ending, tail)
+            finally:
+                del self._decided[turn.id, turn.epoch]
             if not ended.already:
                 log.publish([*kept, TurnFinished(ended.turn, ended.reply)])
             self.ended(ended)
@@ -346,6 +362,14 @@ async def _settled(log: OpenLog) -> tuple[TurnEvent, ...]:
 
 
 @dataclass(frozen=True, slots=True)
+class _Decided:
+    """How a turn is to end once the store takes it."""
+
+    ending: Ending
+    tail: Sequence[TurnEvent]
+
+
+@dataclass(frozen=True, slots=True)
 class _Run:
     """A turn at work."""
 
@@ -357,11 +381,6 @@ class _Run:
     def can_move(self) -> bool:
         """Whether another process can take it over and nobody notices."""
         return self.log.silent and not self.claimed.rounds and self.claimed.turn.attempt < MAX_ATTEMPTS
-
-
-async def _all_done(tasks: Sequence["asyncio.Task[None]"]) -> None:
-    if tasks:
-        await asyncio.wait(tasks)
 
 
 def _retrieve(task: asyncio.Task[None]) -> None:
