@@ -21,6 +21,7 @@ from core.use_cases.clean_up_threads import CleanUpThreads
 from core.use_cases.definitions import Definitions
 from core.use_cases.delete_thread import DeleteThread
 from core.use_cases.follow_turn import FollowTurn
+from core.use_cases.places import Places
 from core.use_cases.read_threads import ReadThreads
 from core.use_cases.recover_turns import RecoverTurns
 from core.use_cases.turn_engine import TurnEngine, TurnLimits
@@ -116,6 +117,14 @@ def _recover(settings: Settings, store: Store, engine: TurnEngine, feeds: TurnFe
     )
 
 
+_SPARE = 100
+"""Connections and calls beside those that follow turns."""
+
+
+def _stream_seconds(settings: Settings) -> float:
+    return settings.turn_budget + 60
+
+
 def _agent_service(
     settings: Settings,
     accept: AcceptMessage,
@@ -127,6 +136,7 @@ def _agent_service(
 ) -> "AgentService":
     from entrypoints.grpc_api.services.agents import AgentService, Streams
 
+    most = 2 * settings.max_turns
     return AgentService(
         accept=accept,
         follow=follow,
@@ -134,7 +144,7 @@ def _agent_service(
         threads=threads,
         catalog=catalog,
         agent=agent,
-        streams=Streams(most=2 * settings.max_turns, seconds=settings.turn_budget + 60),
+        streams=Streams(Places(most, max(most // 10, 64)), seconds=_stream_seconds(settings)),
     )
 
 
@@ -158,13 +168,21 @@ def _server(
     admin: "AdminService | None" = None,
     reflected: bool = True,
 ) -> "Server":
-    from entrypoints.grpc_api.server import Server
+    from entrypoints.grpc_api.server import Bounds, Server
 
     return Server(
         agents=agents,
         threads=threads,
         ids=ids,
-        max_request_bytes=settings.max_request_bytes,
+        bounds=Bounds(
+            request_bytes=settings.max_request_bytes,
+            # One proxy may bring all of them, or each comes by itself; and each may be read twice.
+            connections=settings.max_turns + _SPARE,
+            streams=settings.max_turns + _SPARE,
+            calls=2 * settings.max_turns + _SPARE,
+            stream_seconds=_stream_seconds(settings),
+            connection_seconds=settings.max_connection_age,
+        ),
         reflected=reflected,
         admin=admin,
     )

@@ -120,6 +120,13 @@ class Settings(BaseSettings):
     )
     max_turns: int = _setting("VIDA_MAX_TURNS", "turns in flight in a process", 5_000, ge=1, le=100_000)
     max_turns_per_user: int = _setting("VIDA_MAX_TURNS_PER_USER", "turns in flight of a user", 8, ge=1)
+    max_connection_age: float = _setting(
+        "VIDA_MAX_CONNECTION_AGE",
+        "seconds after which a client is asked to connect anew",
+        1_800.0,
+        ge=1,
+        le=86_400,
+    )
     reflection: bool | None = _setting("VIDA_REFLECTION", "server reflection; unset: on loopback only", None)
     log_format: LogFormat = _setting("VIDA_LOG_FORMAT", "how log lines look", LogFormat.TEXT)
     log_level: LogLevel = _setting("VIDA_LOG_LEVEL", "what is logged", LogLevel.INFO)

@@ -98,7 +98,7 @@ async def test_eight_may_wait(store: Store) -> None:
         gate.open()
         for turn_id in waiting:
             assert text_of(await it.events(turn_id)) == "All right."
-        await until(lambda: not it.engine._reserved)
+        await until(lambda: not it.engine._places.taken)
 
 
 async def test_a_cancelled_waiting_turn_leaves_no_message(store: Store) -> None:
@@ -157,7 +157,7 @@ async def test_interrupt_ends_what_runs_and_what_waits(store: Store) -> None:
         assert await lines(it, thread_id) == [
             (Role.USER, "q1"), (Role.ASSISTANT, "half"), (Role.USER, "q3"), (Role.ASSISTANT, "new"),
         ]  # fmt: skip
-        await until(lambda: not it.engine._reserved)
+        await until(lambda: not it.engine._places.taken)
         assert it.agent.closed == 2
 
 
@@ -168,7 +168,7 @@ async def test_interrupt_respects_bounds_where_nothing_is_replaced(store: Store)
         first = await it.say()
         await it.events(first)
         thread_id = await thread_of(it, first)
-        await until(lambda: not it.engine._reserved)
+        await until(lambda: not it.engine._places.taken)
         await it.say()
         with pytest.raises(QuotaExceeded):
             await it.say(thread_id=thread_id, on_busy=INTERRUPT)
@@ -274,7 +274,7 @@ async def test_who_loses_every_race_is_told_that_the_store_is_busy(
         assert looked
         monkeypatch.undo()
         await it.say(request_id="r")
-        await until(lambda: not it.engine._reserved)
+        await until(lambda: not it.engine._places.taken)
 
 
 async def test_a_refusal_for_a_caller_who_has_left_is_no_error(store: Store) -> None:

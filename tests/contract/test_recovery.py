@@ -488,7 +488,7 @@ async def test_a_stop_lets_a_turn_finish_that_was_on_its_way(
         with monkeypatch.context() as slow:
             slow.setattr(store, "write", late)
             saying = asyncio.create_task(it.say(user="eve"))
-            await until(lambda: it.engine._reserved["eve"])
+            await until(lambda: it.engine._places.taken == 2)
         drain = asyncio.create_task(it.engine.drain(20))
         await until(lambda: it.engine._draining)
         arrived.set()

@@ -18,6 +18,7 @@ from google.protobuf import field_mask_pb2
 
 from adapters.memory.store import MemoryStore
 from adapters.system import Clock
+from core.use_cases.places import Places
 from doubles import CATALOG, Service, service
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import agent_service_pb2 as agents_api
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import resources_pb2 as pb
@@ -74,7 +75,7 @@ class Api:
             threads=core.threads,
             catalog=CATALOG,
             agent=core.agent,
-            streams=Streams(most=10, seconds=20),
+            streams=Streams(Places(10, 10), seconds=20),
         )
         faces = {AGENTS: Face(loop, agents), THREADS: Face(loop, ThreadService(core.threads, core.delete))}
         self._server = grpc_testing.server_from_dictionary(faces, grpc_testing.strict_real_time())

@@ -51,7 +51,7 @@ async def test_a_place_is_given_back_once_on_every_path(store: Store) -> None:
         gates[0].open()
         await it.events(one)
         await until(lambda: one not in it.engine._running)
-        await until(lambda: it.engine._reserved["ada"] == 1)
+        await until(lambda: it.engine._places.taken == 1)
         assert places(it) == 3
         await it.cancel("ada", two)
         await until(lambda: not it.engine._running)

@@ -177,7 +177,7 @@ async def test_a_turn_stopped_before_its_first_step_gives_its_place_back(store: 
         turn_id = await it.say()
         it.engine.abandon(turn_id)
         await until(lambda: not it.engine._running)
-        assert not it.engine._reserved
+        assert not it.engine._places.taken
 
 
 async def test_following_from_the_end_while_it_is_being_told_ends_at_once(store: Store) -> None:
@@ -475,4 +475,4 @@ async def test_the_log_of_a_finished_turn_is_one_row_and_its_memory_is_free(stor
         assert len(stored) == 3
         assert it.feeds.get(turn_id) is None
         assert not it.engine._running
-        assert not it.engine._reserved
+        assert not it.engine._places.taken

@@ -1,17 +1,21 @@
-"""A service too busy to pick calls up: they wait as long as their callers do."""
+"""What callers may ask of a service at a time: past a bound there is a status, and nobody else notices."""
 
 import asyncio
 import threading
 import time
 from collections import Counter
+from contextlib import AsyncExitStack
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from doubles import DONE, Gate, ScriptedAgent
 from entrypoints.grpc_api import server
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import agent_service_pb2 as api
+from entrypoints.grpc_api.gen.vidacoach.agents.v1 import thread_service_pb2 as threads_api
 from entrypoints.grpc_api.gen.vidacoach.agents.v1.agent_service_pb2_grpc import AgentServiceStub
-from harness import served
+from harness import DEADLINE, message, reason, rest_of, served, text_of, until
 
 CALLS = 50
 STALL = 2.0
@@ -52,3 +56,86 @@ async def test_calls_that_wait_to_be_picked_up_are_not_cancelled(monkeypatch: py
         assert (await stalled())[grpc.StatusCode.CANCELLED] > 0, "the bound did not strike"
     assert server._PICKED_UP > LONGEST_TURN
     assert await stalled() == {grpc.StatusCode.OK: CALLS}
+
+
+async def test_more_calls_than_allowed_are_refused_and_health_checks_are_not() -> None:
+    async with served() as client:
+        part = client.container
+        bounds = server.Bounds(
+            request_bytes=2**20, connections=10, streams=10, calls=0, stream_seconds=60, connection_seconds=60
+        )
+        full = server.Server(
+            agents=part.agent_service(),
+            threads=part.thread_service(),
+            ids=part.ids(),
+            bounds=bounds,
+            reflected=False,
+        )
+        port = await full.start("127.0.0.1:0")
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            for call in (
+                AgentServiceStub(channel).ListAgents(api.ListAgentsRequest(), timeout=DEADLINE),
+                AgentServiceStub(channel).Chat(message(), timeout=DEADLINE).read(),
+            ):
+                with pytest.raises(grpc.aio.AioRpcError) as error:
+                    await call
+                assert (error.value.code(), reason(error.value)) == (grpc.StatusCode.UNAVAILABLE, "OVERLOADED")
+            health = health_pb2_grpc.HealthStub(channel)
+            answer = await health.Check(health_pb2.HealthCheckRequest(), timeout=DEADLINE)
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        await full.stop(0)
+        assert not (await client.threads.ListThreads(threads_api.ListThreadsRequest(user_id="ada"))).threads
+
+
+async def test_an_old_connection_is_left_without_harm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VIDA_MAX_CONNECTION_AGE", "1")
+    gate = Gate()
+    async with served(ScriptedAgent(["a", gate, "b", DONE], ["c", DONE])) as client:
+        call = client.agents.Chat(message(), timeout=DEADLINE)
+        begun = await call.read()
+        await gate.reached.wait()
+        # The server asks for another connection, in the midst of a reply.
+        await client.channel.wait_for_state_change(grpc.ChannelConnectivity.READY)
+        other = await client.chat("Hello again", user="eve")
+        assert text_of([response.event for response in other]) == "c"
+        gate.open()
+        rest = [begun, *await rest_of(call)]
+        assert text_of([response.event for response in rest]) == "ab"
+        assert await call.code() is grpc.StatusCode.OK
+
+
+async def test_headers_beyond_the_bound_are_refused() -> None:
+    async with served() as client:
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await client.agents.ListAgents(
+                api.ListAgentsRequest(), metadata=[("x-large", "x" * 20_000)], timeout=DEADLINE
+            )
+        assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        known = [("x-fits", "x" * 12_000)]
+        assert (await client.agents.ListAgents(api.ListAgentsRequest(), metadata=known, timeout=DEADLINE)).agents
+
+
+async def test_connections_are_bounded_and_those_that_say_nothing_are_closed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("VIDA_MAX_TURNS", "1")
+    monkeypatch.setattr(server, "_HANDSHAKE", 500)
+    async with served() as client, AsyncExitStack() as stack:
+        await client.agents.ListAgents(api.ListAgentsRequest(), timeout=DEADLINE)
+        host, port = client.address.rsplit(":", 1)
+
+        async def silent() -> asyncio.StreamReader:
+            reader, writer = await asyncio.open_connection(host, int(port))
+            stack.callback(writer.close)
+            return reader
+
+        connections = [await silent() for _ in range(150)]
+        ends = [asyncio.create_task(connection.read()) for connection in connections]
+        await until(lambda: sum(end.done() for end in ends) >= 49)  # as many as there were too many
+        # The bystander's own connection is one of those allowed.
+        assert await client.agents.ListAgents(api.ListAgentsRequest(), timeout=DEADLINE)
+        await asyncio.gather(*ends, return_exceptions=True)
+        async with grpc.aio.insecure_channel(
+            client.address, options=[("grpc.use_local_subchannel_pool", 1)]
+        ) as fresh:
+            assert await AgentServiceStub(fresh).ListAgents(api.ListAgentsRequest(), timeout=DEADLINE)

@@ -17,6 +17,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from core.model.events import ToolCalled
 from core.model.turn import TurnReason
 from core.ports.agent import AgentFailed
+from core.use_cases.places import Places
 from doubles import DONE, Gate, ScriptedAgent
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import agent_service_pb2 as api
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import resources_pb2 as pb
@@ -191,11 +192,17 @@ async def test_a_stream_is_bounded_in_time_and_number_and_may_be_resumed() -> No
         call = client.agents.Chat(message(), timeout=DEADLINE)
         turn_id = (await call.read()).event.started.turn_id
         await gate.reached.wait()
-        for bound in (Streams(most=10, seconds=0.01), Streams(most=0, seconds=20)):
+        overloaded = (grpc.StatusCode.UNAVAILABLE, "OVERLOADED")
+        quota = (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUOTA_EXCEEDED")
+        for bound, refusal in (
+            (Streams(Places(10, 0), seconds=20), quota),
+            (Streams(Places(10, 10), seconds=0.01), overloaded),
+            (Streams(Places(0, 10), seconds=20), overloaded),
+        ):
             service._streams = bound
             with pytest.raises(grpc.aio.AioRpcError) as error:
                 await client.follow(turn_id)
-            assert (error.value.code(), reason(error.value)) == (grpc.StatusCode.UNAVAILABLE, "OVERLOADED")
+            assert (error.value.code(), reason(error.value)) == refusal
             assert detail(error.value, error_details_pb2.RetryInfo) is not None
             assert bound.open == 0
         with pytest.raises(grpc.aio.AioRpcError) as error:

@@ -365,7 +365,7 @@ class Process:
         held = {
             "runs": engine._running,
             "expected": engine._expected,
-            "places": +engine._reserved,
+            "places": engine._places.taken,
             "feeds": feeds._feeds,
             "listeners": feeds._waiting,
             "dirty logs": engine._writer._dirty if not self.leaving else (),

@@ -107,6 +107,7 @@ BAD = {
     "VIDA_MAX_REQUEST_BYTES": ["1", "1000000000", "4MiB"],
     "VIDA_MAX_TURNS": ["0", "-5", "100001"],
     "VIDA_MAX_TURNS_PER_USER": ["0"],
+    "VIDA_MAX_CONNECTION_AGE": ["0", "nan", "90000"],
     "VIDA_REFLECTION": ["maybe", SECRET],
     "VIDA_LOG_FORMAT": ["xml", SECRET],
     "VIDA_LOG_LEVEL": ["trace", SECRET],

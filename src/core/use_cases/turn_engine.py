@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,9 +13,7 @@ from core.model.errors import (
     CoreError,
     Draining,
     LeaseLost,
-    Overloaded,
     ProviderUnavailable,
-    QuotaExceeded,
     StoreUnavailable,
     TurnNotFound,
 )
@@ -30,6 +27,7 @@ from core.use_cases.claim_turn import MAX_ATTEMPTS, Claimant, ClaimedTurn, relea
 from core.use_cases.definitions import Definitions
 from core.use_cases.end_turn import Ended, Ending, end_turn
 from core.use_cases.patience import patiently
+from core.use_cases.places import Places
 from core.use_cases.reply_writer import ReplyWriter
 from core.use_cases.turn_feed import TurnFeeds
 from core.use_cases.turn_log_writer import OpenLog, TurnLogWriter
@@ -77,14 +75,13 @@ class TurnEngine:
         self._tools = tools
         self._feeds = feeds
         self._ids = ids
-        self._limits = limits
         self._writer = TurnLogWriter(store)
         self._writing: asyncio.Task[None] | None = None
         self._running: dict[str, _Run] = {}
         self._decided: dict[tuple[str, int], _Decided] = {}
         self._expected: set[str] = set()
         self._stopping: set[asyncio.Task[None]] = set()
-        self._reserved: Counter[str] = Counter()
+        self._places = Places(limits.max_turns, limits.max_turns_per_user)
         self._leased_until = math.inf
         self._leased = asyncio.Event()
         self._draining = False
@@ -123,33 +120,24 @@ class TurnEngine:
             return Draining()
         if asyncio.get_running_loop().time() >= self._leased_until:
             return StoreUnavailable()  # others may take what this process claims now
-        if self._reserved.total() >= self._limits.max_turns:
-            return Overloaded()
-        if self._reserved[user_id] >= self._limits.max_turns_per_user:
-            return QuotaExceeded()
+        if (refusal := self._places.refusal(user_id)) is not None:
+            return refusal
         if (wait := self._agent.refusal()) is not None:
             return ProviderUnavailable(wait)
-        self._reserved[user_id] += 1
+        self._places.take(user_id)
         return None
 
     def reserve_anyway(self, user_id: str) -> None:
         """Takes a place for a turn that replaces another one."""
-        self._reserved[user_id] += 1
+        self._places.take(user_id)
 
     def release(self, user_id: str) -> None:
         """Gives a place back."""
-        self._reserved[user_id] -= 1
-        if not self._reserved[user_id]:
-            del self._reserved[user_id]
+        self._places.give_back(user_id)
 
     def users_without_room(self) -> frozenset[str]:
         """Users who have as many turns here as allowed."""
-        bound = self._limits.max_turns_per_user
-        return frozenset(user_id for user_id, places in self._reserved.items() if places >= bound)
-
-    def _has_room(self, user_id: str) -> bool:
-        limits = self._limits
-        return self._reserved.total() < limits.max_turns and self._reserved[user_id] < limits.max_turns_per_user
+        return self._places.users_without_room()
 
     @contextmanager
     def expecting(self, turn_id: str) -> Iterator[None]:
@@ -197,9 +185,9 @@ class TurnEngine:
             if self._running.get(turn.id) is run:
                 self._feeds.drop(turn.id)
                 del self._running[turn.id]
-            had_room = self._has_room(turn.user_id)
+            had_room = not self._places.refusal(turn.user_id)
             self.release(turn.user_id)
-            if not had_room and self._has_room(turn.user_id):
+            if not had_room and not self._places.refusal(turn.user_id):
                 self.waiting.set()
 
         task.add_done_callback(forget)

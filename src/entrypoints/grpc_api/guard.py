@@ -6,8 +6,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeAlias
 
 import grpc
+from grpc_health.v1 import health
 
-from core.model.errors import CoreError
+from core.model.errors import CoreError, Overloaded
 from core.ports.system import Ids
 from entrypoints.grpc_api.errors import MalformedRequest, refuse, refuse_unforeseen
 
@@ -16,6 +17,8 @@ _log = logging.getLogger(__name__)
 _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any] | None"
 _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
+
+_HEALTH = f"/{health.SERVICE_NAME}/"
 
 _PEER_GONE = "ExecuteBatchError"
 """What the library raises, without a public name, where a write finds nobody."""
@@ -29,10 +32,14 @@ _UNDECODABLE = _Undecodable()
 
 
 class Guard(grpc.aio.ServerInterceptor):
-    """Wraps the handlers of every service, health and reflection included."""
+    """Wraps the handlers of every service, health and reflection included.
 
-    def __init__(self, ids: Ids) -> None:
+    Of those that are no health checks, `most` calls are let through at a time; more raise Overloaded.
+    """
+
+    def __init__(self, ids: Ids, most: int) -> None:
         self._ids = ids
+        self._most = most
         self._calls = 0
         self.idle = asyncio.Event()
         """Set while there is no call whose status has not been sent."""
@@ -66,6 +73,7 @@ class Guard(grpc.aio.ServerInterceptor):
         async def guarded(request: Any, context: _Context) -> Any:
             self._count(context)
             try:
+                self._admit(method)
                 if request is _UNDECODABLE:
                     raise MalformedRequest
                 return await behavior(request, context)
@@ -78,6 +86,7 @@ class Guard(grpc.aio.ServerInterceptor):
         async def guarded(request: Any, context: _Context) -> AsyncIterator[Any]:
             self._count(context)
             try:
+                self._admit(method)
                 async for response in behavior(_checked(request), context):
                     yield response
             except Exception as error:  # noqa: BLE001 - the last line of defence
@@ -94,6 +103,10 @@ class Guard(grpc.aio.ServerInterceptor):
         self._calls += 1
         self.idle.clear()
         context.add_done_callback(done)  # type: ignore[arg-type] # the stubs ask for a class of their own
+
+    def _admit(self, method: str) -> None:
+        if self._calls > self._most and not method.startswith(_HEALTH):
+            raise Overloaded
 
     async def _refuse(self, method: str, context: _Context, error: Exception) -> None:
         if isinstance(error, grpc.aio.AbortError):

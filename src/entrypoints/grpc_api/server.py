@@ -3,6 +3,7 @@
 import asyncio
 import os
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
@@ -30,6 +31,29 @@ _PICKED_UP = 7_200
 The library's own bound of 30 ends those who wait in an overload CANCELLED, as if they had asked for that."""
 
 
+_HEADERS = 2**14
+"""Octets of metadata that a call may bring; a token takes a few thousand."""
+_HANDSHAKE = 10_000
+"""Milliseconds that a new connection has to say what it is."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bounds:
+    """What callers may ask of a server. Past a bound nobody else notices."""
+
+    request_bytes: int
+    connections: int
+    """Those beyond it are closed at once."""
+    streams: int
+    """Calls at a time on one connection. Clients of gRPC keep more to themselves until there is room."""
+    calls: int
+    """Calls at a time on all connections, health checks apart. Those beyond it are refused OVERLOADED."""
+    stream_seconds: float
+    """How long a call may last; a connection that is to be closed waits as long."""
+    connection_seconds: float
+    """After which a connection is asked to close (give or take a tenth), so that replicas share the load anew."""
+
+
 class Server:
     """One listening server. `admin` is for a Unix socket only."""
 
@@ -39,17 +63,24 @@ class Server:
         agents: AgentService,
         threads: ThreadService,
         ids: Ids,
-        max_request_bytes: int,
+        bounds: Bounds,
         reflected: bool,
         admin: AdminService | None = None,
     ) -> None:
-        self._guard = Guard(ids)
+        self._guard = Guard(ids, bounds.calls)
         self._address: int | Path | None = None
         self._server = grpc.aio.server(
             interceptors=[self._guard],
             options=[
                 ("grpc.so_reuseport", 0),  # two servers would share a port in silence
-                ("grpc.max_receive_message_length", max_request_bytes),
+                ("grpc.max_receive_message_length", bounds.request_bytes),
+                ("grpc.max_metadata_size", _HEADERS),
+                ("grpc.absolute_max_metadata_size", _HEADERS),
+                ("grpc.max_allowed_incoming_connections", bounds.connections),
+                ("grpc.max_concurrent_streams", bounds.streams),
+                ("grpc.server_handshake_timeout_ms", _HANDSHAKE),
+                ("grpc.max_connection_age_ms", round(bounds.connection_seconds * 1_000)),
+                ("grpc.max_connection_age_grace_ms", round(bounds.stream_seconds * 1_000) + _HANDSHAKE),
                 ("grpc.server.max_pending_requests", _PENDING),
                 ("grpc.server.max_pending_requests_hard_limit", _PENDING),
                 ("grpc.server_max_unrequested_time_in_server", _PICKED_UP),

@@ -15,6 +15,7 @@ from core.ports.agent import Agent
 from core.use_cases.accept_message import AcceptMessage
 from core.use_cases.cancel_turn import CancelTurn
 from core.use_cases.follow_turn import FollowTurn
+from core.use_cases.places import Places
 from core.use_cases.read_threads import ReadThreads
 from entrypoints.grpc_api import mapping
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import agent_service_pb2 as api
@@ -24,26 +25,31 @@ _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
 class Streams:
-    """Bounds on what followers may hold: how many there are, and for how many seconds each may stay.
+    """Bounds on what followers may hold: places, and for how many seconds each may stay.
 
-    A place is taken before anything is accepted. Both bounds raise Overloaded; past the second one may resume.
+    A place is taken before anything is accepted. Where there is none it raises what `Places` says; who has stayed
+    too long is told Overloaded, and may resume.
     """
 
-    def __init__(self, most: int, seconds: float) -> None:
-        self._most = most
+    def __init__(self, places: Places, seconds: float) -> None:
+        self._places = places
         self._seconds = seconds
-        self.open = 0
+
+    @property
+    def open(self) -> int:
+        """How many there are."""
+        return self._places.taken
 
     @contextmanager
-    def place(self) -> Iterator[None]:
-        """Takes a place for one stream."""
-        if self.open >= self._most:
-            raise Overloaded
-        self.open += 1
+    def place(self, user_id: str) -> Iterator[None]:
+        """Takes a place for one stream of a user."""
+        if (refusal := self._places.refusal(user_id)) is not None:
+            raise refusal
+        self._places.take(user_id)
         try:
             yield
         finally:
-            self.open -= 1
+            self._places.give_back(user_id)
 
     async def send(
         self,
@@ -100,7 +106,7 @@ class AgentService(AgentServiceServicer):
     # for a slow client is closed from another task, and no time limit can be set on it.
     async def Chat(self, request: api.ChatRequest, context: _Context) -> None:  # type: ignore[override]
         """Accept, then follow from 0."""
-        with self._streams.place():
+        with self._streams.place(request.user_id):
             accepted = await self._accept(mapping.incoming_message(request))
 
             async def write(entry: LogEntry) -> None:
@@ -110,7 +116,7 @@ class AgentService(AgentServiceServicer):
 
     async def SendMessage(self, request: api.SendMessageRequest, context: _Context) -> api.SendMessageResponse:
         """Accept, then follow to the end without a word."""
-        with self._streams.place():
+        with self._streams.place(request.user_id):
             accepted = await self._accept(mapping.incoming_message(request))
             response = api.SendMessageResponse(attached=accepted.attached)
 
@@ -132,7 +138,7 @@ class AgentService(AgentServiceServicer):
         async def write(entry: LogEntry) -> None:
             await context.write(api.FollowTurnResponse(event=mapping.to_event(entry)))
 
-        with self._streams.place():
+        with self._streams.place(request.user_id):
             await self._streams.send(self._follow, turn_id, request.after_position, write)
 
     async def GetTurn(self, request: api.GetTurnRequest, context: _Context) -> api.GetTurnResponse:
