@@ -11,7 +11,12 @@ from own_postgres import OwnPostgres
 
 LOG_LINES = 200
 """Lines of the servers' log that are shown of a test that failed: the last ones."""
-LONG = {"test_a_release_at_a_stop", "test_a_claim_by_recovery", "test_a_stop_without_a_database"}
+LONG = {
+    "test_a_release_at_a_stop",
+    "test_a_claim_by_recovery",
+    "test_a_stop_without_a_database",
+    "test_nobody_waits_for_slow_readers",
+}
 """Tests that a tiny run does without."""
 
 

@@ -258,7 +258,9 @@ def stalled_readers(address: str, count: int) -> Counter[str]:
     done: Counter[str] = Counter()
     for number in range(count):
         enemy = Enemy(address, initial_window_size=0)
-        request = agents_api.ChatRequest(user_id=f"eve{number}", content=[pb.ContentPart(text="words:2000")])
+        request = agents_api.ChatRequest(
+            user_id=f"eve{number}", content=[pb.ContentPart(text="words:2000 pace:1000")]
+        )
         stream = enemy.next_stream()
         body = frame(DATA, END_STREAM, stream, message(request.SerializeToString()))
         enemy.send(frame(HEADERS, END_HEADERS, stream, enemy.headers(CHAT)) + body, 1)

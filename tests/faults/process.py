@@ -1,10 +1,14 @@
 """Real server processes: started, watched until SERVING, stopped in every way there is."""
 
 import asyncio
+import json
 import os
 import resource
 import signal
 import sys
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import entrypoints
@@ -40,6 +44,22 @@ class ServerProcess:
     def go_on(self) -> None:
         """SIGCONT."""
         self._process.send_signal(signal.SIGCONT)
+
+    @property
+    def memory(self) -> int:
+        """MiB that it holds in memory."""
+        lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()
+        fields = dict(line.split(":", 1) for line in lines)
+        return int(fields["VmRSS"].split()[0]) // 1024
+
+    @property
+    def sockets(self) -> int:
+        """How many sockets it has open."""
+        count = 0
+        for descriptor in Path(f"/proc/{self.pid}/fd").iterdir():
+            with suppress(FileNotFoundError):  # closed meanwhile
+                count += descriptor.readlink().name.startswith("socket:")
+        return count
 
     def limit_file_size(self, size: int) -> None:
         """Lets no file of the process grow beyond `size` bytes: the disk is full; -1 makes room again."""
@@ -89,3 +109,20 @@ async def start(folder: Path, point: str = "", **settings: str) -> ServerProcess
         if not point or code != -signal.SIGKILL:
             raise AssertionError(f"the server did not start: {(folder / 'log').read_text()[-2000:]}")
     return ServerProcess(process, line.removeprefix("listening on "))
+
+
+@asynccontextmanager
+async def attacked(address: str, attack: str, count: int) -> AsyncIterator[Counter[str]]:
+    """Has a hostile client do what it does, and hold on to what it has until left. Yields what it counted."""
+    enemy = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "faults.hostile", address, attack, str(count)),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": pythonpath()},
+    )
+    try:
+        assert enemy.stdout is not None
+        yield Counter(json.loads(await enemy.stdout.readline()))
+    finally:
+        enemy.kill()
+        await enemy.wait()
