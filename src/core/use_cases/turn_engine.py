@@ -278,12 +278,15 @@ class TurnEngine:
 
     async def _release(self, turn: Turn, decided: "_Decided | None") -> None:
         """Ends a turn as it was to end, or gives it up."""
-        if decided is not None:
-            await self._end(turn.id, decided.ending, epoch=turn.epoch, tail=decided.tail)
+        if decided is None:
+            await patiently(
+                lambda: self._store.write(lambda tx: release_turn(tx, self._ids, turn, self.claimant)),
+            )
             return
-        await patiently(
-            lambda: self._store.write(lambda tx: release_turn(tx, self._ids, turn, self.claimant)),
-        )
+        try:
+            await self._end(turn.id, decided.ending, epoch=turn.epoch, tail=decided.tail)
+        except (LeaseLost, TurnNotFound):
+            _log.warning("turn %s is no longer ours", turn.id)
 
     def _is_idempotent(self, definition: AgentDefinition, name: str) -> bool:
         if name not in definition.tools:
