@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 BENCH_VENV := .bench-venv
+AUDIT_VENV := .audit-venv
 export PYTHONDONTWRITEBYTECODE := 1
 
-.PHONY: help chat test faults-small faults faults-kill faults-others faults-simulated bench bench-quick bench-gate check lint types proto proto-check fmt lock clean
+.PHONY: help chat test faults-small faults faults-kill faults-others faults-simulated bench bench-quick bench-gate audit check lint types proto proto-check fmt lock clean
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
@@ -59,7 +60,17 @@ bench-quick: $(VENV)/dev.stamp $(BENCH_VENV)/bench.stamp ## see that the bench r
 bench-gate: $(VENV)/dev.stamp ## fail where something has become much slower
 	@$(BIN)/python bench/gate.py
 
-check: lint types proto-check bench-gate test ## everything that must pass before a change lands
+$(AUDIT_VENV)/audit.stamp: audit/requirements.lock
+	@echo "setting up the audit (once) …" >&2
+	@$(PYTHON) -m venv --without-pip --clear $(AUDIT_VENV) >&2
+	@$(PYTHON) -m pip --python $(AUDIT_VENV)/bin/python install -q --disable-pip-version-check --require-hashes \
+		-r audit/requirements.lock >&2
+	@touch $@
+
+audit: $(VENV)/dev.stamp $(AUDIT_VENV)/audit.stamp ## weaknesses, licences, secrets; writes dist/sbom.cdx.json
+	@$(AUDIT_VENV)/bin/python audit/check.py
+
+check: lint types proto-check audit bench-gate test ## everything that must pass before a change lands
 
 lint: $(VENV)/dev.stamp ## ruff, buf and the import contracts
 	@$(BIN)/ruff check .
@@ -90,6 +101,8 @@ lock: $(VENV)/dev.stamp ## pin the dependencies anew, with hashes and without in
 			--no-annotate --no-emit-index-url pyproject.toml -o $$set; done
 	@$(BIN)/python -m uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header \
 		--no-annotate --no-emit-index-url bench/requirements.in -o bench/requirements.lock
+	@$(BIN)/python -m uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header \
+		--no-annotate --no-emit-index-url audit/requirements.in -o audit/requirements.lock
 
 clean: ## remove everything that can be made again
-	rm -rf $(VENV) $(BENCH_VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(BENCH_VENV) $(AUDIT_VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
