@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import socket
 import sys
@@ -16,7 +17,7 @@ from speed import extras
 from speed.processes import START_SECONDS, BenchError, Process, Usage, started
 from speed.upstream import MODEL, ROOT, Upstream
 
-ENVIRONMENT = {"PYTHONPATH": str(ROOT / "bench")}
+ENVIRONMENT = {"PYTHONPATH": os.pathsep.join([str(ROOT / "bench"), str(ROOT / "tests")])}
 PRODUCT = "vida-coach"
 MAX_TURNS = 9_000
 _LITELLM = f"""\
