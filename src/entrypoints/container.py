@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
     from adapters.openai import ModelWatch
+    from entrypoints.grpc_api.access import Access
     from entrypoints.grpc_api.server import Server
     from entrypoints.grpc_api.services.admin import AdminService
     from entrypoints.grpc_api.services.agents import AgentService
@@ -160,15 +161,24 @@ def _admin_service(cleanup: CleanUpThreads, settings: Settings) -> "AdminService
     return AdminService(cleanup, settings.openai_thread_ttl)
 
 
+def _access(settings: Settings) -> "Access":
+    from entrypoints.identity import access
+
+    return access(settings)
+
+
 def _server(
     settings: Settings,
     agents: "AgentService",
     threads: "ThreadService",
     ids: IdsPort,
+    access: "Access",
     admin: "AdminService | None" = None,
+    encrypted: bool = True,
     reflected: bool = True,
 ) -> "Server":
     from entrypoints.grpc_api.server import Bounds, Server
+    from entrypoints.identity import credentials
 
     return Server(
         agents=agents,
@@ -184,6 +194,8 @@ def _server(
             connection_seconds=settings.max_connection_age,
         ),
         reflected=reflected,
+        access=access,
+        credentials=credentials(settings) if encrypted else None,
         admin=admin,
     )
 
@@ -226,7 +238,8 @@ class Container(containers.DeclarativeContainer):
     agent_service = providers.Singleton(_agent_service, settings, accept, follow, cancel, threads, catalog, agent)
     thread_service = providers.Singleton(_thread_service, threads, delete)
     admin_service = providers.Singleton(_admin_service, cleanup, settings)
-    server = providers.Factory(_server, settings, agent_service, thread_service, ids)
+    access = providers.Singleton(_access, settings)
+    server = providers.Factory(_server, settings, agent_service, thread_service, ids, access=access)
 
 
 @asynccontextmanager

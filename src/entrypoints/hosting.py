@@ -1,16 +1,16 @@
 """Running the service in a process: owning the database, the schema, the servers, and the way out."""
 
 import asyncio
-import ipaddress
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
 from adapters.sql.engines import database_file, is_embedded
 from adapters.sql.schema import migrate, require_current
 from entrypoints.container import Container, running
+from entrypoints.identity import OWNER
 from entrypoints.observability import log_loop_errors
 from entrypoints.ownership import Ownership, socket_path
-from entrypoints.settings import Settings
+from entrypoints.settings import Settings, is_loopback
 
 _OWNER_WAIT = 10.0
 """Seconds to wait for a short command that holds an embedded database."""
@@ -42,12 +42,18 @@ async def hosted(
         address = None
         servers = []
         if embedded:
-            admin = container.server(admin=container.admin_service())
+            # Only this user can open it: nobody need be asked who they are.
+            admin = container.server(access=OWNER, encrypted=False, admin=container.admin_service())
             await admin.start_on_socket(socket_path(database))
             servers.append(admin)
         if listen is not None:
             host = listen.rpartition(":")[0]
-            public = container.server(reflected=reflected(settings, host))
+            access = container.access()
+            stack.push_async_callback(access.aclose)
+            public = container.server(
+                reflected=reflected(settings, host),
+                admin=container.admin_service() if access.administered else None,
+            )
             address = f"{host}:{await public.start(listen)}"
             servers.append(public)
 
@@ -66,13 +72,3 @@ async def hosted(
 def reflected(settings: Settings, host: str) -> bool:
     """Whether reflection is on: as set, else on loopback."""
     return settings.reflection if settings.reflection is not None else is_loopback(host)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address can be reached from this machine alone."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False

@@ -1,7 +1,8 @@
 """Settings: the only reader of the environment."""
 
+import ipaddress
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,10 +11,7 @@ from urllib.parse import quote, urlsplit
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, DotEnvSettingsSource, NoDecode, SettingsConfigDict
 
-_NOT_BUILT = (
-    "VIDA_AUTH_",
-    "VIDA_TLS_",
-)
+from adapters.identity import ALGORITHMS
 
 
 class SettingsError(Exception):
@@ -128,6 +126,20 @@ class Settings(BaseSettings):
         le=86_400,
     )
     reflection: bool | None = _setting("VIDA_REFLECTION", "server reflection; unset: on loopback only", None)
+    tls_cert: Path | None = _setting("VIDA_TLS_CERT", "file: the service's certificate and its chain, PEM", None)
+    tls_key: Path | None = _setting("VIDA_TLS_KEY", "file: the certificate's private key, PEM", None)
+    tls_client_ca: Path | None = _setting(
+        "VIDA_TLS_CLIENT_CA", "file: authorities of clients' certificates, PEM; set: clients need one", None
+    )
+    auth_issuer: str | None = _setting("VIDA_AUTH_ISSUER", "who signs users' tokens; set: calls need one", None)
+    auth_audience: str | None = _setting("VIDA_AUTH_AUDIENCE", "whom users' tokens must be for", None)
+    auth_jwks: str | None = _setting(
+        "VIDA_AUTH_JWKS", "file or URL of the keys that tokens are checked with", None
+    )
+    auth_algorithms: Annotated[frozenset[str], NoDecode] = _setting(
+        "VIDA_AUTH_ALGORITHMS", "signatures that tokens may have", frozenset({"RS256", "ES256", "EdDSA"})
+    )
+    auth_policy: Path | None = _setting("VIDA_AUTH_POLICY", "file: what each caller may do, TOML", None)
     log_format: LogFormat = _setting("VIDA_LOG_FORMAT", "how log lines look", LogFormat.TEXT)
     log_level: LogLevel = _setting("VIDA_LOG_LEVEL", "what is logged", LogLevel.INFO)
 
@@ -175,6 +187,26 @@ class Settings(BaseSettings):
             raise ValueError("must be a folder")
         return folder
 
+    @field_validator("auth_jwks")
+    @classmethod
+    def _check_jwks(cls, place: str | None) -> str | None:
+        if place is not None and "://" in place:
+            parts = urlsplit(place)
+            loopback = parts.scheme == "http" and is_loopback(parts.hostname or "")
+            if not parts.hostname or not (parts.scheme == "https" or loopback):
+                raise ValueError("must be a file, or begin with https:// (http:// on loopback only)")
+        return place
+
+    @field_validator("auth_algorithms", mode="before")
+    @classmethod
+    def _check_algorithms(cls, names: object) -> object:
+        if not isinstance(names, str):
+            return names
+        given = frozenset(name.strip() for name in names.split(","))
+        if not given <= ALGORITHMS:
+            raise ValueError(f"must be some of {', '.join(sorted(ALGORITHMS))}")
+        return given
+
     @property
     def provider(self) -> Provider:
         """The chosen provider; by default OpenAI where a key or a server is given, else the practice coach."""
@@ -193,8 +225,8 @@ class Settings(BaseSettings):
         return self.turn_budget + 5 if self.drain_seconds is None else self.drain_seconds
 
 
-def load_settings() -> Settings:
-    """Reads the settings. Raises SettingsError with every fault."""
+def load_settings(examine: Callable[[Settings], list[str]] | None = None) -> Settings:
+    """Reads the settings. Raises SettingsError with every fault; `examine` finds those beyond the values."""
     environ = {**DotEnvSettingsSource(Settings, case_sensitive=True).env_vars, **os.environ}
     faults = _unknown_names(environ)
     from_files = _read_files(environ, faults)
@@ -207,17 +239,48 @@ def load_settings() -> Settings:
             f"{fault['loc'][0]}: {fault['msg'].removeprefix('Value error, ')}"
             for fault in error.errors(include_input=False)
         ]
-    if (
-        settings is not None
-        and settings.provider is Provider.OPENAI
-        and not (settings.openai_api_key or settings.openai_base_url)
-    ):
-        faults.append("VIDA_PROVIDER: openai needs OPENAI_API_KEY or OPENAI_BASE_URL")
-    if settings is not None and settings.openai_background and settings.openai_state is StateMode.STATELESS:
-        faults.append("OPENAI_BACKGROUND: needs what OPENAI_STATE=stateless does not keep at the provider")
+    if settings is not None:
+        faults += _contradictions(settings)
+        faults += examine(settings) if examine is not None else []
     if faults or settings is None:
         raise SettingsError(faults)
     return settings
+
+
+def _contradictions(settings: Settings) -> Iterator[str]:
+    """Settings that need others."""
+    if settings.provider is Provider.OPENAI and not (settings.openai_api_key or settings.openai_base_url):
+        yield "VIDA_PROVIDER: openai needs OPENAI_API_KEY or OPENAI_BASE_URL"
+    if settings.openai_background and settings.openai_state is StateMode.STATELESS:
+        yield "OPENAI_BACKGROUND: needs what OPENAI_STATE=stateless does not keep at the provider"
+    needs = {
+        "VIDA_TLS_CERT": ["VIDA_TLS_KEY"],
+        "VIDA_TLS_KEY": ["VIDA_TLS_CERT"],
+        "VIDA_TLS_CLIENT_CA": ["VIDA_TLS_CERT"],
+        "VIDA_AUTH_ISSUER": ["VIDA_AUTH_AUDIENCE", "VIDA_AUTH_JWKS"],
+        "VIDA_AUTH_AUDIENCE": ["VIDA_AUTH_ISSUER"],
+        "VIDA_AUTH_JWKS": ["VIDA_AUTH_ISSUER"],
+        "VIDA_AUTH_ALGORITHMS": ["VIDA_AUTH_ISSUER"],
+    }
+    given = {
+        str(field.validation_alias)
+        for name, field in Settings.model_fields.items()
+        if name in settings.model_fields_set and getattr(settings, name) is not None
+    }
+    for name in needs.keys() & given:
+        yield from (f"{name}: needs {other}" for other in needs[name] if other not in given)
+    if "VIDA_AUTH_POLICY" in given and not {"VIDA_TLS_CLIENT_CA", "VIDA_AUTH_ISSUER"} & given:
+        yield "VIDA_AUTH_POLICY: needs VIDA_TLS_CLIENT_CA or VIDA_AUTH_ISSUER, without which callers have no names"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address can be reached from this machine alone."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
 
 
 def _names() -> frozenset[str]:
@@ -238,14 +301,12 @@ def _read_files(environ: Mapping[str, str | None], faults: list[str]) -> dict[st
 
 
 def _unknown_names(environ: Mapping[str, str | None]) -> list[str]:
-    """Names that look like ours and would be ignored: misspelt, or not built."""
+    """Names that look like ours and would be ignored."""
     known = _names()
     faults = []
     for name in sorted(environ):
         if not environ[name] or name in known or name.removesuffix("_FILE") in known:
             continue
-        if name.startswith(_NOT_BUILT):
-            faults.append(f"{name}: is not supported yet")
-        elif name.startswith("VIDA_"):
+        if name.startswith("VIDA_"):
             faults.append(f"{name}: there is no such setting")
     return faults

@@ -20,6 +20,7 @@ from adapters.memory.store import MemoryStore
 from adapters.system import Clock
 from core.use_cases.places import Places
 from doubles import CATALOG, Service, service
+from entrypoints.grpc_api.call import Call
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import agent_service_pb2 as agents_api
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import resources_pb2 as pb
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import thread_service_pb2 as threads_api
@@ -61,7 +62,7 @@ class Face:
     def __getattr__(self, name: str) -> Callable[[Any, Any], Any]:
         handler = getattr(self._servicer, name)
         assert inspect.iscoroutinefunction(handler)
-        return lambda request, context: self._loop.run(handler(request, context))
+        return lambda request, context: self._loop.run(handler(request, Call(context, "local")))
 
 
 class Api:

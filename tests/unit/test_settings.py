@@ -109,6 +109,8 @@ BAD = {
     "VIDA_MAX_TURNS_PER_USER": ["0"],
     "VIDA_MAX_CONNECTION_AGE": ["0", "nan", "90000"],
     "VIDA_REFLECTION": ["maybe", SECRET],
+    "VIDA_AUTH_ALGORITHMS": ["HS256", "none", "RS256,HS256", "RS256,", SECRET],
+    "VIDA_AUTH_JWKS": [f"http://issuer.example/{SECRET}", f"ftp://127.0.0.1/{SECRET}", "https://"],
     "VIDA_LOG_FORMAT": ["xml", SECRET],
     "VIDA_LOG_LEVEL": ["trace", SECRET],
 }
@@ -125,23 +127,15 @@ def test_a_bad_value_is_named_and_not_shown(name: str, value: str, monkeypatch: 
     assert fault.startswith(f"{name}: ")
 
 
-NOT_BUILT = [
-    "VIDA_AUTH_TOKENS",
-    "VIDA_TLS_CERT",
-    "VIDA_TLS_KEY",
-    "VIDA_TLS_CLIENT_CA",
-]
-
-
 def test_all_faults_are_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, values in BAD.items():
         monkeypatch.setenv(name, values[0])
-    for name in [*NOT_BUILT, "VIDA_LISTN", "VIDA_DATABASE"]:
+    for name in ["VIDA_AUTH_TOKENS", "VIDA_LISTN", "VIDA_DATABASE"]:
         monkeypatch.setenv(name, SECRET)
     monkeypatch.setenv("OPENAI_ORG", "not ours, and of no interest")
     found = faults()
     assert sorted(fault.partition(":")[0] for fault in found) == sorted(
-        [*BAD, *NOT_BUILT, "VIDA_LISTN", "VIDA_DATABASE"]
+        [*BAD, "VIDA_AUTH_TOKENS", "VIDA_LISTN", "VIDA_DATABASE"]
     )
 
 
@@ -158,12 +152,44 @@ def test_an_unreadable_file_is_told_with_all_other_faults(monkeypatch: pytest.Mo
     ]
 
 
-@pytest.mark.parametrize("name", NOT_BUILT)
-def test_what_is_not_built_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+NEEDS = {
+    "VIDA_TLS_CERT": ["VIDA_TLS_KEY"],
+    "VIDA_TLS_KEY": ["VIDA_TLS_CERT"],
+    "VIDA_TLS_CLIENT_CA": ["VIDA_TLS_CERT"],
+    "VIDA_AUTH_ISSUER": ["VIDA_AUTH_AUDIENCE", "VIDA_AUTH_JWKS"],
+    "VIDA_AUTH_AUDIENCE": ["VIDA_AUTH_ISSUER"],
+    "VIDA_AUTH_JWKS": ["VIDA_AUTH_ISSUER"],
+    "VIDA_AUTH_POLICY": ["VIDA_TLS_CLIENT_CA or VIDA_AUTH_ISSUER, without which callers have no names"],
+}
+
+
+@pytest.mark.parametrize("name", NEEDS)
+def test_half_an_identity_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "")
     load_settings()  # empty is unset
     monkeypatch.setenv(name, SECRET)
-    assert faults() == [f"{name}: is not supported yet"]
+    assert faults() == [f"{name}: needs {other}" for other in NEEDS[name]]
+
+
+def test_algorithms_are_a_list_and_of_no_use_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load_settings().auth_algorithms == {"RS256", "ES256", "EdDSA"}
+    monkeypatch.setenv("VIDA_AUTH_ALGORITHMS", "PS256, ES384")
+    assert faults() == ["VIDA_AUTH_ALGORITHMS: needs VIDA_AUTH_ISSUER"]
+    for name in ("ISSUER", "AUDIENCE", "JWKS"):
+        monkeypatch.setenv(f"VIDA_AUTH_{name}", "x")
+    assert load_settings().auth_algorithms == {"PS256", "ES384"}
+
+
+def test_faults_of_files_are_told_with_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VIDA_LISTN", "x")
+    monkeypatch.setenv("VIDA_TLS_CLIENT_CA", "x")
+    with pytest.raises(SettingsError) as error:
+        load_settings(lambda settings: [f"{settings.tls_client_ca}: is no file"])
+    assert error.value.faults == [
+        "VIDA_LISTN: there is no such setting",
+        "VIDA_TLS_CLIENT_CA: needs VIDA_TLS_CERT",
+        "x: is no file",
+    ]
 
 
 @pytest.mark.parametrize("name", ["VIDA_LISTN", "VIDA_", "VIDA_PROVIDERS", "VIDA_LISTN_FILE"])
@@ -196,11 +222,13 @@ def test_an_env_file_counts_least(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert (settings.openai_model, settings.listen, settings.max_turns) == ("from-file", "127.0.0.1:1", 5_000)
     monkeypatch.setenv("OPENAI_MODEL", "from-environment")
     assert load_settings().openai_model == "from-environment"
-    dotenv.write_text(f"VIDA_LISTN={SECRET}\nVIDA_TLS_CERT={SECRET}\nVIDA_LOG_LEVEL={SECRET}\nOTHER={SECRET}\n")
+    dotenv.write_text(
+        f"VIDA_LISTN={SECRET}\nVIDA_AUTH_ALGORITHMS={SECRET}\nVIDA_LOG_LEVEL={SECRET}\nOTHER={SECRET}\n"
+    )
     assert sorted(fault.partition(":")[0] for fault in faults()) == [
+        "VIDA_AUTH_ALGORITHMS",
         "VIDA_LISTN",
         "VIDA_LOG_LEVEL",
-        "VIDA_TLS_CERT",
     ]
 
 

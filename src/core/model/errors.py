@@ -2,6 +2,8 @@
 
 CoreError
 ├── InvalidField            a field of the request breaks a rule
+├── Unauthenticated         nobody knows who calls, or for whom
+├── CallerNotAllowed        the caller may not do this, or not for this user
 ├── NotSupported            named in the API, not built
 ├── ThreadNotFound, TurnNotFound, AgentNotFound
 ├── RequestIdReused         same request id, other content
@@ -11,6 +13,7 @@ CoreError
 ├── QuotaExceeded           the user's own bound
 ├── Overloaded, Draining    this process takes no more
 ├── ProviderUnavailable     the provider has failed too often just now
+├── IdentityUnavailable     there is nothing to check credentials with just now
 ├── StoreUnavailable        the database does not answer
 │   └── StoreBusy           somebody else holds what a write needs
 ├── CleanupRunning          another cleanup is at work
@@ -45,6 +48,20 @@ class InvalidField(CoreError):
         super().__init__()
         self.field = field
         self.problem = problem
+
+
+class Unauthenticated(CoreError):
+    """The call has no credentials, or none that are believed. Which of these it is, only the log says."""
+
+    reason = "UNAUTHENTICATED"
+    message = "The call has no valid credentials."
+
+
+class CallerNotAllowed(CoreError):
+    """The caller is known and may not do this, or not for this user."""
+
+    reason = "CALLER_NOT_ALLOWED"
+    message = "The caller may not do this."
 
 
 class NotSupported(CoreError):
@@ -155,6 +172,13 @@ class ProviderUnavailable(RetryableError):
     def __init__(self, retry_after: float) -> None:
         super().__init__()
         self.retry_after = retry_after
+
+
+class IdentityUnavailable(RetryableError):
+    """What credentials are checked with can't be had: they are neither good nor bad."""
+
+    reason = "IDENTITY_UNAVAILABLE"
+    message = "Credentials can't be checked at this time."
 
 
 class StoreUnavailable(RetryableError):

@@ -14,9 +14,8 @@ from core.model.errors import StoreUnavailable
 from entrypoints.cli.embedded import EmbeddedServer
 from entrypoints.cli.failure import USAGE, Failure
 from entrypoints.client import connect, is_serving
-from entrypoints.hosting import is_loopback
 from entrypoints.ownership import DatabaseOwnedError, Ownership, socket_path
-from entrypoints.settings import Settings, SettingsError
+from entrypoints.settings import Settings, SettingsError, is_loopback
 
 CHECK_SECONDS = 2.0
 """How long a service may take to say that it is SERVING."""

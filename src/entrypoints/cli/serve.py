@@ -7,6 +7,7 @@ import gc
 import logging
 import resource
 import signal
+import sys
 from typing import TYPE_CHECKING
 
 from entrypoints.cli.failure import USAGE, Failure, explained
@@ -39,7 +40,7 @@ def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
     parser.add_argument(
         "--insecure",
         action="store_true",
-        help="allow an address that is not loopback, without encryption or credentials",
+        help="allow an address that is not loopback without TLS, or without anything that says who calls",
     )
     parser.set_defaults(run=run)
 
@@ -50,25 +51,36 @@ def run(options: argparse.Namespace) -> int:
     with explained():
         import uvloop
 
-        from entrypoints.hosting import is_loopback
+        from entrypoints.identity import faults
         from entrypoints.observability import set_up_logging
-        from entrypoints.settings import SettingsError, load_settings
+        from entrypoints.settings import SettingsError, is_loopback, load_settings
 
-        settings = load_settings()
+        settings = load_settings(faults)
         listen = options.listen or settings.listen
         host, _, port = listen.rpartition(":")
         if not host or not port.isdecimal() or int(port) > 65_535:
             raise SettingsError([f"--listen: must be HOST:PORT, not {listen!r}"])
-        if not is_loopback(host) and not options.insecure:
-            raise Failure(
-                f"{host} is not a loopback address and the service has no credentials: anyone who reaches it "
-                "could read every conversation. Use 127.0.0.1, or --insecure behind a proxy that checks callers.",
-                USAGE,
-            )
+        if not is_loopback(host) and (danger := _danger(settings)):
+            if not options.insecure:
+                raise Failure(
+                    f"{host} is not a loopback address and {danger}. See docs/security.md; or use 127.0.0.1, or "
+                    "--insecure behind a proxy that checks callers.",
+                    USAGE,
+                )
+            print(f"vida-coach: warning: {host} is not a loopback address and {danger}", file=sys.stderr)
         set_up_logging(settings)
         _raise_file_limit(settings)
         uvloop.run(_serve(settings, listen))
     return 0
+
+
+def _danger(settings: "Settings") -> str:
+    """What could happen to those who use an address of the network; empty: nothing that we can prevent."""
+    if settings.tls_cert is None:
+        return "without VIDA_TLS_CERT whoever is on the way could read every conversation and every token"
+    if settings.tls_client_ca is None and settings.auth_issuer is None:
+        return "without VIDA_TLS_CLIENT_CA or VIDA_AUTH_ISSUER whoever reaches it could read every conversation"
+    return ""
 
 
 async def _serve(settings: "Settings", listen: str) -> None:

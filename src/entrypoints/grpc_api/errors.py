@@ -24,6 +24,8 @@ class MalformedRequest(errors.CoreError):
 STATUS: dict[type[errors.CoreError], grpc.StatusCode] = {
     MalformedRequest: grpc.StatusCode.INVALID_ARGUMENT,
     errors.InvalidField: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
+    errors.CallerNotAllowed: grpc.StatusCode.PERMISSION_DENIED,
     errors.NotSupported: grpc.StatusCode.UNIMPLEMENTED,
     errors.ThreadNotFound: grpc.StatusCode.NOT_FOUND,
     errors.TurnNotFound: grpc.StatusCode.NOT_FOUND,
@@ -37,6 +39,7 @@ STATUS: dict[type[errors.CoreError], grpc.StatusCode] = {
     errors.Overloaded: grpc.StatusCode.UNAVAILABLE,
     errors.Draining: grpc.StatusCode.UNAVAILABLE,
     errors.ProviderUnavailable: grpc.StatusCode.UNAVAILABLE,
+    errors.IdentityUnavailable: grpc.StatusCode.UNAVAILABLE,
     errors.StoreUnavailable: grpc.StatusCode.UNAVAILABLE,
     errors.LeaseLost: grpc.StatusCode.UNAVAILABLE,
 }

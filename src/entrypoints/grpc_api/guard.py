@@ -1,4 +1,5 @@
-"""The guard around every handler: whatever goes wrong leaves as a status of ours, never as an exception's text."""
+"""The guard around every handler: only who may call gets in, and whatever goes wrong leaves as a status of ours,
+never as an exception's text."""
 
 import asyncio
 import logging
@@ -10,6 +11,8 @@ from grpc_health.v1 import health
 
 from core.model.errors import CoreError, Overloaded
 from core.ports.system import Ids
+from entrypoints.grpc_api.access import Access, Admission
+from entrypoints.grpc_api.call import Call
 from entrypoints.grpc_api.errors import MalformedRequest, refuse, refuse_unforeseen
 
 _log = logging.getLogger(__name__)
@@ -37,9 +40,10 @@ class Guard(grpc.aio.ServerInterceptor):
     Of those that are no health checks, `most` calls are let through at a time; more raise Overloaded.
     """
 
-    def __init__(self, ids: Ids, most: int) -> None:
+    def __init__(self, ids: Ids, most: int, access: Access) -> None:
         self._ids = ids
         self._most = most
+        self._access = access
         self._calls = 0
         self.idle = asyncio.Event()
         """Set while there is no call whose status has not been sent."""
@@ -73,10 +77,12 @@ class Guard(grpc.aio.ServerInterceptor):
         async def guarded(request: Any, context: _Context) -> Any:
             self._count(context)
             try:
-                self._admit(method)
+                self._make_room(method)
+                admission = await self._access.admit(method, context)
                 if request is _UNDECODABLE:
                     raise MalformedRequest
-                return await behavior(request, context)
+                admission.check(request)
+                return await behavior(request, Call(context, admission.caller))
             except Exception as error:  # noqa: BLE001 - the last line of defence
                 await self._refuse(method, context, error)
 
@@ -86,8 +92,9 @@ class Guard(grpc.aio.ServerInterceptor):
         async def guarded(request: Any, context: _Context) -> AsyncIterator[Any]:
             self._count(context)
             try:
-                self._admit(method)
-                async for response in behavior(_checked(request), context):
+                self._make_room(method)
+                admission = await self._access.admit(method, context)
+                async for response in behavior(_checked(request, admission), Call(context, admission.caller)):
                     yield response
             except Exception as error:  # noqa: BLE001 - the last line of defence
                 await self._refuse(method, context, error)
@@ -104,7 +111,7 @@ class Guard(grpc.aio.ServerInterceptor):
         self.idle.clear()
         context.add_done_callback(done)  # type: ignore[arg-type] # the stubs ask for a class of their own
 
-    def _admit(self, method: str) -> None:
+    def _make_room(self, method: str) -> None:
         if self._calls > self._most and not method.startswith(_HEALTH):
             raise Overloaded
 
@@ -121,10 +128,11 @@ class Guard(grpc.aio.ServerInterceptor):
         await refuse_unforeseen(context, request_id)
 
 
-async def _checked(requests: Any) -> AsyncIterator[Any]:
+async def _checked(requests: Any, admission: Admission) -> AsyncIterator[Any]:
     async for request in requests:
         if request is _UNDECODABLE:
             raise MalformedRequest
+        admission.check(request)
         yield request
 
 

@@ -84,11 +84,12 @@ def id_of(value: str, field: str) -> str:
     return value
 
 
-def incoming_message(request: api.ChatRequest | api.SendMessageRequest) -> IncomingMessage:
+def incoming_message(request: api.ChatRequest | api.SendMessageRequest, caller: str) -> IncomingMessage:
     """Reads a message to a coach. Raises InvalidField."""
     if request.on_busy not in BUSY_POLICIES:
         raise InvalidField("on_busy", "is not a known value")
     return IncomingMessage(
+        caller=caller,
         user_id=request.user_id,
         thread_id=id_of(request.thread_id, "thread_id") if request.thread_id else "",
         domain=domain_of(request.domain),

@@ -1,4 +1,4 @@
-"""The server: services, health, reflection and bounds on one address."""
+"""The server: services, health, reflection, identity and bounds on one address."""
 
 import asyncio
 import os
@@ -11,6 +11,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from core.ports.system import Ids
+from entrypoints.grpc_api.access import Access
 from entrypoints.grpc_api.connections import close_connections
 from entrypoints.grpc_api.gen.vidacoach.admin.v1 import admin_service_pb2
 from entrypoints.grpc_api.gen.vidacoach.admin.v1.admin_service_pb2_grpc import add_AdminServiceServicer_to_server
@@ -55,7 +56,7 @@ class Bounds:
 
 
 class Server:
-    """One listening server. `admin` is for a Unix socket only."""
+    """One listening server: `access` says who may call what; without `credentials` it speaks in the clear."""
 
     def __init__(
         self,
@@ -65,9 +66,12 @@ class Server:
         ids: Ids,
         bounds: Bounds,
         reflected: bool,
+        access: Access,
+        credentials: grpc.ServerCredentials | None = None,
         admin: AdminService | None = None,
     ) -> None:
-        self._guard = Guard(ids, bounds.calls)
+        self._guard = Guard(ids, bounds.calls, access)
+        self._credentials = credentials
         self._address: int | Path | None = None
         self._server = grpc.aio.server(
             interceptors=[self._guard],
@@ -110,7 +114,10 @@ class Server:
     async def start(self, address: str) -> int:
         """Listens on HOST:PORT and says SERVING; returns the port. Raises OSError if it can't listen there."""
         try:
-            port = self._server.add_insecure_port(address)
+            if self._credentials is None:
+                port = self._server.add_insecure_port(address)
+            else:
+                port = self._server.add_secure_port(address, self._credentials)
         except RuntimeError as error:
             await self._server.stop(None)
             raise OSError(f"can't listen on {address}") from error

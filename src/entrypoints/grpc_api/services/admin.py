@@ -13,7 +13,7 @@ _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
 class AdminService(AdminServiceServicer):
-    """Served on the owner's Unix socket only."""
+    """Served on the owner's Unix socket, and to callers that a policy lets administer."""
 
     def __init__(self, cleanup: CleanUpThreads, ttl_days: int) -> None:
         self._cleanup = cleanup

@@ -18,6 +18,7 @@ from core.use_cases.follow_turn import FollowTurn
 from core.use_cases.places import Places
 from core.use_cases.read_threads import ReadThreads
 from entrypoints.grpc_api import mapping
+from entrypoints.grpc_api.call import Call
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import agent_service_pb2 as api
 from entrypoints.grpc_api.gen.vidacoach.agents.v1.agent_service_pb2_grpc import AgentServiceServicer
 
@@ -104,20 +105,22 @@ class AgentService(AgentServiceServicer):
 
     # A coroutine that writes, where the stub's type expects a generator: a generator that waits in a `yield`
     # for a slow client is closed from another task, and no time limit can be set on it.
-    async def Chat(self, request: api.ChatRequest, context: _Context) -> None:  # type: ignore[override]
+    async def Chat(self, request: api.ChatRequest, context: Call) -> None:  # type: ignore[override]
         """Accept, then follow from 0."""
         with self._streams.place(request.user_id):
-            accepted = await self._accept(mapping.incoming_message(request))
+            accepted = await self._accept(mapping.incoming_message(request, context.caller))
 
             async def write(entry: LogEntry) -> None:
                 await context.write(api.ChatResponse(event=mapping.to_event(entry), attached=accepted.attached))
 
             await self._streams.send(self._follow, accepted.turn.id, 0, write)
 
-    async def SendMessage(self, request: api.SendMessageRequest, context: _Context) -> api.SendMessageResponse:
+    async def SendMessage(  # type: ignore[override] # it needs to know its caller
+        self, request: api.SendMessageRequest, context: Call
+    ) -> api.SendMessageResponse:
         """Accept, then follow to the end without a word."""
         with self._streams.place(request.user_id):
-            accepted = await self._accept(mapping.incoming_message(request))
+            accepted = await self._accept(mapping.incoming_message(request, context.caller))
             response = api.SendMessageResponse(attached=accepted.attached)
 
             async def keep(entry: LogEntry) -> None:
