@@ -1,7 +1,7 @@
 """The real service on real sockets, in this process, for tests."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -57,7 +57,11 @@ def text_of(events: list[pb.TurnEvent]) -> str:
 
 
 @asynccontextmanager
-async def served(agent: Agent | None = None, tools: Tools | None = None) -> AsyncIterator[Client]:
+async def served(
+    agent: Agent | None = None,
+    tools: Tools | None = None,
+    channel_to: Callable[[str], grpc.aio.Channel] = grpc.aio.insecure_channel,
+) -> AsyncIterator[Client]:
     """The service as `serve` runs it, with the settings of the environment; a test may bring its own agent.
 
     That comes with the tools and the catalog of the doubles.
@@ -75,7 +79,7 @@ async def served(agent: Agent | None = None, tools: Tools | None = None) -> Asyn
     try:
         async with hosted(load_settings(), "serve", listen="127.0.0.1:0") as (container, address):
             assert address is not None
-            async with grpc.aio.insecure_channel(address) as channel:
+            async with channel_to(address) as channel:
                 yield Client(channel, AgentServiceStub(channel), ThreadServiceStub(channel), address, container)
     finally:
         for provider in overridden:

@@ -25,7 +25,8 @@ KEPT = 4 * 3_600.0
 _TIMEOUT = 5.0
 _MAX_BYTES = 2**18
 
-_FAMILY = {"RS": "RSA", "PS": "RSA", "ES": "EC", "Ed": "OKP"}
+_CURVES = {"ES256": "P-256", "ES384": "P-384", "ES512": "P-521", "EdDSA": "Ed25519"}
+"""An algorithm's curve; the others use RSA, which has none."""
 
 Load = Callable[[], Awaitable[bytes]]
 
@@ -69,7 +70,7 @@ def parse(content: bytes, algorithms: frozenset[str]) -> KeySet:
         if kid is not None and not isinstance(kid, str):
             continue
         for algorithm in algorithms:
-            if entry.get("alg", algorithm) == algorithm and entry.get("kty") == _FAMILY[algorithm[:2]]:
+            if entry.get("alg", algorithm) == algorithm and entry.get("crv") == _CURVES.get(algorithm):
                 key = _usable(entry, algorithm)
                 if key is not None:
                     keys[kid, algorithm] = key
@@ -79,7 +80,7 @@ def parse(content: bytes, algorithms: frozenset[str]) -> KeySet:
 
 
 def _usable(entry: dict[str, Any], algorithm: str) -> PyJWK | None:
-    """None for a key of another curve, too short, or not whole."""
+    """None for a key of another kind, too short, or not whole."""
     try:
         key = PyJWK(entry, algorithm)
     except PyJWTError:

@@ -3,12 +3,16 @@
 import argparse
 import getpass
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from entrypoints.cli.failure import FAILED, explained
+from entrypoints.cli.failure import FAILED, USAGE, Failure, explained
 
 if TYPE_CHECKING:
+    from grpc import ChannelCredentials
+
     from entrypoints.cli.connection import Service
+    from entrypoints.client import TokenFile
     from entrypoints.settings import Settings
 
 _BROKEN_PIPE = 141
@@ -39,6 +43,22 @@ def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
     )
     parser.add_argument("--thread", metavar="ID", default="", help="go on with a thread (see /threads)")
     parser.add_argument("--user", metavar="ID", help="whose conversation it is (default: your user name)")
+    group = parser.add_argument_group("for services on the network")
+    group.add_argument(
+        "--ca",
+        metavar="FILE",
+        type=Path,
+        help="use TLS, and believe the authorities in this file (your system's may be in "
+        "/etc/ssl/certs/ca-certificates.crt)",
+    )
+    group.add_argument("--cert", metavar="FILE", type=Path, help="the certificate to show, PEM")
+    group.add_argument("--key", metavar="FILE", type=Path, help="its private key, PEM")
+    group.add_argument(
+        "--token-file",
+        metavar="FILE",
+        type=Path,
+        help="the user's token, read anew when the file changes; --user must be whom it is for",
+    )
     parser.set_defaults(run=run)
 
 
@@ -53,16 +73,22 @@ def run(options: argparse.Namespace) -> int:
 
         screen = Screen(sys.stdout, sys.stderr)
         place: Service
+        credentials = _credentials(options)
         try:
             if options.server is not None:
-                place = ServiceAt(options.server, "check the address, or start it there with `vida-coach serve`")
+                advice = "check the address, or start it there with `vida-coach serve`"
+                place = ServiceAt(options.server, advice, credentials)
             else:
                 settings = load_settings()
                 _set_up_logging(settings)
-                place = service(settings)
-            with place, open_channel(place.target) as channel:
+                place = service(settings, credentials)
+            with place, open_channel(place.target, place.credentials) as channel:
                 session = Session(
-                    CoachClient(channel, options.user if options.user is not None else _user_name()),
+                    CoachClient(
+                        channel,
+                        options.user if options.user is not None else _user_name(),
+                        token=_token(options, place),
+                    ),
                     place,
                     screen,
                     Lines(sys.stdin, screen),
@@ -73,6 +99,33 @@ def run(options: argparse.Namespace) -> int:
         except BrokenPipeError:
             screen.abandon()
             return _BROKEN_PIPE
+
+
+def _credentials(options: argparse.Namespace) -> "ChannelCredentials | None":
+    """What the channel shows; None: it speaks in the clear."""
+    if (options.cert is None) is not (options.key is None):
+        raise Failure("--cert and --key need each other", USAGE)
+    if options.ca is None:
+        if options.cert is not None:
+            raise Failure("--cert needs --ca: a certificate is shown over TLS only", USAGE)
+        return None
+    from entrypoints.client import tls
+
+    return tls(options.ca, options.cert, options.key)
+
+
+def _token(options: argparse.Namespace, place: "Service") -> "TokenFile | None":
+    """The user's token. It must not be seen on the way."""
+    if options.token_file is None:
+        return None
+    from entrypoints.cli.connection import is_near
+    from entrypoints.client import TokenFile
+
+    if place.credentials is None and not is_near(place.target):
+        raise Failure("--token-file needs --ca: a token is sent over TLS only, or to this machine", USAGE)
+    token = TokenFile(options.token_file)
+    token()  # a file that is not there is told of before the first message
+    return token
 
 
 def _user_name() -> str:

@@ -33,6 +33,10 @@ class Service(Protocol):
         """What a channel connects to."""
 
     @property
+    def credentials(self) -> grpc.ChannelCredentials | None:
+        """What it asks for, and is asked for; None: it speaks in the clear."""
+
+    @property
     def record(self) -> str:
         """Where conversations are kept, for people."""
 
@@ -49,16 +53,17 @@ class Service(Protocol):
 class ServiceAt:
     """A service on the network, which somebody else runs."""
 
-    def __init__(self, address: str, advice: str) -> None:
+    def __init__(self, address: str, advice: str, credentials: grpc.ChannelCredentials | None = None) -> None:
         host, _, port = address.rpartition(":")
         if not host or not port.isdecimal() or not 0 < int(port) <= 65_535:
             raise Failure(f"--server: must be HOST:PORT, not {address!r}", USAGE)
         self.target = address
         self.record = f"the service at {address}"
         self._advice = advice
+        self.credentials = credentials
 
     def __enter__(self) -> Self:
-        with open_channel(self.target) as channel:
+        with open_channel(self.target, self.credentials) as channel:
             if not is_serving(channel, CHECK_SECONDS):
                 raise Failure(f"no service answers at {self.target}: {self._advice}")
         return self
@@ -74,6 +79,8 @@ class ServiceAt:
 
 class EmbeddedService:
     """The owner of an embedded database: the process that is, or else this one."""
+
+    credentials = None
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -130,7 +137,7 @@ class EmbeddedService:
         self._server = server
 
 
-def service(settings: Settings) -> Service:
+def service(settings: Settings, credentials: grpc.ChannelCredentials | None = None) -> Service:
     """The service of these settings."""
     if is_embedded(settings.database):
         return EmbeddedService(settings)
@@ -138,12 +145,17 @@ def service(settings: Settings) -> Service:
         settings.listen,
         "start one with `vida-coach serve` (on a new database, `vida-coach migrate` first), "
         "or name another with --server",
+        credentials,
     )
 
 
-def open_channel(target: str) -> grpc.Channel:
+def open_channel(target: str, credentials: grpc.ChannelCredentials | None = None) -> grpc.Channel:
     """A channel to a service. A proxy of the environment is not asked to reach this machine."""
-    host = target.rpartition(":")[0]
-    if target.startswith("unix:") or is_loopback(host):
-        return connect(target, _NO_PROXY)
-    return connect(target)
+    if is_near(target):
+        return connect(target, _NO_PROXY, credentials=credentials)
+    return connect(target, credentials=credentials)
+
+
+def is_near(target: str) -> bool:
+    """Whether it can be reached from this machine alone."""
+    return target.startswith("unix:") or is_loopback(target.rpartition(":")[0])

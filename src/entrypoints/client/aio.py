@@ -135,7 +135,8 @@ class AsyncReply:
 class AsyncCoachClient:
     """Talks to the service for one user. Every method may raise ServiceError; none of them waits for ever.
 
-    Works on any channel of grpc.aio; see `connect_async` for the options that make resuming quick.
+    Works on any channel of grpc.aio; see `connect_async` for the options that make resuming quick. `token` is asked
+    before every call for the user's token, for services that want one: it must not wait.
     """
 
     def __init__(
@@ -145,11 +146,12 @@ class AsyncCoachClient:
         *,
         patience: Patience | None = None,
         stream_seconds: float = STREAM_SECONDS,
+        token: Callable[[], str] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._agents = AgentServiceStub(channel)
         self._threads = ThreadServiceStub(channel)
-        self._requests = Requests(user_id)
+        self._requests = Requests(user_id, token)
         self._stream_seconds = stream_seconds
         self.user_id = user_id
         self.patience = patience or Patience()
@@ -181,9 +183,10 @@ class AsyncCoachClient:
 
     def open(self, request: StreamRequest) -> Any:
         """One bare stream: `say` and `follow` are what resumes."""
+        metadata = self._requests.metadata()
         if isinstance(request, agents_api.ChatRequest):
-            return self._agents.Chat(request, timeout=self._stream_seconds)
-        return self._agents.FollowTurn(request, timeout=self._stream_seconds)
+            return self._agents.Chat(request, timeout=self._stream_seconds, metadata=metadata)
+        return self._agents.FollowTurn(request, timeout=self._stream_seconds, metadata=metadata)
 
     async def cancel(self, turn_id: str) -> pb.Turn:
         """Ends a turn; returns it as it ended."""
@@ -229,7 +232,8 @@ class AsyncCoachClient:
         repeats = repeats or Repeats(self.patience, self.clock())
         while True:
             try:
-                return await method(request, timeout=repeats.seconds_left(self.clock()))
+                seconds = repeats.seconds_left(self.clock())
+                return await method(request, timeout=seconds, metadata=self._requests.metadata())
             except asyncio.CancelledError as cancelled:
                 raise _meant(cancelled) from None
             except grpc.RpcError as failure:

@@ -16,14 +16,27 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
 )
 
 
-def connect(target: str, *options: tuple[str, int]) -> grpc.Channel:
-    """A channel to `HOST:PORT` or `unix:PATH` that finds a restarted service soon. Use as a context manager."""
-    return grpc.insecure_channel(target, options=[*CHANNEL_OPTIONS, *options])
+def connect(
+    target: str, *options: tuple[str, int], credentials: grpc.ChannelCredentials | None = None
+) -> grpc.Channel:
+    """A channel to `HOST:PORT` or `unix:PATH` that finds a restarted service soon. Use as a context manager.
+
+    Without credentials (see `tls`) it speaks in the clear.
+    """
+    chosen = [*CHANNEL_OPTIONS, *options]
+    if credentials is None:
+        return grpc.insecure_channel(target, options=chosen)
+    return grpc.secure_channel(target, credentials, options=chosen)
 
 
-def connect_async(target: str, *options: tuple[str, int]) -> grpc.aio.Channel:
+def connect_async(
+    target: str, *options: tuple[str, int], credentials: grpc.ChannelCredentials | None = None
+) -> grpc.aio.Channel:
     """The same for asyncio: use it with `async with`, in the loop that made it."""
-    return grpc.aio.insecure_channel(target, options=[*CHANNEL_OPTIONS, *options])
+    chosen = [*CHANNEL_OPTIONS, *options]
+    if credentials is None:
+        return grpc.aio.insecure_channel(target, options=chosen)
+    return grpc.aio.secure_channel(target, credentials, options=chosen)
 
 
 def is_serving(channel: grpc.Channel, seconds: float) -> bool:

@@ -1,7 +1,7 @@
 """The requests of one user, made in one place for both clients."""
 
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import agent_service_pb2 as agents_api
@@ -11,9 +11,14 @@ from entrypoints.grpc_api.gen.vidacoach.agents.v1 import thread_service_pb2 as t
 
 @dataclass(frozen=True)
 class Requests:
-    """What a user may ask."""
+    """What a user may ask, and what shows that they may."""
 
     user_id: str
+    token: Callable[[], str] | None = None
+
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """What goes with every request: the token as it is now, if there is one."""
+        return (("authorization", f"Bearer {self.token()}"),) if self.token is not None else ()
 
     def chat(
         self,

@@ -123,7 +123,8 @@ class Reply:
 class CoachClient:
     """Talks to the service for one user. Every method may raise ServiceError; none of them waits for ever.
 
-    Works on any synchronous channel; see `connect` for the options that make resuming quick.
+    Works on any synchronous channel; see `connect` for the options that make resuming quick. `token` is asked before
+    every call for the user's token, for services that want one: it may wait for as long as a new one takes.
     """
 
     def __init__(
@@ -133,11 +134,12 @@ class CoachClient:
         *,
         patience: Patience | None = None,
         stream_seconds: float = STREAM_SECONDS,
+        token: Callable[[], str] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._agents = AgentServiceStub(channel)
         self._threads = ThreadServiceStub(channel)
-        self._requests = Requests(user_id)
+        self._requests = Requests(user_id, token)
         self._stream_seconds = stream_seconds
         self.user_id = user_id
         self.patience = patience or Patience()
@@ -169,9 +171,10 @@ class CoachClient:
 
     def open(self, request: StreamRequest) -> Any:
         """One bare stream: `say` and `follow` are what resumes."""
+        metadata = self._requests.metadata()
         if isinstance(request, agents_api.ChatRequest):
-            return self._agents.Chat(request, timeout=self._stream_seconds)
-        return self._agents.FollowTurn(request, timeout=self._stream_seconds)
+            return self._agents.Chat(request, timeout=self._stream_seconds, metadata=metadata)
+        return self._agents.FollowTurn(request, timeout=self._stream_seconds, metadata=metadata)
 
     def cancel(self, turn_id: str) -> pb.Turn:
         """Ends a turn; returns it as it ended."""
@@ -214,7 +217,8 @@ class CoachClient:
         repeats = repeats or Repeats(self.patience, self.clock())
         while True:
             try:
-                return method(request, timeout=repeats.seconds_left(self.clock()))
+                seconds = repeats.seconds_left(self.clock())
+                return method(request, timeout=seconds, metadata=self._requests.metadata())
             except grpc.RpcError as failure:
                 wait = repeats.wait(ServiceError.of(failure), self.clock())
             time.sleep(wait)
