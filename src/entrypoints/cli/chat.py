@@ -82,12 +82,17 @@ def run(options: argparse.Namespace) -> int:
                 settings = load_settings()
                 _set_up_logging(settings)
                 place = service(settings, credentials)
+            if options.server is None and place.credentials is None and (credentials or options.token_file):
+                raise Failure(
+                    "--ca and --token-file are for a service on the network: name it with --server", USAGE
+                )
+            token = _token(options, place)
             with place, open_channel(place.target, place.credentials) as channel:
                 session = Session(
                     CoachClient(
                         channel,
                         options.user if options.user is not None else _user_name(),
-                        token=_token(options, place),
+                        token=token,
                     ),
                     place,
                     screen,

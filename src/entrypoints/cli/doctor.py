@@ -41,6 +41,8 @@ class Check:
 
 _HEADER = b"SQLite format 3\0"
 
+_CERTIFICATE_DAYS = 14
+"""Days before its end from which a certificate is warned of."""
 _NEEDS = {"conversation": "conversations", "response_chain": "responses that it keeps"}
 """What the state modes need beyond the Responses API."""
 
@@ -52,8 +54,9 @@ def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
     parser = subparsers.add_parser(
         "doctor",
         help="check the set-up and say what to do",
-        description="Checks the settings, the agents and their tools, the database and its schema, and the "
-        "provider: whether it takes the key, has the models and until when, and can do what OPENAI_STATE needs. "
+        description="Checks the settings, certificates and the keys of tokens, the agents and their tools, the "
+        "database and its schema, and the provider: whether it takes the key, has the models and until when, and "
+        "can do what OPENAI_STATE needs. "
         "Changes nothing, costs nothing and shows no secret.",
         epilog="exit codes: 0 nothing fails, 1 something does, 2 usage",
     )
@@ -80,16 +83,18 @@ def run(options: argparse.Namespace) -> int:
 def examined() -> Iterator[Check]:
     """Looks at everything, one thing after the other. Never raises."""
     yield _versions()
+    from entrypoints.identity import faults
     from entrypoints.settings import SettingsError, load_settings
 
     try:
-        settings = load_settings()
+        settings = load_settings(faults)
     except SettingsError as error:
         for fault in error.faults:
             yield Check("settings", Status.FAIL, fault, "Correct it in the environment or in the .env file.")
         return
     yield Check("settings", Status.OK, f"provider {settings.provider.value}, listening on {settings.listen}")
     parts: list[tuple[str, _Examine]] = [
+        ("identity", _identity),
         ("agents", _agents),
         ("database", _database),
         ("provider", _provider),
@@ -117,6 +122,60 @@ def _versions() -> Check:
         f"SQLite {sqlite3.sqlite_version}"
     )
     return Check("versions", Status.INFO, detail)
+
+
+def _identity(settings: "Settings") -> Iterator[Check]:
+    """Who may call. The files themselves are in order: that is a part of the settings."""
+    if settings.tls_cert is not None:
+        yield _certificate(settings)
+    elif settings.auth_issuer is not None:
+        advice = "Set VIDA_TLS_CERT and VIDA_TLS_KEY to serve more than this machine."
+        yield Check("tls", Status.INFO, "tokens arrive in the clear", advice)
+    if settings.auth_jwks is not None:
+        yield _keys(settings)
+
+
+def _certificate(settings: "Settings") -> Check:
+    from datetime import UTC, datetime
+
+    from adapters.identity.certificates import read
+    from entrypoints.identity import certificate_files
+
+    files = certificate_files(settings)
+    if files is None:
+        raise AssertionError("the settings have both files, or none")
+    until = read(files).valid_until
+    days = (until - datetime.now(UTC)).days
+    detail = f"the certificate is valid until {until:%Y-%m-%d %H:%M} UTC"
+    if files.client_ca is not None:
+        detail += "; clients need one too"
+    advice = "Replace the files of VIDA_TLS_CERT and VIDA_TLS_KEY: a running service takes the new ones."
+    if days < 0:
+        return Check("tls", Status.FAIL, detail, advice)
+    if days < _CERTIFICATE_DAYS:
+        return Check("tls", Status.WARN, f"{detail}: {days} days", advice)
+    return Check("tls", Status.OK, detail)
+
+
+def _keys(settings: "Settings") -> Check:
+    import asyncio
+
+    from adapters.identity.keys import KeysFault, parse
+    from entrypoints.identity import key_source
+
+    async def asked() -> int:
+        return len(parse(await key_source(settings.auth_jwks or "")(), settings.auth_algorithms))
+
+    try:
+        number = asyncio.run(asked())
+    except KeysFault as fault:
+        advice = (
+            "Check VIDA_AUTH_JWKS, VIDA_AUTH_ALGORITHMS and the network: without keys no token can be checked."
+        )
+        return Check("tokens", Status.FAIL, f"the key set {fault}", advice)
+    return Check(
+        "tokens", Status.OK, f"the key set has {number} keys for {', '.join(sorted(settings.auth_algorithms))}"
+    )
 
 
 def _agents(settings: "Settings") -> Iterator[Check]:

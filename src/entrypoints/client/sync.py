@@ -123,8 +123,8 @@ class Reply:
 class CoachClient:
     """Talks to the service for one user. Every method may raise ServiceError; none of them waits for ever.
 
-    Works on any synchronous channel; see `connect` for the options that make resuming quick. `token` is asked before
-    every call for the user's token, for services that want one: it may wait for as long as a new one takes.
+    Works on any synchronous channel; see `connect` for the options that make resuming quick.
+    `token` is asked before every call for the user's token, for services that want one.
     """
 
     def __init__(
@@ -171,10 +171,10 @@ class CoachClient:
 
     def open(self, request: StreamRequest) -> Any:
         """One bare stream: `say` and `follow` are what resumes."""
-        metadata = self._requests.metadata()
+        how: dict[str, Any] = {"timeout": self._stream_seconds, "metadata": self._requests.metadata()}
         if isinstance(request, agents_api.ChatRequest):
-            return self._agents.Chat(request, timeout=self._stream_seconds, metadata=metadata)
-        return self._agents.FollowTurn(request, timeout=self._stream_seconds, metadata=metadata)
+            return self._agents.Chat(request, **how)
+        return self._agents.FollowTurn(request, **how)
 
     def cancel(self, turn_id: str) -> pb.Turn:
         """Ends a turn; returns it as it ended."""
