@@ -27,7 +27,8 @@ if _version_not_supported:
 
 class AdminServiceStub:
     """What the operators' commands ask of the process that owns an embedded
-    database. Served on its Unix socket only, never on a network address.
+    database. Served on its Unix socket, and on the network to callers that a
+    policy lets administer.
     """
 
     def __init__(self, channel):
@@ -45,7 +46,8 @@ class AdminServiceStub:
 
 class AdminServiceServicer:
     """What the operators' commands ask of the process that owns an embedded
-    database. Served on its Unix socket only, never on a network address.
+    database. Served on its Unix socket, and on the network to callers that a
+    policy lets administer.
     """
 
     def Cleanup(self, request, context):
@@ -75,7 +77,8 @@ def add_AdminServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class AdminService:
     """What the operators' commands ask of the process that owns an embedded
-    database. Served on its Unix socket only, never on a network address.
+    database. Served on its Unix socket, and on the network to callers that a
+    policy lets administer.
     """
 
     @staticmethod

@@ -28,7 +28,8 @@ GRPC_VERSION: str
 
 class AdminServiceStub:
     """What the operators' commands ask of the process that owns an embedded
-    database. Served on its Unix socket only, never on a network address.
+    database. Served on its Unix socket, and on the network to callers that a
+    policy lets administer.
     """
 
     @_typing.overload
@@ -44,7 +45,8 @@ class AdminServiceStub:
 @_typing.type_check_only
 class AdminServiceAsyncStub(AdminServiceStub):
     """What the operators' commands ask of the process that owns an embedded
-    database. Served on its Unix socket only, never on a network address.
+    database. Served on its Unix socket, and on the network to callers that a
+    policy lets administer.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -56,7 +58,8 @@ class AdminServiceAsyncStub(AdminServiceStub):
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     """What the operators' commands ask of the process that owns an embedded
-    database. Served on its Unix socket only, never on a network address.
+    database. Served on its Unix socket, and on the network to callers that a
+    policy lets administer.
     """
 
     @_abc_1.abstractmethod

@@ -33,6 +33,9 @@ class AgentServiceStub:
     end before it in two cases. UNAVAILABLE means "resume": with `FollowTurn` from
     the last position, or, before `started`, with the same message and the same
     `request_id` again. NOT_FOUND `TURN_NOT_FOUND` says that the thread was deleted.
+    Where the service knows its callers, a call without valid credentials ends
+    UNAUTHENTICATED `UNAUTHENTICATED`, and one for a user or a method that is not the
+    caller's PERMISSION_DENIED `CALLER_NOT_ALLOWED`, in every service.
     Every error carries `google.rpc.ErrorInfo` with domain `agents.vidacoach`.
     """
 
@@ -82,6 +85,9 @@ class AgentServiceServicer:
     end before it in two cases. UNAVAILABLE means "resume": with `FollowTurn` from
     the last position, or, before `started`, with the same message and the same
     `request_id` again. NOT_FOUND `TURN_NOT_FOUND` says that the thread was deleted.
+    Where the service knows its callers, a call without valid credentials ends
+    UNAUTHENTICATED `UNAUTHENTICATED`, and one for a user or a method that is not the
+    caller's PERMISSION_DENIED `CALLER_NOT_ALLOWED`, in every service.
     Every error carries `google.rpc.ErrorInfo` with domain `agents.vidacoach`.
     """
 
@@ -180,6 +186,9 @@ class AgentService:
     end before it in two cases. UNAVAILABLE means "resume": with `FollowTurn` from
     the last position, or, before `started`, with the same message and the same
     `request_id` again. NOT_FOUND `TURN_NOT_FOUND` says that the thread was deleted.
+    Where the service knows its callers, a call without valid credentials ends
+    UNAUTHENTICATED `UNAUTHENTICATED`, and one for a user or a method that is not the
+    caller's PERMISSION_DENIED `CALLER_NOT_ALLOWED`, in every service.
     Every error carries `google.rpc.ErrorInfo` with domain `agents.vidacoach`.
     """
 

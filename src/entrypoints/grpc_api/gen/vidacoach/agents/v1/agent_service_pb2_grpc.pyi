@@ -34,6 +34,9 @@ class AgentServiceStub:
     end before it in two cases. UNAVAILABLE means "resume": with `FollowTurn` from
     the last position, or, before `started`, with the same message and the same
     `request_id` again. NOT_FOUND `TURN_NOT_FOUND` says that the thread was deleted.
+    Where the service knows its callers, a call without valid credentials ends
+    UNAUTHENTICATED `UNAUTHENTICATED`, and one for a user or a method that is not the
+    caller's PERMISSION_DENIED `CALLER_NOT_ALLOWED`, in every service.
     Every error carries `google.rpc.ErrorInfo` with domain `agents.vidacoach`.
     """
 
@@ -70,6 +73,9 @@ class AgentServiceAsyncStub(AgentServiceStub):
     end before it in two cases. UNAVAILABLE means "resume": with `FollowTurn` from
     the last position, or, before `started`, with the same message and the same
     `request_id` again. NOT_FOUND `TURN_NOT_FOUND` says that the thread was deleted.
+    Where the service knows its callers, a call without valid credentials ends
+    UNAUTHENTICATED `UNAUTHENTICATED`, and one for a user or a method that is not the
+    caller's PERMISSION_DENIED `CALLER_NOT_ALLOWED`, in every service.
     Every error carries `google.rpc.ErrorInfo` with domain `agents.vidacoach`.
     """
 
@@ -102,6 +108,9 @@ class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
     end before it in two cases. UNAVAILABLE means "resume": with `FollowTurn` from
     the last position, or, before `started`, with the same message and the same
     `request_id` again. NOT_FOUND `TURN_NOT_FOUND` says that the thread was deleted.
+    Where the service knows its callers, a call without valid credentials ends
+    UNAUTHENTICATED `UNAUTHENTICATED`, and one for a user or a method that is not the
+    caller's PERMISSION_DENIED `CALLER_NOT_ALLOWED`, in every service.
     Every error carries `google.rpc.ErrorInfo` with domain `agents.vidacoach`.
     """
 
