@@ -26,8 +26,7 @@ from entrypoints.grpc_api.gen.vidacoach.admin.v1 import admin_service_pb2 as adm
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import agent_service_pb2 as api
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import resources_pb2 as pb
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import thread_service_pb2 as threads_api
-from entrypoints.grpc_api.methods import _TABLE as methods_table
-from entrypoints.grpc_api.methods import Need, need_of
+from entrypoints.grpc_api.methods import TABLE, Need, need_of
 from harness import DEADLINE, Client, message, reason, rest_of, served
 from identity_lab import APP, BATCH, OPERATOR, READER, Lab, bearer, stubs
 
@@ -244,7 +243,7 @@ async def test_a_method_that_nobody_has_decided_on_is_refused(
     sqlite_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VIDA_DATABASE_URL", sqlite_url)
-    monkeypatch.delitem(methods_table, "/vidacoach.agents.v1.AgentService/ListAgents")
+    monkeypatch.delitem(TABLE, "/vidacoach.agents.v1.AgentService/ListAgents")
     async with served(ScriptedAgent()) as client:
         refused = await Caller(client.channel, None).refusal("AgentService/ListAgents", "", Belongings("", ""))
         assert refused[:2] == (grpc.StatusCode.PERMISSION_DENIED, "CALLER_NOT_ALLOWED")

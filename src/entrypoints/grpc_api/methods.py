@@ -51,14 +51,14 @@ def _table() -> dict[str, tuple[Need, str]]:
     return table
 
 
-_TABLE = _table()
+TABLE = _table()
 
 
 def need_of(method: str) -> tuple[Need, str] | None:
     """What `/package.Service/Method` needs, and `Service/Method` as a policy names it; None: refuse it."""
-    return _TABLE.get(method)
+    return TABLE.get(method)
 
 
 def named_methods() -> frozenset[str]:
     """What a policy may name."""
-    return frozenset(short for _, short in _TABLE.values())
+    return frozenset(short for _, short in TABLE.values())
