@@ -170,12 +170,12 @@ def test_files_are_read_again_only_when_they_change(
     monkeypatch.setattr("entrypoints.grpc_api.tls.read", counted)
     assert reloaded.fetch() is None
     assert reads == []
-    second = Authority().issue(name="second")
-    files.certificate.write_bytes(second.certificate)
+    old, second = read(files), Authority().issue(name="second")
+    Pair(second.certificate, old.key).write(files.certificate, files.key)
     assert reloaded.fetch() is None
     assert reloaded.fetch() is None
     assert len(reads) == 1  # not at every handshake
-    files.key.write_bytes(second.key)
+    second.write(files.certificate, files.key)
     assert reloaded.fetch() is not None
     assert reloaded.held.certificate == second.certificate
     assert reloaded.fetch() is None

@@ -27,6 +27,8 @@ class Tokens:
 
     async def read(self, text: str) -> Token:
         """What the token says. Raises BadToken, and KeysUnavailable where there is nothing to check it with."""
+        if len(text) > MAX_TOKEN:
+            raise BadToken("too long")
         keys = await self._keys.current()
         digest = hashlib.sha256(text.encode()).digest()
         known = self._seen.get(digest)
@@ -51,8 +53,6 @@ class Tokens:
         await self._keys.aclose()
 
     def _header(self, text: str) -> tuple[str, str | None]:
-        if len(text) > MAX_TOKEN:
-            raise BadToken("too long")
         try:
             header = jwt.get_unverified_header(text)
         except (PyJWTError, ValueError, RecursionError) as error:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import grpc
 
-from adapters.identity import MAX_TOKEN, BadToken, KeysUnavailable, Token
+from adapters.identity import BadToken, KeysUnavailable, Token
 from core.model.errors import CallerNotAllowed, IdentityUnavailable, Unauthenticated
 from entrypoints.grpc_api.methods import Need, need_of
 from entrypoints.policy import Policy, Rule
@@ -152,7 +152,7 @@ def _bearer(method: str, context: _Context) -> str | None:
     if not found:
         return None
     scheme, _, token = str(found[0]).partition(" ")
-    if len(found) > 1 or scheme.lower() != "bearer" or not token or len(token) > MAX_TOKEN:
+    if len(found) > 1 or scheme.lower() != "bearer" or not token:
         raise _refused(method, "the authorization is not one bearer token", Unauthenticated())
     return token
 
