@@ -267,7 +267,7 @@ def _contradictions(settings: Settings) -> Iterator[str]:
         for name, field in Settings.model_fields.items()
         if name in settings.model_fields_set and getattr(settings, name) is not None
     }
-    for name in needs.keys() & given:
+    for name in sorted(needs.keys() & given):
         yield from (f"{name}: needs {other}" for other in needs[name] if other not in given)
     if "VIDA_AUTH_POLICY" in given and not {"VIDA_TLS_CLIENT_CA", "VIDA_AUTH_ISSUER"} & given:
         yield "VIDA_AUTH_POLICY: needs VIDA_TLS_CLIENT_CA or VIDA_AUTH_ISSUER, without which callers have no names"
