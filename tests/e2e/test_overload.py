@@ -68,6 +68,7 @@ async def test_more_calls_than_allowed_are_refused_and_health_checks_are_not() -
             agents=part.agent_service(),
             threads=part.thread_service(),
             ids=part.ids(),
+            access=part.access(),
             bounds=bounds,
             reflected=False,
         )

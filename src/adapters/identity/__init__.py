@@ -8,8 +8,8 @@ from dataclasses import dataclass
 ALGORITHMS = frozenset({"RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"})
 """All that tokens may be allowed: signatures with a public key. With a shared secret whoever checks a token could
 also sign one."""
-MAX_TOKEN = 6_144
-"""Characters of a token. From 8 KiB of all headers on, the transport refuses calls at random."""
+MAX_TOKEN = 8_192
+"""Characters of a token."""
 
 
 class BadToken(Exception):

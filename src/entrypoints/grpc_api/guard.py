@@ -77,7 +77,7 @@ class Guard(grpc.aio.ServerInterceptor):
         async def guarded(request: Any, context: _Context) -> Any:
             self._count(context)
             try:
-                self._make_room(method)
+                self._keep_bound(method)
                 admission = await self._access.admit(method, context)
                 if request is _UNDECODABLE:
                     raise MalformedRequest
@@ -92,7 +92,7 @@ class Guard(grpc.aio.ServerInterceptor):
         async def guarded(request: Any, context: _Context) -> AsyncIterator[Any]:
             self._count(context)
             try:
-                self._make_room(method)
+                self._keep_bound(method)
                 admission = await self._access.admit(method, context)
                 async for response in behavior(_checked(request, admission), Call(context, admission.caller)):
                     yield response
@@ -111,7 +111,7 @@ class Guard(grpc.aio.ServerInterceptor):
         self.idle.clear()
         context.add_done_callback(done)  # type: ignore[arg-type] # the stubs ask for a class of their own
 
-    def _make_room(self, method: str) -> None:
+    def _keep_bound(self, method: str) -> None:
         if self._calls > self._most and not method.startswith(_HEALTH):
             raise Overloaded
 
