@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import aiohttp
 from jwt import PyJWK
@@ -28,7 +28,7 @@ _MAX_BYTES = 2**18
 _CURVES = {"ES256": "P-256", "ES384": "P-384", "ES512": "P-521", "EdDSA": "Ed25519"}
 """An algorithm's curve; the others use RSA, which has none."""
 
-Load = Callable[[], Awaitable[bytes]]
+Load: TypeAlias = Callable[[], Awaitable[bytes]]
 
 
 class KeysFault(Exception):
