@@ -13,7 +13,7 @@ from core.model.turn import TurnReason, Usage
 MAX_TEXT = 1_000_000
 """Code points of text in one round."""
 MAX_CALLS = 128
-MAX_TOKENS = 2**53
+MAX_TOKENS = 2**40
 """Tokens that a provider may count in one round: more is no count, and no database holds it."""
 
 _SHORTFALLS = {
