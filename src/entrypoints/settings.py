@@ -127,6 +127,11 @@ class Settings(BaseSettings):
         ge=1,
         le=86_400,
     )
+    quota_turns: int | None = _setting("VIDA_QUOTA_TURNS_PER_DAY", "turns of a user in a UTC day", None, ge=1)
+    quota_tokens: int | None = _setting(
+        "VIDA_QUOTA_TOKENS_PER_DAY", "tokens of a user in a UTC day, read and written", None, ge=1
+    )
+    prices: Path | None = _setting("VIDA_PRICES", "a file with prices of models, instead of ours", None)
     reflection: bool | None = _setting("VIDA_REFLECTION", "server reflection; unset: on loopback only", None)
     log_format: LogFormat = _setting("VIDA_LOG_FORMAT", "how log lines look", LogFormat.TEXT)
     log_level: LogLevel = _setting("VIDA_LOG_LEVEL", "what is logged", LogLevel.INFO)
@@ -174,6 +179,13 @@ class Settings(BaseSettings):
         if folder is not None and not folder.is_dir():
             raise ValueError("must be a folder")
         return folder
+
+    @field_validator("prices")
+    @classmethod
+    def _check_prices(cls, file: Path | None) -> Path | None:
+        if file is not None and not file.is_file():
+            raise ValueError("must be a file")
+        return file
 
     @property
     def provider(self) -> Provider:
