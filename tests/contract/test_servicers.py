@@ -131,7 +131,7 @@ def test_every_unary_rpc_answers_with_its_message(api: Api) -> None:
             update_mask=field_mask_pb2.FieldMask(paths=["title"]),
         ),
         (THREADS, "DeleteThread"): threads_api.DeleteThreadRequest(**thread),
-        (USERS, "GetUsage"): users_api.GetUsageRequest(**user),
+        (USERS, "GetUsage"): users_api.GetUsageRequest(user_id="ada"),
     }
     unary = {
         (descriptor, method.name)

@@ -61,7 +61,8 @@ async def test_usage_is_paged_and_cut_to_days() -> None:
         for domain in (1, 2, 3):
             await client.chat(domain=domain)
         whole = await usage_of(client, since_day=today(), until_day=today())
-        paged, token = [], ""
+        paged: list[api.DailyUsage] = []
+        token = ""
         while True:
             page = await usage_of(client, since_day=today(), until_day=today(), page_size=1, page_token=token)
             paged += page.days
@@ -74,15 +75,15 @@ async def test_usage_is_paged_and_cut_to_days() -> None:
         assert (await usage_of(client, since_day=tomorrow)).days == []
         assert (await usage_of(client, until_day="2025-12-31")).days == []
         token = (await usage_of(client, page_size=1)).next_page_token
-        for field, more in {
-            "user_id": {"user_id": ""},
-            "since_day": {"since_day": "today"},
-            "until_day": {"until_day": "2026-02-30"},
-            "page_size": {"page_size": -1},
-            "page_token": {"page_token": token, "since_day": today()},
+        for field, request in {
+            "user_id": api.GetUsageRequest(),
+            "since_day": api.GetUsageRequest(user_id="ada", since_day="today"),
+            "until_day": api.GetUsageRequest(user_id="ada", until_day="2026-02-30"),
+            "page_size": api.GetUsageRequest(user_id="ada", page_size=-1),
+            "page_token": api.GetUsageRequest(user_id="ada", page_token=token, since_day=today()),
         }.items():
             with pytest.raises(grpc.aio.AioRpcError) as error:
-                await client.users.GetUsage(api.GetUsageRequest(**{"user_id": "ada", **more}))
+                await client.users.GetUsage(request)
             assert (error.value.code(), reason(error.value)) == (
                 grpc.StatusCode.INVALID_ARGUMENT,
                 "INVALID_FIELD",
@@ -102,12 +103,10 @@ async def test_a_quota_that_is_used_up_is_refused_with_its_name_and_the_time_to_
         first = (await client.chat(request_id="first"))[-1].event.finished.turn
         at_work = asyncio.create_task(client.chat())
         await gate.reached.wait()
-        for call in (client.agents.SendMessage, None):
+        sent = agents_api.SendMessageRequest(user_id="ada", content=message().content)
+        for call in (client.agents.SendMessage(sent), client.chat(thread_id=first.thread_id)):
             with pytest.raises(grpc.aio.AioRpcError) as error:
-                if call is not None:
-                    await call(agents_api.SendMessageRequest(user_id="ada", content=message().content))
-                else:
-                    await client.chat(thread_id=first.thread_id)
+                await call
             refused = error.value
             assert (refused.code(), reason(refused)) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUOTA_EXCEEDED")
             retry = detail(refused, error_details_pb2.RetryInfo)

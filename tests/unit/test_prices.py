@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from datetime import date, timedelta
 from decimal import Decimal
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -61,7 +62,7 @@ def test_the_newest_price_that_has_begun_holds() -> None:
 def test_periods_cover_each_day_once_and_change_no_price(since: date, until: date, starts: Sequence[date]) -> None:
     periods = LIST.periods(since, until)
     assert [first for first, _ in periods] == starts
-    for (_, last), (first, _) in zip(periods, periods[1:], strict=False):
+    for (_, last), (first, _) in pairwise(periods):
         assert first == last + ONE_DAY
     if periods:
         assert periods[-1][1] == until

@@ -27,8 +27,8 @@ def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
         help="what turns have cost: tokens and money, by user, agent, model and day",
         description="Adds up what turns have cost, by the UTC day in which they ended, and prices it with the "
         "list of prices that comes with the service, or that of VIDA_PRICES. Tokens of a model without a price "
-        "have no cost. Turns that were cut off count with the tokens that the provider had named by then: where there "
-        "are such turns, or models without a price, a cost is the least that it can be (>).",
+        "have no cost. Turns that were cut off count with the tokens that the provider had named by then: where "
+        "there are such turns, or models without a price, a cost is the least that it can be (>).",
         epilog="exit codes: 0 done, 1 failed, 2 usage",
     )
     parser.add_argument(
