@@ -26,7 +26,9 @@ IDS = Ids()
 DAY = date(2026, 11, 22)
 ALL = (date.min, date.max)
 CALL = ToolCalled("c1", "note", "{}")
-ROUND = RoundFinished(Usage(input_tokens=100, cached_input_tokens=60, output_tokens=20, reasoning_tokens=7))
+ROUND = RoundFinished(
+    Usage(input_tokens=100, cached_input_tokens=60, cache_write_tokens=30, output_tokens=20, reasoning_tokens=7)
+)
 
 
 async def booked(store: Store, user: str = "") -> Tally:

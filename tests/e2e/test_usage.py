@@ -155,6 +155,7 @@ model = "practice-1"
 since = 2026-01-01
 input = 1000
 cached_input = 100
+cache_write = 1000
 output = 10000
 """
 
@@ -219,7 +220,7 @@ def test_the_command_reports_beside_the_server_and_without_it(database: str) -> 
         assert (line["unmetered_turns"], line["unpriced_tokens"]) == (0, 0)
     assert text[0] == 0
     header, ada, bob, total, *_ = text[1].splitlines()
-    assert header.split() == ["user", "turns", "input", "cached", "output", "reasoning", "EUR"]
+    assert header.split() == ["user", "turns", "input", "cached", "written", "output", "reasoning", "EUR"]
     assert (ada.split()[:2], bob.split()[:2], total.split()[:2]) == (["ada", "2"], ["bob", "1"], ["total", "3"])
     assert json.loads(usage("--user", "bob", "--by", "", "--format", "json")[1])["lines"][0]["turns"] == 1
     assert json.loads(usage("--agent", "none-v1", "--format", "json")[1])["lines"] == []

@@ -1,6 +1,7 @@
 """Prices: what holds on a day, what usage costs by it, and every fault of a list at once."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import date, timedelta
 from decimal import Decimal
 from itertools import pairwise
@@ -27,6 +28,7 @@ def price(model: str, since: date, amount: str = "1") -> Price:
         since=since,
         input=Decimal(amount),
         cached_input=Decimal(amount) / 10,
+        cache_write=Decimal(amount) * 2,
         output=Decimal(amount) * 5,
     )
 
@@ -37,6 +39,8 @@ LIST = PriceList("USD", (price("a", DAY, "2"), price("a", DAY - 9 * ONE_DAY), pr
 def test_a_price_is_exact_and_counts_what_was_cached_once() -> None:
     usage = Usage(input_tokens=1_000_000, cached_input_tokens=400_000, output_tokens=10, reasoning_tokens=9)
     assert price("a", DAY, "0.10").of(usage) == Decimal("0.064005")
+    assert price("a", DAY, "0.10").of(replace(usage, cache_write_tokens=100_000)) == Decimal("0.074005")
+    assert price("a", DAY).of(Usage(input_tokens=1, cache_write_tokens=9)) == Decimal("0.000002")
     assert price("a", DAY).of(Usage(input_tokens=1, cached_input_tokens=3)) == Decimal("0.0000001")
     assert price("a", DAY).of(Usage()) == 0
 
@@ -75,13 +79,21 @@ def test_the_shipped_prices_are_whole() -> None:
     luna = prices.price("gpt-6-luna", DAY)
     assert luna is not None
     assert prices.currency == "USD"
-    assert (luna.input, luna.cached_input, luna.output) == (Decimal("0.10"), Decimal("0.01"), Decimal("0.50"))
+    amounts = luna.input, luna.cached_input, luna.cache_write, luna.output
+    assert amounts == (Decimal("0.10"), Decimal("0.01"), Decimal("0.125"), Decimal("0.50"))
     practice = prices.price("practice-1", DAY)
     assert practice is not None
     assert practice.of(Usage(input_tokens=9, output_tokens=9)) == 0
 
 
-GOOD = {"model": '"m"', "since": "2026-01-01", "input": "1.5", "cached_input": "0", "output": "2"}
+GOOD = {
+    "model": '"m"',
+    "since": "2026-01-01",
+    "input": "1.5",
+    "cached_input": "0",
+    "cache_write": "3",
+    "output": "2",
+}
 
 
 def written(folder: Path, entries: Sequence[Mapping[str, str]], head: str = 'currency = "EUR"') -> Path:
@@ -95,7 +107,12 @@ def written(folder: Path, entries: Sequence[Mapping[str, str]], head: str = 'cur
 def test_a_list_of_ones_own(tmp_path: Path) -> None:
     prices = load_prices(written(tmp_path, [GOOD]))
     values = Price(
-        model="m", since=date(2026, 1, 1), input=Decimal("1.5"), cached_input=Decimal(0), output=Decimal(2)
+        model="m",
+        since=date(2026, 1, 1),
+        input=Decimal("1.5"),
+        cached_input=Decimal(0),
+        cache_write=Decimal(3),
+        output=Decimal(2),
     )
     assert prices == PriceList("EUR", (values,))
     assert load_prices(written(tmp_path, [])).prices == ()
@@ -128,7 +145,7 @@ def test_a_fault_is_named(change: dict[str, str], fault: str, tmp_path: Path) ->
 def test_all_faults_are_named_at_once(tmp_path: Path) -> None:
     with pytest.raises(PricesError) as error:
         load_prices(written(tmp_path, [{}], head='currency = "euro"\nextra = 1'))
-    assert len(error.value.faults) == 7
+    assert len(error.value.faults) == 8
     with pytest.raises(PricesError, match="2 prices"):
         load_prices(written(tmp_path, [GOOD, GOOD]))
     for text in ("currency = ", 'currency = "USD"\nprice = 1', 'currency = "USD"\nprice = [1]'):

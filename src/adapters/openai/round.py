@@ -245,6 +245,7 @@ def _usage(usage: object) -> Usage:
     return Usage(
         input_tokens=count(facts, "input_tokens"),
         cached_input_tokens=count(facts.get("input_tokens_details"), "cached_tokens"),
+        cache_write_tokens=count(facts.get("input_tokens_details"), "cache_write_tokens"),
         output_tokens=count(facts, "output_tokens"),
         reasoning_tokens=count(facts.get("output_tokens_details"), "reasoning_tokens"),
     )

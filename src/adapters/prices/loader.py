@@ -12,7 +12,7 @@ from core.model.price import Price, PriceList
 
 SHIPPED = Path(__file__).parent / "prices.toml"
 
-_AMOUNTS = ("input", "cached_input", "output")
+_AMOUNTS = ("input", "cached_input", "cache_write", "output")
 _KEYS = frozenset({"model", "since", *_AMOUNTS})
 
 
@@ -72,5 +72,5 @@ def _is_amount(value: object) -> bool:
 
 
 def _price(entry: dict[str, Any]) -> Price:
-    input_, cached, output = (Decimal(entry[name]) for name in _AMOUNTS)
-    return Price(model=entry["model"], since=entry["since"], input=input_, cached_input=cached, output=output)
+    amounts = {name: Decimal(entry[name]) for name in _AMOUNTS}
+    return Price(model=entry["model"], since=entry["since"], **amounts)

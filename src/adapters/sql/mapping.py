@@ -184,6 +184,7 @@ def _usage_of(row: AnyRow) -> Usage:
     return Usage(
         input_tokens=row.input_tokens,
         cached_input_tokens=row.cached_input_tokens,
+        cache_write_tokens=row.cache_write_tokens,
         output_tokens=row.output_tokens,
         reasoning_tokens=row.reasoning_tokens,
     )
@@ -194,6 +195,7 @@ def usage_values(usage: Usage) -> Values:
     return {
         "input_tokens": usage.input_tokens,
         "cached_input_tokens": usage.cached_input_tokens,
+        "cache_write_tokens": usage.cache_write_tokens,
         "output_tokens": usage.output_tokens,
         "reasoning_tokens": usage.reasoning_tokens,
     }

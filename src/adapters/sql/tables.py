@@ -143,6 +143,7 @@ class TurnColumns(TypedColumns):
     claimed_at: Named[datetime | None] = Column(UtcDateTime)
     finished_at: Named[datetime | None] = Column(UtcDateTime)
     place: Named[int] = Column(Integer, nullable=False, server_default=text("0"))
+    cache_write_tokens: Named[int] = Column(BigInteger, nullable=False, server_default=text("0"))
     waiting: Named[list[Any] | None] = Column(JSON(none_as_null=True))
     continuation: Named[list[Any] | None] = Column(JSON(none_as_null=True))
 
@@ -209,6 +210,7 @@ class UsageColumns(TypedColumns):
     unmetered_turns: Named[int] = Column(BigInteger)
     input_tokens: Named[int] = Column(BigInteger)
     cached_input_tokens: Named[int] = Column(BigInteger)
+    cache_write_tokens: Named[int] = Column(BigInteger)
     output_tokens: Named[int] = Column(BigInteger)
     reasoning_tokens: Named[int] = Column(BigInteger)
 

@@ -18,14 +18,17 @@ class Price:
     since: date
     input: Decimal
     cached_input: Decimal
+    cache_write: Decimal
     output: Decimal
 
     def of(self, usage: Usage) -> Decimal:
-        """What this costs, exactly. Cached tokens are a part of the input, reasoning tokens of the output."""
+        """What this costs, exactly."""
         cached = min(usage.cached_input_tokens, usage.input_tokens)
+        written = min(usage.cache_write_tokens, usage.input_tokens - cached)
         return (
-            (usage.input_tokens - cached) * self.input
+            (usage.input_tokens - cached - written) * self.input
             + cached * self.cached_input
+            + written * self.cache_write
             + usage.output_tokens * self.output
         ) / _MILLION
 

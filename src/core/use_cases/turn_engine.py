@@ -321,7 +321,7 @@ class TurnEngine:
         self, turn: Turn, ending: Ending, tail: Sequence[TurnEvent]
     ) -> tuple[Ended, Sequence[TurnEvent]]:
         """Ends a turn; what the store can't take of its ending must not keep it open. Returns what was kept."""
-        broken = Ending(reason=TurnReason.INTERNAL, usage=ending.usage, all_told=ending.all_told)
+        broken = Ending(reason=TurnReason.INTERNAL)
         for attempt, kept in chain([(ending, tail), (broken, tail)], repeat((broken, ()))):
             try:
                 return await self._end(turn.id, attempt, epoch=turn.epoch, tail=kept), kept

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from entrypoints.settings import Settings
 
 _DIMENSIONS = ("user", "agent", "model", "day")
-_NUMBERS = ("turns", "input", "cached", "output", "reasoning", "cost")
+_NUMBERS = ("turns", "input", "cached", "written", "output", "reasoning", "cost")
 
 
 def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -140,6 +140,7 @@ def _sums(line: "ReportLine") -> dict[str, object]:
         "unmetered_turns": line.tally.unmetered_turns,
         "input_tokens": usage.input_tokens,
         "cached_input_tokens": usage.cached_input_tokens,
+        "cache_write_tokens": usage.cache_write_tokens,
         "output_tokens": usage.output_tokens,
         "reasoning_tokens": usage.reasoning_tokens,
         "cost": None if cost is None else f"{cost:f}",
@@ -179,6 +180,7 @@ def _cells(line: "ReportLine") -> tuple[str, ...]:
         line.tally.turns,
         usage.input_tokens,
         usage.cached_input_tokens,
+        usage.cache_write_tokens,
         usage.output_tokens,
         usage.reasoning_tokens,
     )

@@ -335,6 +335,7 @@ def report_line_of(line: admin.UsageReportLine) -> ReportLine:
     usage = Usage(
         input_tokens=line.usage.input_tokens,
         cached_input_tokens=line.usage.cached_input_tokens,
+        cache_write_tokens=line.usage.cache_write_tokens,
         output_tokens=line.usage.output_tokens,
         reasoning_tokens=line.usage.reasoning_tokens,
     )
@@ -346,6 +347,7 @@ def _to_usage(usage: Usage) -> pb.Usage:
     return pb.Usage(
         input_tokens=usage.input_tokens,
         cached_input_tokens=usage.cached_input_tokens,
+        cache_write_tokens=usage.cache_write_tokens,
         output_tokens=usage.output_tokens,
         reasoning_tokens=usage.reasoning_tokens,
     )

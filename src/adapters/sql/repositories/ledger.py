@@ -37,6 +37,7 @@ _COUNTS: list[Column[int]] = [
     _c.unmetered_turns,
     _c.input_tokens,
     _c.cached_input_tokens,
+    _c.cache_write_tokens,
     _c.output_tokens,
     _c.reasoning_tokens,
 ]

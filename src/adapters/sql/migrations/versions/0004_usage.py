@@ -27,9 +27,13 @@ def upgrade() -> None:
         sa.Column("unmetered_turns", sa.BigInteger(), nullable=False),
         sa.Column("input_tokens", sa.BigInteger(), nullable=False),
         sa.Column("cached_input_tokens", sa.BigInteger(), nullable=False),
+        sa.Column("cache_write_tokens", sa.BigInteger(), nullable=False),
         sa.Column("output_tokens", sa.BigInteger(), nullable=False),
         sa.Column("reasoning_tokens", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint("user_id", "day", "agent_id", "model", name=op.f("pk_usage")),
+    )
+    op.add_column(
+        "turns", sa.Column("cache_write_tokens", sa.BigInteger(), server_default=sa.text("0"), nullable=False)
     )
     op.create_index(
         "ix_turns_of_user", "turns", ["user_id"], sqlite_where=_HAS_NOT_ENDED, postgresql_where=_HAS_NOT_ENDED
@@ -40,7 +44,7 @@ def upgrade() -> None:
         INSERT INTO usage
         SELECT user_id, {_DAY[op.get_bind().dialect.name]}, agent_id, model, count(*),
                sum(CASE WHEN claimed_at IS NULL OR (state = 'completed' AND attempt = 1) THEN 0 ELSE 1 END),
-               sum(input_tokens), sum(cached_input_tokens), sum(output_tokens), sum(reasoning_tokens)
+               sum(input_tokens), sum(cached_input_tokens), 0, sum(output_tokens), sum(reasoning_tokens)
         FROM turns WHERE NOT ({_HAS_NOT_ENDED.text})
         GROUP BY 1, 2, 3, 4
         """  # noqa: S608 - constants
@@ -50,4 +54,5 @@ def upgrade() -> None:
 def downgrade() -> None:
     """Takes it back, with what only the ledger knows: the cost of deleted threads."""
     op.drop_index("ix_turns_of_user", "turns", sqlite_where=_HAS_NOT_ENDED, postgresql_where=_HAS_NOT_ENDED)
+    op.drop_column("turns", "cache_write_tokens")
     op.drop_table("usage")
