@@ -185,14 +185,22 @@ class ReplyWriter:
                 return work.ending(copy=finished.copy)
             if len(request.rounds) == MAX_TOOL_ROUNDS or len(seen) > MAX_TOOL_CALLS:
                 return work.ending(TurnReason.TOOL_LIMIT)
-            for call in calls:
-                log.add(call)
-            usage = partial(self._store.write, partial(_save_usage, turn, work.usage))
-            # A call is on record before it can have an effect.
-            await asyncio.gather(patiently(usage), log.flush())
+            await self._record(calls, work)
             done = ToolRound("".join(text), await self._call_tools(calls, work))
             copy = finished.copy or request.state
             request = replace(request, rounds=(*request.rounds, done), resume=None, state=copy)
+
+    async def _record(self, calls: Sequence[ToolCalled], work: "_Work") -> None:
+        """Puts on record what a round has cost, and its calls: each is there before it can have an effect."""
+        for call in calls:
+            work.log.add(call)
+        usage = partial(_save_usage, work.claimed.turn, work.usage)
+        try:
+            async with asyncio.TaskGroup() as group:  # whoever has lost the lease does not wait for the other
+                group.create_task(patiently(partial(self._store.write, usage)))
+                group.create_task(work.log.flush())
+        except ExceptionGroup as failed:
+            raise failed.exceptions[0] from failed
 
     async def _answered(self, kept: Round, work: "_Work") -> tuple[ToolExchange, ...]:
         """The exchanges of a round of an earlier attempt; calls without an answer on record are made again."""

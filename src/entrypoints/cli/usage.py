@@ -143,7 +143,7 @@ def _sums(line: "ReportLine") -> dict[str, object]:
         "cache_write_tokens": usage.cache_write_tokens,
         "output_tokens": usage.output_tokens,
         "reasoning_tokens": usage.reasoning_tokens,
-        "cost": None if cost is None else f"{cost:f}",
+        "cost": None if cost is None else f"{cost.normalize():f}",
         "unpriced_tokens": line.unpriced_tokens,
     }
 
