@@ -18,7 +18,7 @@ from core.ports.store import Store, Transaction
 from core.use_cases.accept_message import AcceptMessage
 from core.use_cases.end_turn import Ended, Ending, end_turn
 from core.use_cases.turn_engine import TurnLimits
-from doubles import CATALOG, Gate, ManualClock, ScriptedAgent, service
+from doubles import CATALOG, Gate, ManualClock, ScriptedAgent, Service, service
 from harness import until
 from records import IDS, NOW, a_thread, a_turn, request
 
@@ -96,7 +96,21 @@ async def test_an_ending_whose_line_is_held_is_tried_again_and_booked_once(
     }
 
 
-async def test_a_burst_on_two_processes_is_counted_exactly(stores: list[SqlStore]) -> None:
+def _limit(it: Service, quotas: Quotas) -> None:
+    """Gives a service quotas."""
+    it.accept = AcceptMessage(
+        store=it.store,
+        engine=it.engine,
+        catalog=CATALOG,
+        definitions=it.accept._definitions,
+        ids=IDS,
+        quotas=quotas,
+    )
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["each its own", "both the same"])
+async def test_a_burst_on_two_processes_is_counted_exactly(stores: list[SqlStore], *, shared: bool) -> None:
+    """Of different messages, and of messages that are sent to both: of those each hears the same from both."""
     gate = Gate()
     limits = TurnLimits(max_turns_per_user=50)
     agents = [ScriptedAgent(default=[gate]) for _ in stores]
@@ -104,23 +118,19 @@ async def test_a_burst_on_two_processes_is_counted_exactly(stores: list[SqlStore
         service(stores[0], agents[0], limits=limits, lease=30.0) as one,
         service(stores[1], agents[1], limits=limits, lease=30.0) as two,
     ):
-        for it in (one, two):
-            it.accept = AcceptMessage(
-                store=it.store,
-                engine=it.engine,
-                catalog=CATALOG,
-                definitions=it.accept._definitions,
-                ids=IDS,
-                quotas=Quotas(turns_per_day=9),
-            )
-        asked = [it.say(request_id=f"r{n}") for n in range(20) for it in (one, two)]
+        _limit(one, Quotas(turns_per_day=9))
+        _limit(two, Quotas(turns_per_day=9))
+        asked = [
+            it.say(request_id=f"r{number}" if shared else f"{name}{number}")
+            for number in range(20)
+            for name, it in {"one": one, "two": two}.items()
+        ]
         outcomes = await asyncio.gather(*asked, return_exceptions=True)
-        accepted = {outcome for outcome in outcomes if isinstance(outcome, str)}
-        assert len(accepted) == 9
+        assert len({outcome for outcome in outcomes if isinstance(outcome, str)}) == 9
         assert {type(outcome) for outcome in outcomes} == {str, QuotaSpent}
-        # Whoever sent a message twice has heard the same of it twice.
-        for number in range(20):
-            assert len({str(outcome) for outcome in outcomes[2 * number : 2 * number + 2]}) == 1
+        if shared:
+            for number in range(20):
+                assert len({str(outcome) for outcome in outcomes[2 * number : 2 * number + 2]}) == 1
         assert (await booked(stores[0]))["ada"].turns == 9
 
 
