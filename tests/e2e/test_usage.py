@@ -133,7 +133,7 @@ async def test_a_quota_that_is_used_up_is_refused_with_its_name_and_the_time_to_
         await at_work
 
 
-async def test_the_bound_on_turns_in_progress_says_which_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_bound_on_turns_in_flight_says_which_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VIDA_MAX_TURNS_PER_USER", "1")
     gate = Gate()
     async with served(ScriptedAgent([gate, DONE])) as client:
@@ -143,7 +143,7 @@ async def test_the_bound_on_turns_in_progress_says_which_it_is(monkeypatch: pyte
             await client.chat()
         quota = detail(error.value, error_details_pb2.QuotaFailure)
         assert quota is not None
-        assert [violation.subject for violation in quota.violations] == ["turns_in_progress"]
+        assert [violation.subject for violation in quota.violations] == ["in_progress"]
         gate.open()
         await at_work
 

@@ -131,8 +131,8 @@ class QuotaExceeded(RetryableError):
 
     reason = "QUOTA_EXCEEDED"
     message = "The user has too many turns in progress."
-    quota = "turns_in_progress"
-    """Which bound."""
+    quota = "in_progress"
+    """Which bound: here, on what is in flight."""
 
     @property
     def details(self) -> dict[str, str]:
