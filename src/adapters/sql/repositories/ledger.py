@@ -17,6 +17,7 @@ from sqlalchemy import (
     delete,
     func,
     literal,
+    literal_column,
     select,
     tuple_,
 )
@@ -53,7 +54,7 @@ _in_days = and_(_c.day >= bindparam("since", type_=_c.day.type), _c.day <= bindp
 
 
 def _sum(column: ColumnElement[int]) -> ColumnElement[int]:
-    return cast(func.coalesce(func.sum(column), 0), BigInteger)
+    return cast(func.coalesce(func.sum(column), literal_column("0", BigInteger)), BigInteger)
 
 
 def _adding(insert: Any) -> Any:
