@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from datetime import date
 from functools import partial
 
 import psycopg
@@ -74,6 +75,20 @@ async def test_endings_of_the_same_users_on_two_processes_are_all_booked(stores:
     assert not any(each.already for each in ended)
     each_users = Tally(turns=40, usage=Usage(**{name: 40 * getattr(USAGE, name) for name in USAGE.__slots__}))
     assert await booked(stores[0]) == dict.fromkeys(users, each_users)
+
+
+async def test_processes_that_end_turns_of_one_user_do_not_wait_for_each_other(
+    stores: list[SqlStore], postgres_url: str
+) -> None:
+    await stores[1].write(partial(end, await at_work(stores[1], "ada")))
+    with psycopg.connect(postgres_url) as holder:
+        assert len(holder.execute("SELECT * FROM usage FOR UPDATE").fetchall()) == 1
+        await stores[0].write(partial(end, await at_work(stores[0], "ada")))
+        holder.rollback()
+        # Connections follow each other, and so do their numbers.
+        assert len(holder.execute("SELECT DISTINCT slot FROM usage").fetchall()) == 2
+    (line,) = await stores[1].read(lambda tx: tx.ledger.of_user("ada", date.min, date.max, None, 9))
+    assert line.tally == (await booked(stores[0]))["ada"] == Tally(turns=2, usage=USAGE + USAGE)
 
 
 async def test_an_ending_whose_line_is_held_is_tried_again_and_booked_once(

@@ -792,6 +792,11 @@ class Lifecycles(RuleBasedStateMachine):
             assert tx.turns.held_by(owner) == {t.id: t.epoch for t in first if t.at_work and t.owner == owner}
         for thread_id in sorted(touched):
             self.compare_thread(tx, self.threads[thread_id])
+        if touched:
+            self.compare_ledger(tx)
+
+    def compare_ledger(self, tx: Transaction) -> None:
+        """Every turn that has ended is in it once, also where its thread is deleted."""
         open_ = Counter(turn.user for thread in self.threads.values() for turn in thread.queue)
         booked = Counter(turn.user for turn in self.turns.values()) - open_
         totals = tx.ledger.totals((Dimension.USER,), date.min, date.max)

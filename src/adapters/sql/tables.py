@@ -199,13 +199,15 @@ class UsageColumns(TypedColumns):
     """The ledger: what turns have cost, added up by user, UTC day of their end, agent version and model.
 
     `user_id` refers to nobody: an erased user's lines are added to those of the empty one. `unmetered_turns` are
-    those whose whole cost the provider never said.
+    those whose whole cost the provider never said. A line is the sum of its rows: `slot` keeps processes that end
+    turns of one user at the same time from waiting for each other.
     """
 
     user_id: Named[str] = Column(String(128))
     day: Named[date] = Column(Date)
     agent_id: Named[str] = Column(String(64))
     model: Named[str] = Column(String(255))
+    slot: Named[int]
     turns: Named[int] = Column(BigInteger)
     unmetered_turns: Named[int] = Column(BigInteger)
     input_tokens: Named[int] = Column(BigInteger)
@@ -241,7 +243,7 @@ messages = Table("messages", metadata, MessageColumns, UniqueConstraint("thread_
 attachments = Table("attachments", metadata, AttachmentColumns, PrimaryKeyConstraint("turn_id", "number"))
 turn_log = Table("turn_log", metadata, TurnLogColumns, PrimaryKeyConstraint("turn_id", "position"))
 goals = Table("goals", metadata, GoalColumns, UniqueConstraint("key"))
-usage = Table("usage", metadata, UsageColumns, PrimaryKeyConstraint("user_id", "day", "agent_id", "model"))
+usage = Table("usage", metadata, UsageColumns, PrimaryKeyConstraint("user_id", "day", "agent_id", "model", "slot"))
 leases = Table("leases", metadata, LeaseColumns)
 tombstones = Table("tombstones", metadata, TombstoneColumns)
 

@@ -32,7 +32,8 @@ from core.ports import ledger
 
 _c = t.usage.c
 _turn = t.turns.c
-_KEY: list[Column[Any]] = [_c.user_id, _c.day, _c.agent_id, _c.model]
+_LINE: list[Column[Any]] = [_c.user_id, _c.day, _c.agent_id, _c.model]
+_KEY = [*_LINE, _c.slot]
 _COUNTS: list[Column[int]] = [
     _c.turns,
     _c.unmetered_turns,
@@ -65,9 +66,11 @@ def _adding(insert: Any) -> Any:
 
 _line = select(literal(FORGOTTEN, _c.user_id.type), *_KEY[1:], *_COUNTS).where(_c.user_id == _user_id)
 _into = [column.name for column in (*_KEY, *_COUNTS)]
+# A process writes on one connection, and so into one slot of 64: a line has about as many as there are processes.
+_slot = func.pg_backend_pid(type_=Integer) % literal_column("64", Integer)
 _ENTER = {
-    "sqlite": Statement(_adding(sqlite.insert(t.usage)).inline()),
-    "postgresql": Statement(_adding(postgresql.insert(t.usage)).inline()),
+    "sqlite": Statement(_adding(sqlite.insert(t.usage).values(slot=literal_column("0", Integer))).inline()),
+    "postgresql": Statement(_adding(postgresql.insert(t.usage).values(slot=_slot)).inline()),
 }
 _FORGET = {
     "sqlite": Statement(_adding(sqlite.insert(t.usage).from_select(_into, _line.order_by(*_KEY)))),
@@ -100,7 +103,8 @@ _SPENT = Statement(
 
 @cache
 def _of_user(*, before: bool) -> Statement:
-    query = select(t.usage).where(_c.user_id == _user_id, _in_days)
+    sums = [_sum(count).label(count.name) for count in _COUNTS]
+    query = select(*_LINE, *sums).where(_c.user_id == _user_id, _in_days).group_by(*_LINE)
     place = tuple_(_c.day, _c.agent_id, _c.model)
     if before:
         names = ("before_day", _c.day), ("before_agent", _c.agent_id), ("before_model", _c.model)

@@ -23,6 +23,7 @@ def upgrade() -> None:
         sa.Column("day", sa.Date(), nullable=False),
         sa.Column("agent_id", sa.String(length=64), nullable=False),
         sa.Column("model", sa.String(length=255), nullable=False),
+        sa.Column("slot", sa.Integer(), nullable=False),
         sa.Column("turns", sa.BigInteger(), nullable=False),
         sa.Column("unmetered_turns", sa.BigInteger(), nullable=False),
         sa.Column("input_tokens", sa.BigInteger(), nullable=False),
@@ -30,7 +31,7 @@ def upgrade() -> None:
         sa.Column("cache_write_tokens", sa.BigInteger(), nullable=False),
         sa.Column("output_tokens", sa.BigInteger(), nullable=False),
         sa.Column("reasoning_tokens", sa.BigInteger(), nullable=False),
-        sa.PrimaryKeyConstraint("user_id", "day", "agent_id", "model", name=op.f("pk_usage")),
+        sa.PrimaryKeyConstraint("user_id", "day", "agent_id", "model", "slot", name=op.f("pk_usage")),
     )
     op.add_column(
         "turns", sa.Column("cache_write_tokens", sa.BigInteger(), server_default=sa.text("0"), nullable=False)
@@ -42,7 +43,7 @@ def upgrade() -> None:
     op.execute(
         f"""
         INSERT INTO usage
-        SELECT user_id, {_DAY[op.get_bind().dialect.name]}, agent_id, model, count(*),
+        SELECT user_id, {_DAY[op.get_bind().dialect.name]}, agent_id, model, 0, count(*),
                sum(CASE WHEN claimed_at IS NULL OR (state = 'completed' AND attempt = 1) THEN 0 ELSE 1 END),
                sum(input_tokens), sum(cached_input_tokens), 0, sum(output_tokens), sum(reasoning_tokens)
         FROM turns WHERE NOT ({_HAS_NOT_ENDED.text})
