@@ -10,6 +10,8 @@ from adapters.sql.engines import is_embedded
 from adapters.sql.store import SqlStore
 from adapters.system import Clock, Ids
 from core.model.agent import DEFAULT_MODEL, Catalog
+from core.model.ledger import Quotas
+from core.model.price import PriceList
 from core.ports.agent import Agent
 from core.ports.store import Store, Transaction
 from core.ports.system import Clock as ClockPort
@@ -23,7 +25,9 @@ from core.use_cases.delete_thread import DeleteThread
 from core.use_cases.follow_turn import FollowTurn
 from core.use_cases.places import Places
 from core.use_cases.read_threads import ReadThreads
+from core.use_cases.read_usage import ReadUsage
 from core.use_cases.recover_turns import RecoverTurns
+from core.use_cases.report_usage import ReportUsage
 from core.use_cases.turn_engine import TurnEngine, TurnLimits
 from core.use_cases.turn_feed import TurnFeeds
 from entrypoints.settings import Provider, Settings, SettingsError
@@ -37,6 +41,7 @@ if TYPE_CHECKING:
     from entrypoints.grpc_api.services.admin import AdminService
     from entrypoints.grpc_api.services.agents import AgentService
     from entrypoints.grpc_api.services.threads import ThreadService
+    from entrypoints.grpc_api.services.users import UserService
 
 
 def _catalog(settings: Settings) -> Catalog:
@@ -98,6 +103,19 @@ def _tools(settings: Settings, store: Store, ids: IdsPort) -> Tools:
         raise SettingsError([f"tools: {fault}" for fault in error.faults]) from error
 
 
+def _quotas(settings: Settings) -> Quotas:
+    return Quotas(turns_per_day=settings.quota_turns, tokens_per_day=settings.quota_tokens)
+
+
+def _prices(settings: Settings) -> PriceList:
+    from adapters.prices.loader import PricesError, load_prices
+
+    try:
+        return load_prices(settings.prices)
+    except PricesError as error:
+        raise SettingsError([f"VIDA_PRICES: {fault}" for fault in error.faults]) from error
+
+
 def _limits(settings: Settings) -> TurnLimits:
     return TurnLimits(
         max_turns=settings.max_turns,
@@ -155,10 +173,16 @@ def _thread_service(threads: ReadThreads, delete: DeleteThread) -> "ThreadServic
     return ThreadService(threads, delete)
 
 
-def _admin_service(cleanup: CleanUpThreads, settings: Settings) -> "AdminService":
+def _user_service(usage: ReadUsage) -> "UserService":
+    from entrypoints.grpc_api.services.users import UserService
+
+    return UserService(usage)
+
+
+def _admin_service(cleanup: CleanUpThreads, usage: ReportUsage, settings: Settings) -> "AdminService":
     from entrypoints.grpc_api.services.admin import AdminService
 
-    return AdminService(cleanup, settings.openai_thread_ttl)
+    return AdminService(cleanup, usage, settings.openai_thread_ttl)
 
 
 def _access(settings: Settings) -> "Access":
@@ -171,6 +195,7 @@ def _server(
     settings: Settings,
     agents: "AgentService",
     threads: "ThreadService",
+    users: "UserService",
     ids: IdsPort,
     access: "Access",
     admin: "AdminService | None" = None,
@@ -183,6 +208,7 @@ def _server(
     return Server(
         agents=agents,
         threads=threads,
+        users=users,
         ids=ids,
         bounds=Bounds(
             request_bytes=settings.max_request_bytes,
@@ -213,6 +239,8 @@ class Container(containers.DeclarativeContainer):
     agent = providers.Singleton(_agent, settings, client.provider)
     watch = providers.Singleton(_watch, settings, client, catalog, clock)
     tools = providers.Singleton(_tools, settings, store, ids)
+    quotas = providers.Singleton(_quotas, settings)
+    prices = providers.Singleton(_prices, settings)
     feeds = providers.Singleton(TurnFeeds)
     definitions = providers.Singleton(Definitions, catalog)
     engine = providers.Singleton(
@@ -228,18 +256,27 @@ class Container(containers.DeclarativeContainer):
     )
     recover = providers.Singleton(_recover, settings, store, engine, feeds, ids)
     accept = providers.Singleton(
-        AcceptMessage, store=store, engine=engine, catalog=catalog, definitions=definitions, ids=ids
+        AcceptMessage,
+        store=store,
+        engine=engine,
+        catalog=catalog,
+        definitions=definitions,
+        ids=ids,
+        quotas=quotas,
     )
     follow = providers.Singleton(FollowTurn, store, feeds)
     cancel = providers.Singleton(CancelTurn, store=store, engine=engine, ids=ids)
     delete = providers.Singleton(DeleteThread, store=store, engine=engine)
     threads = providers.Singleton(ReadThreads, store)
     cleanup = providers.Singleton(CleanUpThreads, store)
+    usage = providers.Singleton(ReadUsage, store, quotas)
+    report_usage = providers.Singleton(ReportUsage, store, prices)
     agent_service = providers.Singleton(_agent_service, settings, accept, follow, cancel, threads, catalog, agent)
     thread_service = providers.Singleton(_thread_service, threads, delete)
-    admin_service = providers.Singleton(_admin_service, cleanup, settings)
+    user_service = providers.Singleton(_user_service, usage)
+    admin_service = providers.Singleton(_admin_service, cleanup, report_usage, settings)
     access = providers.Singleton(_access, settings)
-    server = providers.Factory(_server, settings, agent_service, thread_service, ids, access=access)
+    server = providers.Factory(_server, settings, agent_service, thread_service, user_service, ids, access=access)
 
 
 @asynccontextmanager
@@ -277,9 +314,10 @@ async def running(settings: Settings, *, watching: bool = False) -> AsyncIterato
 
 
 def _checked(container: Container) -> Catalog:
-    """The catalog, if it and the tools that it names are whole. Raises SettingsError with the faults of both."""
+    """The catalog, if it, the tools that it names and the prices are whole. Raises SettingsError with the faults
+    of all."""
     faults: list[str] = []
-    for part in (container.catalog, container.tools):
+    for part in (container.catalog, container.tools, container.prices):
         try:
             part()
         except SettingsError as error:

@@ -125,6 +125,11 @@ class Settings(BaseSettings):
         ge=1,
         le=86_400,
     )
+    quota_turns: int | None = _setting("VIDA_QUOTA_TURNS_PER_DAY", "turns of a user in a UTC day", None, ge=1)
+    quota_tokens: int | None = _setting(
+        "VIDA_QUOTA_TOKENS_PER_DAY", "tokens of a user in a UTC day, read and written", None, ge=1
+    )
+    prices: Path | None = _setting("VIDA_PRICES", "a file with prices of models, instead of ours", None)
     reflection: bool | None = _setting("VIDA_REFLECTION", "server reflection; unset: on loopback only", None)
     tls_cert: Path | None = _setting("VIDA_TLS_CERT", "file: the service's certificate and its chain, PEM", None)
     tls_key: Path | None = _setting("VIDA_TLS_KEY", "file: the certificate's private key, PEM", None)
@@ -206,6 +211,13 @@ class Settings(BaseSettings):
         if not given <= ALGORITHMS:
             raise ValueError(f"must be some of {', '.join(sorted(ALGORITHMS))}")
         return given
+
+    @field_validator("prices")
+    @classmethod
+    def _check_prices(cls, file: Path | None) -> Path | None:
+        if file is not None and not file.is_file():
+            raise ValueError("must be a file")
+        return file
 
     @property
     def provider(self) -> Provider:

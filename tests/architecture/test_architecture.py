@@ -79,8 +79,12 @@ def subclasses(of: type[CoreError]) -> Iterator[type[CoreError]]:
 def test_every_error_has_a_status_a_reason_and_a_message() -> None:
     kinds = [kind for kind in subclasses(CoreError) if "reason" in vars(kind)]
     assert set(kinds) == set(STATUS)
-    # The one is never raised; the other looks to callers as what it is a kind of.
-    others = {core.model.errors.RetryableError, core.model.errors.StoreBusy}
+    # The first is never raised; the others look to callers as what they are a kind of.
+    others = {
+        core.model.errors.RetryableError,
+        core.model.errors.StoreBusy,
+        core.model.errors.QuotaSpent,
+    }
     assert set(subclasses(CoreError)) - set(kinds) == others
     assert len({kind.reason for kind in kinds}) == len(kinds)
     for kind in kinds:

@@ -18,17 +18,22 @@ from google.protobuf import field_mask_pb2
 
 from adapters.memory.store import MemoryStore
 from adapters.system import Clock
+from core.model.ledger import UNLIMITED
 from core.use_cases.places import Places
+from core.use_cases.read_usage import ReadUsage
 from doubles import CATALOG, Service, service
 from entrypoints.grpc_api.call import Call
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import agent_service_pb2 as agents_api
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import resources_pb2 as pb
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import thread_service_pb2 as threads_api
+from entrypoints.grpc_api.gen.vidacoach.agents.v1 import user_service_pb2 as users_api
 from entrypoints.grpc_api.services.agents import AgentService, Streams
 from entrypoints.grpc_api.services.threads import ThreadService
+from entrypoints.grpc_api.services.users import UserService
 
 AGENTS = agents_api.DESCRIPTOR.services_by_name["AgentService"]
 THREADS = threads_api.DESCRIPTOR.services_by_name["ThreadService"]
+USERS = users_api.DESCRIPTOR.services_by_name["UserService"]
 TEXT = [pb.ContentPart(text="Hello")]
 
 
@@ -78,7 +83,11 @@ class Api:
             agent=core.agent,
             streams=Streams(Places(10, 10), seconds=20),
         )
-        faces = {AGENTS: Face(loop, agents), THREADS: Face(loop, ThreadService(core.threads, core.delete))}
+        faces = {
+            AGENTS: Face(loop, agents),
+            THREADS: Face(loop, ThreadService(core.threads, core.delete)),
+            USERS: Face(loop, UserService(ReadUsage(core.store, UNLIMITED))),
+        }
         self._server = grpc_testing.server_from_dictionary(faces, grpc_testing.strict_real_time())
 
     def ask(self, service_descriptor: Any, name: str, request: Any) -> Any:
@@ -123,10 +132,11 @@ def test_every_unary_rpc_answers_with_its_message(api: Api) -> None:
             update_mask=field_mask_pb2.FieldMask(paths=["title"]),
         ),
         (THREADS, "DeleteThread"): threads_api.DeleteThreadRequest(**thread),
+        (USERS, "GetUsage"): users_api.GetUsageRequest(user_id="ada"),
     }
     unary = {
         (descriptor, method.name)
-        for descriptor in (AGENTS, THREADS)
+        for descriptor in (AGENTS, THREADS, USERS)
         for method in descriptor.methods
         if not method.server_streaming
     }
@@ -136,3 +146,4 @@ def test_every_unary_rpc_answers_with_its_message(api: Api) -> None:
     assert answers["CancelTurn"].turn == sent.turn  # it has ended: returned as it is
     assert answers["UpdateThread"].thread.title == "Mine"
     assert [each.id for each in answers["ListThreads"].threads] == [sent.turn.thread_id]
+    assert [day.turns for day in answers["GetUsage"].days] == [2]

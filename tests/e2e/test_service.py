@@ -320,7 +320,8 @@ async def test_a_page_of_messages_fits_a_default_client() -> None:
 async def test_health_and_agents() -> None:
     async with served(ScriptedAgent()) as client:
         health = health_pb2_grpc.HealthStub(client.channel)
-        for name in ("", "vidacoach.agents.v1.AgentService", "vidacoach.agents.v1.ThreadService"):
+        names = [f"vidacoach.agents.v1.{name}Service" for name in ("Agent", "Thread", "User")]
+        for name in ("", *names):
             answer = await health.Check(health_pb2.HealthCheckRequest(service=name))
             assert answer.status == health_pb2.HealthCheckResponse.SERVING
         agents = (await client.agents.ListAgents(api.ListAgentsRequest())).agents

@@ -239,7 +239,7 @@ def usage(given: int, made: int) -> Json:
     """The tokens of a response."""
     return {
         "input_tokens": given,
-        "input_tokens_details": {"cached_tokens": given // 2, "cache_write_tokens": 0},
+        "input_tokens_details": {"cached_tokens": given // 2, "cache_write_tokens": given // 4},
         "output_tokens": made,
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": given + made,

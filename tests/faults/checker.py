@@ -94,6 +94,16 @@ class Tables:
         stored = self.turns(turn_ids)
         return [turn_id for turn_id in turn_ids if stored[turn_id].turn["state"] not in _STATES.values()]
 
+    def unbooked(self) -> list[dict[str, Any]]:
+        """Users of whose ended turns the ledger tells otherwise, in a database in which no thread was deleted."""
+        states = ", ".join(f"'{state}'" for state in _STATES.values())
+        return self.rows(
+            "SELECT user_id, agent_id, model, count(*) AS n, sum(input_tokens) AS i, sum(output_tokens) AS o"
+            f" FROM turns WHERE state IN ({states}) GROUP BY user_id, agent_id, model"
+            " EXCEPT SELECT user_id, agent_id, model, sum(turns), sum(input_tokens), sum(output_tokens)"
+            " FROM usage GROUP BY user_id, agent_id, model"
+        )
+
     def picture(self, turn_ids: Collection[str]) -> str:
         """Everything that the tables hold of turns and their threads, to be compared."""
         stored = self.turns(turn_ids)
@@ -152,6 +162,9 @@ async def judge(
     by_request = Counter(row["request_id"] for row in mine)
     for told in tolds:
         verdict.hold(by_request[told.request_id] == 1, "duplicates", told, f"{by_request[told.request_id]} turns")
+    verdict.hold(
+        not (off := await asyncio.to_thread(tables.unbooked)), "wrong endings", None, f"the ledger: {off}"
+    )
     await asyncio.gather(
         *(
             _judge_suffixes(verdict, addresses[number % len(addresses)], told, chance)

@@ -7,6 +7,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from adapters.sql.errors import SchemaTooNewError
 from adapters.sql.schema import SchemaState, drift, migrate, schema_state
 from adapters.sql.store import SqlStore
 from adapters.sql.tables import metadata
-from core.model.turn import TurnState
+from core.model.ledger import LedgerKey, LedgerLine, Tally
+from core.model.turn import TurnState, Usage
 from core.ports.store import Transaction
 from doubles import ManualClock
 from own_postgres import Postgres
@@ -226,6 +228,39 @@ def test_a_database_of_the_second_version_gets_a_place_for_attachments(empty_url
     assert drift(empty_url) == []
     step(empty_url, "-0002")
     assert any("attachments" in change for change in drift(empty_url))
+
+
+async def test_a_database_of_the_third_version_gets_a_ledger_of_its_turns(empty_url: str) -> None:
+    step(empty_url, "0003")
+    rows = [row for row in OLD_ROWS if row[0] not in ("turns", "messages")]
+    turn = next(row for table, row in OLD_ROWS if table == "turns")
+    late = {**turn, "claimed_at": TIME, "finished_at": "2026-01-02 23:59:59.900000"}
+    turns = [
+        {**late, "id": "1", "input_tokens": 3, "output_tokens": 5, "state": "completed"},
+        {**late, "id": "2", "input_tokens": 30, "cached_input_tokens": 7, "attempt": 2, "state": "completed"},
+        {**late, "id": "3", "reasoning_tokens": 9, "state": "cancelled"},
+        {**turn, "id": "4", "model": "", "state": "cancelled"},
+        {**late, "id": "5", "input_tokens": 100, "state": "running"},
+    ]
+    for table, row in [*rows, *(("turns", row) for row in turns)]:
+        values = ", ".join("TRUE" if v is True else "FALSE" if v is False else repr(v) for v in row.values())
+        execute(empty_url, f"INSERT INTO {table} ({', '.join(row)}) VALUES ({values})")
+    assert migrate(empty_url) is SchemaState.OUTDATED
+    assert drift(empty_url) == []
+    usage = Usage(input_tokens=33, cached_input_tokens=7, output_tokens=5, reasoning_tokens=9)
+    store = SqlStore(empty_url, ManualClock())
+    lines = await store.read(lambda tx: tx.ledger.of_user("ada", date.min, date.max, None, 9))
+    assert list(lines) == [
+        LedgerLine(
+            LedgerKey("ada", date(2026, 1, 2), "career-v1", "m"), Tally(turns=3, unmetered_turns=2, usage=usage)
+        ),
+        LedgerLine(LedgerKey("ada", date(2026, 1, 1), "career-v1", ""), Tally(turns=1)),
+    ]
+    await store.aclose()
+    step(empty_url, "-0003")
+    assert any("usage" in change for change in drift(empty_url))
+    assert migrate(empty_url) is SchemaState.OUTDATED
+    assert drift(empty_url) == []
 
 
 @pytest.mark.parametrize(

@@ -157,6 +157,7 @@ async def test_usage_is_counted(provider: FakeProvider, thread: ThreadOfTest) ->
     assert finished.copy is not None
     assert finished.shortfall is None
     assert finished.usage.input_tokens > finished.usage.cached_input_tokens > 0
+    assert finished.usage.cached_input_tokens > finished.usage.cache_write_tokens > 0
     assert finished.usage.output_tokens > 0
 
 

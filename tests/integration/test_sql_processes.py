@@ -6,7 +6,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, closing, contextmanager
 from dataclasses import replace
-from datetime import timedelta
+from datetime import date, timedelta
 from typing import Any
 
 import psycopg
@@ -360,6 +360,7 @@ QUERIES: dict[str, tuple[Callable[[Transaction], object], set[str]]] = {
         {"ix_turns_waiting", "ix_turns_thread", "ix_turns_held", "uq_turns_one_at_work"},
     ),
     "unfinished": (lambda tx: tx.turns.unfinished("x"), {"ix_turns_thread"}),
+    "spent": (lambda tx: tx.ledger.spent("x", date(2026, 1, 1)), {"ix_turns_of_user"}),
 }
 
 

@@ -18,8 +18,9 @@ from core.model.events import (
     TurnStarted,
     extent,
 )
+from core.model.ledger import Tally
 from core.model.message import Message, Role
-from core.model.turn import Turn, TurnReason, TurnState
+from core.model.turn import Turn, TurnReason, TurnState, Usage
 from core.use_cases.accept_message import MAX_WAITING
 from core.use_cases.claim_turn import MAX_ATTEMPTS
 from simulation.database import View, ViolationError, WatchedTables, seconds
@@ -140,6 +141,27 @@ class Judge:
         for thread_id in tables.before(tables.threads):
             gone = thread_id in tables.tombstones
             self.demand(not gone or thread_id not in tables.threads, f"{thread_id} is back")
+
+        self._booked(tables)
+
+    def _booked(self, tables: WatchedTables) -> None:
+        """A turn is in the ledger once: from the change on in which it ends, or is deleted before its end."""
+        booked, expected = Tally(), Tally()
+        for turn_id, old in tables.before(tables.turns).items():
+            new = tables.turns.get(turn_id)
+            if old is not None and not old.state.is_terminal and (new is None or new.state.is_terminal):
+                expected += Tally(turns=1, usage=(new or old).usage)
+        for key, before in tables.before(tables.ledger).items():
+            now, then = tables.ledger[key], before or Tally()
+            booked += Tally(
+                turns=now.turns - then.turns,
+                usage=Usage(
+                    input_tokens=now.usage.input_tokens - then.usage.input_tokens,
+                    output_tokens=now.usage.output_tokens - then.usage.output_tokens,
+                ),
+            )
+        if booked != expected:
+            self.fail(f"the ledger tells of {booked}, not of {expected}")
 
     def _accepted(self, view: View, new: Turn, tables: WatchedTables) -> None:
         others = self._unfinished(new, tables)

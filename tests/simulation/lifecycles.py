@@ -4,7 +4,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import date, datetime, timedelta
 from functools import partial
 from typing import Any, ClassVar, TypeVar
 
@@ -34,6 +34,7 @@ from core.model.events import (
     TurnStarted,
     extent,
 )
+from core.model.ledger import Dimension
 from core.model.message import Role, TextPart
 from core.model.thread import ThreadState
 from core.model.turn import BusyPolicy, Continuation, Turn, TurnReason, TurnState, Usage
@@ -791,6 +792,17 @@ class Lifecycles(RuleBasedStateMachine):
             assert tx.turns.held_by(owner) == {t.id: t.epoch for t in first if t.at_work and t.owner == owner}
         for thread_id in sorted(touched):
             self.compare_thread(tx, self.threads[thread_id])
+        if touched:
+            self.compare_ledger(tx)
+
+    def compare_ledger(self, tx: Transaction) -> None:
+        """Every turn that has ended is in it once, also where its thread is deleted."""
+        open_ = Counter(turn.user for thread in self.threads.values() for turn in thread.queue)
+        booked = Counter(turn.user for turn in self.turns.values()) - open_
+        totals = tx.ledger.totals((Dimension.USER,), date.min, date.max)
+        assert {group[0]: tally.turns for group, tally in totals} == booked
+        for user in USERS:
+            assert tx.ledger.spent(user, date.min).turns == open_[user]
 
     def compare_thread(self, tx: Transaction, thread: AThread) -> None:
         """Compares a thread."""

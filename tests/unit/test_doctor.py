@@ -77,6 +77,7 @@ def test_with_nothing_set_all_is_well_and_nothing_is_made(examine: Any, tmp_path
     assert report.status("settings") == "ok"
     assert report.status("agents") == "ok"
     assert "set_goal" in report.of("tools")["detail"]
+    assert "USD, of gpt-6-luna" in report.of("prices")["detail"]
     assert report.status("database") == "info"
     assert "needs nothing" in report.of("provider")["detail"]
     assert list(tmp_path.iterdir()) == []
@@ -115,6 +116,9 @@ def test_faults_of_agents_and_tools_are_told(
     report = examine()
     assert report.status("agents") == "fail"
     assert report.status("database") == "info"
+    (tmp_path / "prices.toml").write_text('currency = "euro"')
+    monkeypatch.setenv("VIDA_PRICES", str(tmp_path / "prices.toml"))
+    assert examine().status("prices") == "fail"
 
 
 def test_a_current_database_that_nobody_uses_is_well_and_left_alone(examine: Any, file: Path) -> None:

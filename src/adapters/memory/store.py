@@ -12,7 +12,7 @@ from collections.abc import (
 )
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timedelta
+from datetime import date, datetime, timedelta
 from itertools import islice
 from typing import TypeVar
 
@@ -21,10 +21,11 @@ from core.model.attachment import data_of, with_data, without_data
 from core.model.events import AttemptRestarted, LogEntry, TurnEvent, TurnFinished, extent, merged, place
 from core.model.events import after as events_after
 from core.model.goal import Goal
+from core.model.ledger import FORGOTTEN, Dimension, LedgerKey, LedgerLine, Tally
 from core.model.message import ContentPart, Message, Role, readable
 from core.model.thread import ProviderState, Thread, ThreadState, Tombstone
-from core.model.turn import Continuation, Turn, TurnState
-from core.ports import agents, goals, store, threads, turns
+from core.model.turn import Continuation, Turn, TurnState, Usage
+from core.ports import agents, goals, ledger, store, threads, turns
 from core.ports.agents import AgentVersionChanged
 from core.ports.store import Conflict
 from core.ports.system import Clock
@@ -68,6 +69,7 @@ class Tables:
     requests: dict[tuple[str, str, str], tuple[str, str]] = field(default_factory=dict)
     logs: dict[str, tuple[LogEntry, ...]] = field(default_factory=dict)
     goals: dict[str, Goal] = field(default_factory=dict)
+    ledger: dict[LedgerKey, Tally] = field(default_factory=dict)
     undo: list[Callable[[], object]] = field(default_factory=list)
 
     def put(self, table: MutableMapping[K, V], key: K, value: V) -> None:
@@ -96,6 +98,9 @@ class Users(_Repository, threads.Users):
     def ensure(self, user_id: str, now: datetime) -> None:
         if user_id not in self._tables.users:
             self._tables.put(self._tables.users, user_id, now)
+
+    def lock(self, user_id: str) -> None:
+        """There is one writer."""
 
 
 class AgentVersions(_Repository, agents.AgentVersions):
@@ -409,6 +414,11 @@ class Turns(_Repository, turns.Turns):
         turn = replace(self._tables.turns[turn_id], continuation=continuation)
         self._tables.put(self._tables.turns, turn_id, turn)
 
+    def save_usage(self, turn_id: str, epoch: int, usage: Usage) -> None:
+        turn = self._tables.turns.get(turn_id)
+        if turn is not None and turn.epoch == epoch and turn.state is TurnState.RUNNING:
+            self._tables.put(self._tables.turns, turn_id, replace(turn, usage=usage))
+
     def save_ending(self, turn: Turn) -> str | None:
         self._tables.put(self._tables.turns, turn.id, turn)
         if self._tables.claims[turn.id].waiting is not None:
@@ -476,6 +486,59 @@ class Goals(_Repository, goals.Goals):
         return sorted(found, key=lambda goal: (goal.created_at, goal.id), reverse=True)[:limit]
 
 
+class Ledger(_Repository, ledger.Ledger):
+    """What turns have cost."""
+
+    def enter(self, line: LedgerLine) -> None:
+        before = self._tables.ledger.get(line.key, Tally())
+        self._tables.put(self._tables.ledger, line.key, before + line.tally)
+
+    def spent(self, user_id: str, day: date) -> Tally:
+        booked = sum((line.tally for line in self._lines(day, day, user_id)), Tally())
+        open_ = (self._tables.turns[turn_id] for turn_id in self._tables.claims)
+        return sum((Tally(turns=1, usage=turn.usage) for turn in open_ if turn.user_id == user_id), booked)
+
+    def of_user(
+        self, user_id: str, since: date, until: date, before: LedgerKey | None, limit: int
+    ) -> Sequence[LedgerLine]:
+        found = [line for line in self._lines(since, until, user_id) if before is None or line.key < before]
+        return sorted(found, key=lambda line: line.key, reverse=True)[:limit]
+
+    def totals(
+        self, by: Sequence[Dimension], since: date, until: date, *, user_id: str = "", agent_id: str = ""
+    ) -> Sequence[tuple[tuple[str, ...], Tally]]:
+        sums: dict[tuple[str, ...], Tally] = {}
+        for line in self._lines(since, until, user_id):
+            if agent_id in ("", line.key.agent_id):
+                group = tuple(_value(line.key, dimension) for dimension in by)
+                sums[group] = sums.get(group, Tally()) + line.tally
+        return list(sums.items())
+
+    def forget(self, user_id: str) -> None:
+        for line in self._lines(date.min, date.max, user_id):
+            self._tables.drop(self._tables.ledger, line.key)
+            self.enter(replace(line, key=replace(line.key, user_id=FORGOTTEN)))
+
+    def _lines(self, since: date, until: date, user_id: str) -> Sequence[LedgerLine]:
+        return [
+            LedgerLine(key, tally)
+            for key, tally in self._tables.ledger.items()
+            if since <= key.day <= until and user_id in ("", key.user_id)
+        ]
+
+
+def _value(key: LedgerKey, dimension: Dimension) -> str:
+    match dimension:
+        case Dimension.USER:
+            return key.user_id
+        case Dimension.AGENT:
+            return key.agent_id
+        case Dimension.MODEL:
+            return key.model
+        case Dimension.DAY:
+            return key.day.isoformat()
+
+
 class MemoryTransaction(store.Transaction):
     """All repositories on the same tables. It keeps nothing of its own: one is enough for all transactions."""
 
@@ -488,6 +551,7 @@ class MemoryTransaction(store.Transaction):
         self._turns = Turns(tables, clock)
         self._log = TurnLog(tables)
         self._goals = Goals(tables)
+        self._ledger = Ledger(tables)
         self._leases = Leases(tables, clock)
 
     @property
@@ -517,6 +581,10 @@ class MemoryTransaction(store.Transaction):
     @property
     def goals(self) -> Goals:
         return self._goals
+
+    @property
+    def ledger(self) -> Ledger:
+        return self._ledger
 
     @property
     def leases(self) -> Leases:

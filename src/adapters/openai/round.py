@@ -13,7 +13,7 @@ from core.model.turn import TurnReason, Usage
 MAX_TEXT = 1_000_000
 """Code points of text in one round."""
 MAX_CALLS = 128
-MAX_TOKENS = 2**53
+MAX_TOKENS = 2**40
 """Tokens that a provider may count in one round: more is no count, and no database holds it."""
 
 _SHORTFALLS = {
@@ -245,6 +245,7 @@ def _usage(usage: object) -> Usage:
     return Usage(
         input_tokens=count(facts, "input_tokens"),
         cached_input_tokens=count(facts.get("input_tokens_details"), "cached_tokens"),
+        cache_write_tokens=count(facts.get("input_tokens_details"), "cache_write_tokens"),
         output_tokens=count(facts, "output_tokens"),
         reasoning_tokens=count(facts.get("output_tokens_details"), "reasoning_tokens"),
     )

@@ -20,6 +20,7 @@ from core.model.events import (
     TurnStarted,
 )
 from core.model.goal import Goal
+from core.model.ledger import LedgerKey, LedgerLine, Tally
 from core.model.message import ContentPart, Message, RefusalPart, Role, TextPart, ToolExchange
 from core.model.thread import ProviderState, Thread, ThreadState, Tombstone
 from core.model.turn import Continuation, Turn, TurnReason, TurnState, Usage
@@ -125,12 +126,7 @@ def turn_of(row: AnyRow) -> Turn:
         attempt=row.attempt,
         epoch=row.epoch,
         last_position=row.last_position,
-        usage=Usage(
-            input_tokens=row.input_tokens,
-            cached_input_tokens=row.cached_input_tokens,
-            output_tokens=row.output_tokens,
-            reasoning_tokens=row.reasoning_tokens,
-        ),
+        usage=_usage_of(row),
         reason=TurnReason(reason) if (reason := row.reason) is not None else None,
         model=row.model,
         provider=row.provider,
@@ -178,12 +174,53 @@ def ending_values(turn: Turn) -> Values:
         "state": turn.state.value,
         "epoch": turn.epoch,
         "last_position": turn.last_position,
-        "input_tokens": turn.usage.input_tokens,
-        "cached_input_tokens": turn.usage.cached_input_tokens,
-        "output_tokens": turn.usage.output_tokens,
-        "reasoning_tokens": turn.usage.reasoning_tokens,
+        **usage_values(turn.usage),
         "reason": turn.reason.value if turn.reason else None,
         "finished_at": turn.finished_at,
+    }
+
+
+def _usage_of(row: AnyRow) -> Usage:
+    return Usage(
+        input_tokens=row.input_tokens,
+        cached_input_tokens=row.cached_input_tokens,
+        cache_write_tokens=row.cache_write_tokens,
+        output_tokens=row.output_tokens,
+        reasoning_tokens=row.reasoning_tokens,
+    )
+
+
+def usage_values(usage: Usage) -> Values:
+    """Writes tokens, of a turn or of a line in the ledger."""
+    return {
+        "input_tokens": usage.input_tokens,
+        "cached_input_tokens": usage.cached_input_tokens,
+        "cache_write_tokens": usage.cache_write_tokens,
+        "output_tokens": usage.output_tokens,
+        "reasoning_tokens": usage.reasoning_tokens,
+    }
+
+
+def tally_of(row: AnyRow) -> Tally:
+    """Reads the sums in a row of `usage`, or of several."""
+    return Tally(turns=row.turns, unmetered_turns=row.unmetered_turns, usage=_usage_of(row))
+
+
+def ledger_line_of(row: AnyRow) -> LedgerLine:
+    """Reads a row of `usage`."""
+    return LedgerLine(LedgerKey(row.user_id, row.day, row.agent_id, row.model), tally_of(row))
+
+
+def ledger_values(line: LedgerLine) -> Values:
+    """Writes a row of `usage`."""
+    return {
+        "user_id": line.key.user_id,
+        "day": line.key.day,
+        "agent_id": line.key.agent_id,
+        "model": line.key.model,
+        "turns": line.tally.turns,
+        "unmetered_turns": line.tally.unmetered_turns,
+        **usage_values(line.tally.usage),
     }
 
 

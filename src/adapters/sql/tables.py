@@ -143,6 +143,7 @@ class TurnColumns(TypedColumns):
     claimed_at: Named[datetime | None] = Column(UtcDateTime)
     finished_at: Named[datetime | None] = Column(UtcDateTime)
     place: Named[int] = Column(Integer, nullable=False, server_default=text("0"))
+    cache_write_tokens: Named[int] = Column(BigInteger, nullable=False, server_default=text("0"))
     waiting: Named[list[Any] | None] = Column(JSON(none_as_null=True))
     continuation: Named[list[Any] | None] = Column(JSON(none_as_null=True))
 
@@ -194,6 +195,28 @@ class GoalColumns(TypedColumns):
     created_at: Named[datetime] = Column(UtcDateTime, nullable=False)
 
 
+class UsageColumns(TypedColumns):
+    """The ledger: what turns have cost, added up by user, UTC day of their end, agent version and model.
+
+    `user_id` refers to nobody: an erased user's lines are added to those of the empty one. `unmetered_turns` are
+    those whose whole cost the provider never said. A line is the sum of its rows: `slot` keeps processes that end
+    turns of one user at the same time from waiting for each other.
+    """
+
+    user_id: Named[str] = Column(String(128))
+    day: Named[date] = Column(Date)
+    agent_id: Named[str] = Column(String(64))
+    model: Named[str] = Column(String(255))
+    slot: Named[int]
+    turns: Named[int] = Column(BigInteger)
+    unmetered_turns: Named[int] = Column(BigInteger)
+    input_tokens: Named[int] = Column(BigInteger)
+    cached_input_tokens: Named[int] = Column(BigInteger)
+    cache_write_tokens: Named[int] = Column(BigInteger)
+    output_tokens: Named[int] = Column(BigInteger)
+    reasoning_tokens: Named[int] = Column(BigInteger)
+
+
 _AT_WORK = ("running", "waiting_for_client")
 
 
@@ -220,11 +243,13 @@ messages = Table("messages", metadata, MessageColumns, UniqueConstraint("thread_
 attachments = Table("attachments", metadata, AttachmentColumns, PrimaryKeyConstraint("turn_id", "number"))
 turn_log = Table("turn_log", metadata, TurnLogColumns, PrimaryKeyConstraint("turn_id", "position"))
 goals = Table("goals", metadata, GoalColumns, UniqueConstraint("key"))
+usage = Table("usage", metadata, UsageColumns, PrimaryKeyConstraint("user_id", "day", "agent_id", "model", "slot"))
 leases = Table("leases", metadata, LeaseColumns)
 tombstones = Table("tombstones", metadata, TombstoneColumns)
 
 _IS_AT_WORK = text("state IN ('running', 'waiting_for_client')")
 _IS_ACCEPTED = text("state = 'accepted'")
+_HAS_NOT_ENDED = text("state IN ('accepted', 'running', 'waiting_for_client')")
 _HAS_REQUEST_ID = text("request_id IS NOT NULL")
 _IS_QUESTION_OR_REPLY = text("role IN ('user', 'assistant')")
 
@@ -256,6 +281,7 @@ Index(
 )
 Index("ix_turns_held", turns.c.owner, sqlite_where=_IS_AT_WORK, postgresql_where=_IS_AT_WORK)
 Index("ix_turns_waiting", turns.c.accepted_at, sqlite_where=_IS_ACCEPTED, postgresql_where=_IS_ACCEPTED)
+Index("ix_turns_of_user", turns.c.user_id, sqlite_where=_HAS_NOT_ENDED, postgresql_where=_HAS_NOT_ENDED)
 Index(
     "uq_messages_question_and_reply",
     messages.c.turn_id,

@@ -19,6 +19,7 @@ class SqlTransaction(store.Transaction):
         self._turns = r.Turns(session)
         self._log = r.TurnLog(session)
         self._goals = r.Goals(session)
+        self._ledger = r.Ledger(session)
         self._leases = r.Leases(session)
 
     @property
@@ -48,6 +49,10 @@ class SqlTransaction(store.Transaction):
     @property
     def goals(self) -> r.Goals:
         return self._goals
+
+    @property
+    def ledger(self) -> r.Ledger:
+        return self._ledger
 
     @property
     def leases(self) -> r.Leases:

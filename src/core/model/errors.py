@@ -11,6 +11,7 @@ CoreError
 ├── PositionAhead           a cursor beyond the log
 ├── QueueFull               too many messages wait in the thread
 ├── QuotaExceeded           the user's own bound
+│   └── QuotaSpent          … for the day
 ├── Overloaded, Draining    this process takes no more
 ├── ProviderUnavailable     the provider has failed too often just now
 ├── IdentityUnavailable     there is nothing to check credentials with just now
@@ -147,6 +148,28 @@ class QuotaExceeded(RetryableError):
 
     reason = "QUOTA_EXCEEDED"
     message = "The user has too many turns in progress."
+    quota = "in_progress"
+    """Which bound: here, on what is in flight."""
+
+    @property
+    def details(self) -> dict[str, str]:
+        return {"quota": self.quota}
+
+
+class QuotaSpent(QuotaExceeded):
+    """The user has used up a quota of the day, which ends in `retry_after` seconds."""
+
+    message = "The user has used up a quota of the day."
+
+    def __init__(self, quota: str, limit: int, retry_after: float) -> None:
+        super().__init__()
+        self.quota = quota
+        self.limit = limit
+        self.retry_after = retry_after
+
+    @property
+    def details(self) -> dict[str, str]:
+        return {"quota": self.quota, "limit": str(self.limit)}
 
 
 class Overloaded(RetryableError):

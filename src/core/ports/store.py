@@ -13,6 +13,7 @@ from typing import Protocol, TypeVar
 
 from core.ports.agents import AgentVersions
 from core.ports.goals import Goals
+from core.ports.ledger import Ledger
 from core.ports.threads import Messages, Threads, Users
 from core.ports.turns import Leases, TurnLog, Turns
 
@@ -57,6 +58,10 @@ class Transaction(Protocol):
     @property
     @abstractmethod
     def goals(self) -> Goals: ...
+
+    @property
+    @abstractmethod
+    def ledger(self) -> Ledger: ...
 
     @property
     @abstractmethod

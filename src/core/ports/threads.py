@@ -58,6 +58,11 @@ class Users(Protocol):
     """Users, known by the calling product's own reference."""
 
     @abstractmethod
+    def lock(self, user_id: str) -> None:
+        """Has everybody else who locks this user, if there is such a one, wait until the transaction ends. Behind
+        a thread's lock, where both are taken."""
+
+    @abstractmethod
     def ensure(self, user_id: str, now: datetime) -> None:
         """Adds a user unless known."""
 

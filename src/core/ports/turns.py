@@ -7,7 +7,7 @@ from typing import Protocol
 
 from core.model.events import LogEntry, TurnEvent
 from core.model.message import ContentPart
-from core.model.turn import Continuation, Turn
+from core.model.turn import Continuation, Turn, Usage
 from core.ports.threads import NewMessage
 
 
@@ -139,6 +139,10 @@ class Turns(Protocol):
     @abstractmethod
     def save_continuation(self, turn_id: str, continuation: Continuation) -> None:
         """Stores what another process could go on with, for a locked turn."""
+
+    @abstractmethod
+    def save_usage(self, turn_id: str, epoch: int, usage: Usage) -> None:
+        """Stores what a turn has cost so far, if it is RUNNING in this epoch; else nothing."""
 
     @abstractmethod
     def save_ending(self, turn: Turn) -> str | None:

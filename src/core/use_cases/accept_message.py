@@ -24,6 +24,7 @@ from core.model.errors import (
     TurnInProgress,
 )
 from core.model.events import TurnStarted, place
+from core.model.ledger import UNLIMITED, Quotas
 from core.model.message import ContentPart, RefusalPart, Role, TextPart, checked_user_content
 from core.model.thread import Thread, ThreadState, check_metadata
 from core.model.turn import BusyPolicy, Turn, TurnReason, TurnState, Usage
@@ -36,6 +37,7 @@ from core.use_cases.claim_turn import ClaimedTurn
 from core.use_cases.definitions import Definitions
 from core.use_cases.detached import Detached
 from core.use_cases.end_turn import Ended, Ending, end_turn
+from core.use_cases.quota import spent_quota
 from core.use_cases.turn_engine import TurnEngine
 
 MAX_REQUEST_ID = 128
@@ -121,13 +123,21 @@ class AcceptMessage:
     """Accepts messages and sets their turns running in this process."""
 
     def __init__(
-        self, *, store: Store, engine: TurnEngine, catalog: Catalog, definitions: Definitions, ids: Ids
+        self,
+        *,
+        store: Store,
+        engine: TurnEngine,
+        catalog: Catalog,
+        definitions: Definitions,
+        ids: Ids,
+        quotas: Quotas = UNLIMITED,
     ) -> None:
         self._store = store
         self._engine = engine
         self._catalog = catalog
         self._definitions = definitions
         self._ids = ids
+        self._quotas = quotas
         self._detached: Detached[Accepted] = Detached()
 
     async def __call__(self, message: IncomingMessage) -> Accepted:
@@ -182,11 +192,16 @@ class AcceptMessage:
             if refusal is not None:
                 raise refusal
             now = tx.about_now()
+            tx.users.ensure(message.user_id, now)
+            if earlier := self._within_quotas(tx, request, now):
+                return _Recorded(turn=earlier, attached=True)
             thread, definition = self._begin(tx, message, now)
             return self._start(tx, message, request, turn_id, thread, definition, now)
         thread, definition = self._existing(tx, message)
         now = tx.now()  # within the thread's lock: later turns of a thread are never older
         unfinished = tx.turns.unfinished(thread.id)
+        if earlier := self._within_quotas(tx, request, now):
+            return _Recorded(turn=earlier, attached=True)
         if unfinished:
             if earlier := self._earlier(tx, request):
                 return _Recorded(turn=earlier, attached=True)  # another process was faster with the same message
@@ -208,6 +223,16 @@ class AcceptMessage:
             raise refusal
         recorded = self._start(tx, message, request, turn_id, thread, definition, now)
         return replace(recorded, interrupted=interrupted)
+
+    def _within_quotas(self, tx: Transaction, request: RequestKey, now: datetime) -> Turn | None:
+        """Raises QuotaSpent where a quota of the user is. A repeat of what another process has accepted meanwhile
+        attaches: returns its turn."""
+        spent = spent_quota(tx, self._quotas, request.user_id, now)
+        if spent is None:
+            return None
+        if earlier := self._earlier(tx, request):
+            return earlier
+        raise spent
 
     def _earlier(self, tx: Transaction, request: RequestKey) -> Turn | None:
         if not request.request_id:
@@ -310,7 +335,6 @@ class AcceptMessage:
             created_at=now,
             message_count=1,
         )
-        tx.users.ensure(message.user_id, now)
         tx.threads.add(thread)
         return thread, definition
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from core.model.errors import ThreadNotFound
+from core.model.ledger import line_of
 from core.model.turn import Turn
 from core.ports.store import Store, Transaction
 from core.use_cases.detached import Detached
@@ -34,5 +35,8 @@ def _delete(user_id: str, thread_id: str, tx: Transaction) -> Sequence[Turn]:
         raise ThreadNotFound
     # Locked, so that no process adds to their logs in between.
     at_work = [turn for each in tx.turns.unfinished(thread_id) if (turn := tx.turns.lock(each.id))]
-    tx.threads.delete(thread_id, tx.now())
+    now = tx.now()
+    tx.threads.delete(thread_id, now)
+    for turn in at_work:
+        tx.ledger.enter(line_of(turn, now, all_told=False))
     return at_work

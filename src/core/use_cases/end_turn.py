@@ -1,10 +1,11 @@
 """One ending for all: completion, failure, cancellation and recovery are one change, run by whoever asks."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from core.model.errors import LeaseLost, TurnNotFound
 from core.model.events import TurnEvent, TurnFinished, extent, merged, reply_of
+from core.model.ledger import line_of
 from core.model.message import Message, ReplyPart, Role, TextPart
 from core.model.thread import ProviderState
 from core.model.turn import Turn, TurnReason, TurnState, Usage
@@ -19,11 +20,14 @@ class Ending:
 
     `reason` None means that the provider said the reply is complete. `cancelled` ends it CANCELLED whatever
     text there is. `copy` is the provider's copy of the transcript, this reply included, if it has one.
+    `usage` is what the turn has cost, None: what is on record; `all_told` says that the provider has said all of
+    it.
     """
 
     reason: TurnReason | None = None
     cancelled: bool = False
-    usage: Usage = field(default_factory=Usage)
+    usage: Usage | None = None
+    all_told: bool = False
     copy: ProviderState | None = None
 
 
@@ -49,7 +53,7 @@ def end_turn(
     epoch: int | None = None,
     tail: Sequence[TurnEvent] = (),
 ) -> Ended:
-    """Ends a turn: the last events, the reply, the terminal state and the folded log in one change.
+    """Ends a turn: the last events, the reply, the terminal state, the folded log and the ledger in one change.
 
     Terminal states are never left: a turn that has ended is returned as it is. `tail` are events of the owner
     that are not yet in the log; `epoch` is the owner's. Raises LeaseLost where that epoch is over, and
@@ -72,7 +76,7 @@ def end_turn(
         reason=reason,
         epoch=turn.epoch + 1,
         last_position=turn.last_position + sum(map(extent, tail)) + 1,
-        usage=ending.usage,
+        usage=turn.usage if ending.usage is None else ending.usage,
         finished_at=now,
     )
     lines = [
@@ -103,6 +107,7 @@ def end_turn(
     tx.log.fold(turn_id, merged([*events, TurnFinished(ended, message)]))
     if ending.copy and message and state is TurnState.COMPLETED:
         tx.threads.save_provider_state(turn.thread_id, replace(ending.copy, synced_to=message.index))
+    tx.ledger.enter(line_of(ended, now, all_told=ending.all_told))  # last: others may want the same line
     return Ended(ended, message, already=False, next_id=next_id)
 
 

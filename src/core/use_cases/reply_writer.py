@@ -92,11 +92,11 @@ class ReplyWriter:
                         _log.info("turn %s: %s", claimed.turn.id, failure.reason)
                         work.resume = None
                         if not await self._begins_again(work, failure.reason):
-                            return Ending(reason=failure.reason, usage=work.usage)
+                            return work.ending(failure.reason)
         except TimeoutError:
             if not budget.expired():
                 raise
-            return Ending(reason=TurnReason.BUDGET_EXCEEDED, usage=work.usage)
+            return work.ending(TurnReason.BUDGET_EXCEEDED)
 
     async def _begins_again(self, work: "_Work", reason: TurnReason) -> bool:
         """Begins another attempt where text was cut off, or where a round can't be resumed.
@@ -147,6 +147,7 @@ class ReplyWriter:
             text: list[str] = [request.resume.text] if request.resume else []
             calls: list[ToolCalled] = []
             finished: RoundFinished | None = None
+            work.asked += 1
             async with aclosing(self._agent.reply(request)) as events:
                 async for event in events:
                     match event:
@@ -156,7 +157,7 @@ class ReplyWriter:
                             if len(event.text) > room:
                                 if room:
                                     log.add(replace(event, text=event.text[:room]))
-                                return Ending(reason=TurnReason.OUTPUT_LIMIT, usage=work.usage)
+                                return work.ending(TurnReason.OUTPUT_LIMIT)
                             if event.text:
                                 written += len(event.text)
                                 text.append(event.text)
@@ -177,19 +178,29 @@ class ReplyWriter:
                             finished = event
             if finished is None:
                 raise AgentFailed(TurnReason.PROVIDER_TRUNCATED)
-            work.usage += finished.usage
+            work.account(finished.usage)
             if finished.shortfall is not None:
-                return Ending(reason=finished.shortfall, usage=work.usage)
+                return work.ending(finished.shortfall)
             if not calls:
-                return Ending(usage=work.usage, copy=finished.copy)
+                return work.ending(copy=finished.copy)
             if len(request.rounds) == MAX_TOOL_ROUNDS or len(seen) > MAX_TOOL_CALLS:
-                return Ending(reason=TurnReason.TOOL_LIMIT, usage=work.usage)
-            for call in calls:
-                log.add(call)
-            await log.flush()  # a call is on record before it can have an effect
+                return work.ending(TurnReason.TOOL_LIMIT)
+            await self._record(calls, work)
             done = ToolRound("".join(text), await self._call_tools(calls, work))
             copy = finished.copy or request.state
             request = replace(request, rounds=(*request.rounds, done), resume=None, state=copy)
+
+    async def _record(self, calls: Sequence[ToolCalled], work: "_Work") -> None:
+        """Puts on record what a round has cost, and its calls: each is there before it can have an effect."""
+        for call in calls:
+            work.log.add(call)
+        usage = partial(_save_usage, work.claimed.turn, work.usage)
+        try:
+            async with asyncio.TaskGroup() as group:  # whoever has lost the lease does not wait for the other
+                group.create_task(patiently(partial(self._store.write, usage)))
+                group.create_task(work.log.flush())
+        except ExceptionGroup as failed:
+            raise failed.exceptions[0] from failed
 
     async def _answered(self, kept: Round, work: "_Work") -> tuple[ToolExchange, ...]:
         """The exchanges of a round of an earlier attempt; calls without an answer on record are made again."""
@@ -255,13 +266,24 @@ class _Work:
     def __init__(self, claimed: ClaimedTurn, log: OpenLog, provider: str) -> None:
         self.claimed = claimed
         self.log = log
-        self.usage = Usage()
+        self.usage = claimed.turn.usage
+        self.asked = self._accounted = 0
         self.deadline = math.inf
         self.attempt = claimed.turn.attempt
         self.kept = claimed.rounds
         self.resume = claimed.resume
         self.handle = claimed.resume.handle if claimed.resume else None
         self.state = claimed.state if claimed.state and claimed.state.provider == provider else None
+
+    def account(self, usage: Usage) -> None:
+        """Notes what a round has cost."""
+        self.usage += usage
+        self._accounted += 1
+
+    def ending(self, reason: TurnReason | None = None, copy: ProviderState | None = None) -> Ending:
+        """How the turn is to end. What a round has cost that was cut off, here or earlier, is not known."""
+        all_told = self.asked == self._accounted and self.claimed.turn.attempt == 1
+        return Ending(reason=reason, usage=self.usage, all_told=all_told, copy=copy)
 
     def begin_again(self, kept: tuple[Round, ...]) -> None:
         """The provider's copy may hold anything of the attempt before."""
@@ -275,6 +297,10 @@ class _Work:
 def _save_continuation(turn: Turn, continuation: Continuation, tx: Transaction) -> None:
     require_claim(tx, turn.id, turn.epoch)
     tx.turns.save_continuation(turn.id, continuation)
+
+
+def _save_usage(turn: Turn, usage: Usage, tx: Transaction) -> None:
+    tx.turns.save_usage(turn.id, turn.epoch, usage)
 
 
 def _save_state(turn: Turn, state: ProviderState, tx: Transaction) -> None:

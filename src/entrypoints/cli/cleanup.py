@@ -4,19 +4,19 @@ import argparse
 import asyncio
 import json
 import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from entrypoints.cli.failure import TRY_LATER, USAGE, Failure, explained
+from entrypoints.cli.record import on_record
 
 if TYPE_CHECKING:
+    import grpc
+
     from core.use_cases.clean_up_threads import Cleanup, CleanupReport
     from entrypoints.settings import Settings
 
-_START_WAIT = 10.0
-"""Seconds to wait for an owner that holds the database but does not answer yet."""
+_ROLE = "cleanup"
 
 Progress = Callable[[int, int], None]
 
@@ -107,30 +107,21 @@ def _as_json(report: "CleanupReport") -> dict[str, object]:
 
 
 def _clean_up(settings: "Settings", cleanup: "Cleanup", progress: Progress) -> "CleanupReport":
-    from adapters.sql.engines import database_file, is_embedded
-    from adapters.sql.schema import migrate, require_current
     from core.model.errors import CleanupRunning
-    from entrypoints.ownership import DatabaseOwnedError, Ownership
+    from entrypoints.ownership import DatabaseOwnedError
 
-    if not is_embedded(settings.database):
-        require_current(settings.database)
-        return asyncio.run(_run_here(settings, cleanup, progress))
-    database = database_file(settings.database)
-    deadline = time.monotonic() + _START_WAIT
-    while True:
-        try:
-            with Ownership(database, "cleanup"):
-                migrate(settings.database)
-                return asyncio.run(_run_here(settings, cleanup, progress))
-        except DatabaseOwnedError as owned:
-            if owned.role == "cleanup":
-                raise CleanupRunning from owned
-            report = _ask_owner(database, cleanup, progress)
-            if report is not None:
-                return report
-            if time.monotonic() >= deadline:
-                raise
-            time.sleep(0.1)  # the owner is starting or leaving
+    try:
+        return on_record(
+            settings,
+            _ROLE,
+            lambda: asyncio.run(_run_here(settings, cleanup, progress)),
+            lambda channel: _ask_owner(channel, cleanup, progress),
+            alone=True,
+        )
+    except DatabaseOwnedError as owned:
+        if owned.role == _ROLE:
+            raise CleanupRunning from owned
+        raise
 
 
 async def _run_here(settings: "Settings", cleanup: "Cleanup", progress: Progress) -> "CleanupReport":
@@ -143,20 +134,18 @@ async def _run_here(settings: "Settings", cleanup: "Cleanup", progress: Progress
         return await container.cleanup()(cleanup, tell)
 
 
-def _ask_owner(database: Path, cleanup: "Cleanup", progress: Progress) -> "CleanupReport | None":
-    """Has the owner run it. None if the owner does not listen."""
+def _ask_owner(channel: "grpc.Channel", cleanup: "Cleanup", progress: Progress) -> "CleanupReport":
+    """Has the owner of the database run it."""
     from datetime import datetime
 
     import grpc
 
-    from core.model.errors import CleanupRunning, StoreUnavailable
+    from core.model.errors import CleanupRunning
     from core.use_cases.clean_up_threads import CleanupReport
-    from entrypoints.client import ServiceError
     from entrypoints.grpc_api.gen.vidacoach.admin.v1 import admin_service_pb2 as api
     from entrypoints.grpc_api.gen.vidacoach.admin.v1.admin_service_pb2_grpc import AdminServiceStub
     from entrypoints.grpc_api.gen.vidacoach.agents.v1 import resources_pb2 as pb
     from entrypoints.grpc_api.mapping import DOMAINS
-    from entrypoints.ownership import socket_path
 
     request = api.CleanupRequest(
         ttl_days=cleanup.ttl_days,
@@ -164,26 +153,21 @@ def _ask_owner(database: Path, cleanup: "Cleanup", progress: Progress) -> "Clean
         dry_run=cleanup.dry_run,
         domain=DOMAINS[cleanup.domain] if cleanup.domain else pb.DOMAIN_UNSPECIFIED,
     )
-    with grpc.insecure_channel(f"unix:{socket_path(database)}") as channel:
-        try:
-            for response in AdminServiceStub(channel).Cleanup(request):
-                if response.HasField("report"):
-                    report = response.report
-                    return CleanupReport(
-                        cutoff=datetime.fromisoformat(report.cutoff),
-                        dry_run=report.dry_run,
-                        expired=report.expired,
-                        deleted=report.deleted,
-                        batches=report.batches,
-                        seconds=report.seconds,
-                    )
-                progress(response.progress.expired, response.progress.batches)
-        except grpc.RpcError as error:
-            code = error.code()
-            if code is grpc.StatusCode.ABORTED:
-                raise CleanupRunning from error
-            if ServiceError.of(error).reason == StoreUnavailable.reason:
-                raise StoreUnavailable from error
-            if code is not grpc.StatusCode.UNAVAILABLE:
-                raise Failure(f"the owner of the database could not clean up: {code.name}") from error
-    return None
+    try:
+        for response in AdminServiceStub(channel).Cleanup(request):
+            if response.HasField("report"):
+                report = response.report
+                return CleanupReport(
+                    cutoff=datetime.fromisoformat(report.cutoff),
+                    dry_run=report.dry_run,
+                    expired=report.expired,
+                    deleted=report.deleted,
+                    batches=report.batches,
+                    seconds=report.seconds,
+                )
+            progress(response.progress.expired, response.progress.batches)
+    except grpc.RpcError as error:
+        if error.code() is grpc.StatusCode.ABORTED:
+            raise CleanupRunning from error
+        raise
+    raise AssertionError("a cleanup ends with its report")

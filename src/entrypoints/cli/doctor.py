@@ -55,9 +55,8 @@ def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
         "doctor",
         help="check the set-up and say what to do",
         description="Checks the settings, certificates and the keys of tokens, the agents and their tools, the "
-        "database and its schema, and the provider: whether it takes the key, has the models and until when, and "
-        "can do what OPENAI_STATE needs. "
-        "Changes nothing, costs nothing and shows no secret.",
+        "prices, the database and its schema, and the provider: whether it takes the key, has the models and "
+        "until when, and can do what OPENAI_STATE needs. Changes nothing, costs nothing and shows no secret.",
         epilog="exit codes: 0 nothing fails, 1 something does, 2 usage",
     )
     parser.add_argument(
@@ -96,6 +95,7 @@ def examined() -> Iterator[Check]:
     parts: list[tuple[str, _Examine]] = [
         ("identity", _identity),
         ("agents", _agents),
+        ("prices", _prices),
         ("database", _database),
         ("provider", _provider),
     ]
@@ -207,6 +207,19 @@ def _agents(settings: "Settings") -> Iterator[Check]:
         yield Check("tools", Status.FAIL, f"agent {agent_id}: there is no tool {name!r}", advice)
     if not missing:
         yield Check("tools", Status.OK, ", ".join(sorted(names)) or "none")
+
+
+def _prices(settings: "Settings") -> Iterator[Check]:
+    from adapters.prices.loader import PricesError, load_prices
+
+    try:
+        prices = load_prices(settings.prices)
+    except PricesError as error:
+        for fault in error.faults:
+            yield Check("prices", Status.FAIL, fault, "Correct the file of VIDA_PRICES.")
+        return
+    models = ", ".join(sorted({price.model for price in prices.prices}))
+    yield Check("prices", Status.OK, f"{prices.currency}, of {models or 'nothing'}")
 
 
 def _database(settings: "Settings") -> Iterator[Check]:

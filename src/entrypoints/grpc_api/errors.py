@@ -53,6 +53,9 @@ async def refuse(context: Context, error: errors.CoreError) -> NoReturn:
     if isinstance(error, errors.InvalidField):
         violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.problem)
         details.append(_packed(error_details_pb2.BadRequest(field_violations=[violation])))
+    if isinstance(error, errors.QuotaExceeded):
+        spent = error_details_pb2.QuotaFailure.Violation(subject=error.quota, description=error.message)
+        details.append(_packed(error_details_pb2.QuotaFailure(violations=[spent])))
     if isinstance(error, errors.RetryableError):
         retry = error_details_pb2.RetryInfo()
         retry.retry_delay.FromMilliseconds(round(error.retry_after * 1_000))

@@ -1,7 +1,9 @@
 """Domain to protobuf and back: pure functions."""
 
+import re
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import date, datetime
+from decimal import Decimal
 from typing import Any, assert_never
 
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -10,14 +12,19 @@ from core.model import events as ev
 from core.model.agent import AgentDefinition, Domain
 from core.model.attachment import Detail, FilePart, ImagePart, Source, Unread
 from core.model.errors import InvalidField
+from core.model.ledger import Dimension, LedgerLine, QuotaStanding, Tally
 from core.model.message import ContentPart, Message, RefusalPart, Role, TextPart
 from core.model.thread import Thread, ThreadState
-from core.model.turn import BusyPolicy, Turn, TurnState
+from core.model.turn import BusyPolicy, Turn, TurnState, Usage
 from core.use_cases.accept_message import IncomingMessage
+from core.use_cases.report_usage import ReportLine, ReportQuery
+from entrypoints.grpc_api.gen.vidacoach.admin.v1 import admin_service_pb2 as admin
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import agent_service_pb2 as api
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import resources_pb2 as pb
+from entrypoints.grpc_api.gen.vidacoach.agents.v1 import user_service_pb2 as users
 
 _MAX_ID = 64
+_DAY = re.compile("[0-9]{4}-[0-9]{2}-[0-9]{2}")
 
 DOMAINS = {
     Domain.CAREER: pb.DOMAIN_CAREER,
@@ -82,6 +89,18 @@ def id_of(value: str, field: str) -> str:
     if "\0" in value:
         raise InvalidField(field, "must not contain U+0000")
     return value
+
+
+def day_of(value: str, field: str) -> date | None:
+    """None if empty. Raises InvalidField for what is no day."""
+    if not value:
+        return None
+    if not _DAY.fullmatch(value):
+        raise InvalidField(field, "must be YYYY-MM-DD")
+    try:
+        return date.fromisoformat(value)
+    except ValueError as error:
+        raise InvalidField(field, "is no day") from error
 
 
 def incoming_message(request: api.ChatRequest | api.SendMessageRequest, caller: str) -> IncomingMessage:
@@ -215,12 +234,7 @@ def to_turn(turn: Turn) -> pb.Turn:
         state=TURN_STATES[turn.state],
         attempt=turn.attempt,
         last_position=turn.last_position,
-        usage=pb.Usage(
-            input_tokens=turn.usage.input_tokens,
-            cached_input_tokens=turn.usage.cached_input_tokens,
-            output_tokens=turn.usage.output_tokens,
-            reasoning_tokens=turn.usage.reasoning_tokens,
-        ),
+        usage=_to_usage(turn.usage),
         error=pb.TurnError(reason=turn.reason.value, message=turn.reason.message, retryable=turn.reason.retryable)
         if turn.reason
         else None,
@@ -254,6 +268,90 @@ def to_event(entry: ev.LogEntry) -> pb.TurnEvent:
             return pb.TurnEvent(position=position, finished=finished)
         case event:
             assert_never(event)
+
+
+def to_daily_usage(line: LedgerLine) -> users.DailyUsage:
+    """Writes a line of the ledger."""
+    return users.DailyUsage(
+        day=line.key.day.isoformat(),
+        agent_id=line.key.agent_id,
+        model=line.key.model,
+        turns=line.tally.turns,
+        unmetered_turns=line.tally.unmetered_turns,
+        usage=_to_usage(line.tally.usage),
+    )
+
+
+def to_quota(quota: QuotaStanding, resets_at: datetime) -> users.Quota:
+    """Writes how a user stands to a quota."""
+    return users.Quota(
+        name=quota.name,
+        limit=quota.limit,
+        used=quota.used,
+        remaining=quota.remaining,
+        resets_at=_time(resets_at),
+    )
+
+
+def report_query(request: admin.ReportUsageRequest) -> ReportQuery:
+    """Reads what is to be added up. Raises InvalidField."""
+    try:
+        by = tuple(map(Dimension, request.by))
+    except ValueError as error:
+        raise InvalidField("by", "must be user, agent, model or day") from error
+    return ReportQuery(
+        by=by,
+        user_id=request.user_id,
+        agent_id=request.agent_id,
+        since=day_of(request.since_day, "since_day"),
+        until=day_of(request.until_day, "until_day"),
+    )
+
+
+def to_report_request(query: ReportQuery) -> admin.ReportUsageRequest:
+    """Writes what is to be added up."""
+    return admin.ReportUsageRequest(
+        by=[dimension.value for dimension in query.by],
+        user_id=query.user_id,
+        agent_id=query.agent_id,
+        since_day=query.since.isoformat() if query.since else "",
+        until_day=query.until.isoformat() if query.until else "",
+    )
+
+
+def to_report_line(line: ReportLine) -> admin.UsageReportLine:
+    """Writes a line of the operators' report."""
+    return admin.UsageReportLine(
+        group=line.group,
+        turns=line.tally.turns,
+        unmetered_turns=line.tally.unmetered_turns,
+        usage=_to_usage(line.tally.usage),
+        cost=f"{line.cost:f}",
+        unpriced_tokens=line.unpriced_tokens,
+    )
+
+
+def report_line_of(line: admin.UsageReportLine) -> ReportLine:
+    """Reads a line of the operators' report."""
+    usage = Usage(
+        input_tokens=line.usage.input_tokens,
+        cached_input_tokens=line.usage.cached_input_tokens,
+        cache_write_tokens=line.usage.cache_write_tokens,
+        output_tokens=line.usage.output_tokens,
+        reasoning_tokens=line.usage.reasoning_tokens,
+    )
+    tally = Tally(turns=line.turns, unmetered_turns=line.unmetered_turns, usage=usage)
+    return ReportLine(tuple(line.group), tally, Decimal(line.cost), line.unpriced_tokens)
+
+
+def _to_usage(usage: Usage) -> pb.Usage:
+    return pb.Usage(
+        input_tokens=usage.input_tokens,
+        cached_input_tokens=usage.cached_input_tokens,
+        cache_write_tokens=usage.cache_write_tokens,
+        output_tokens=usage.output_tokens,
+        reasoning_tokens=usage.reasoning_tokens,
+    )
 
 
 def _time(moment: datetime) -> Timestamp:

@@ -7,7 +7,7 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
 from entrypoints.grpc_api.gen.vidacoach.admin.v1 import admin_service_pb2
-from entrypoints.grpc_api.gen.vidacoach.agents.v1 import agent_service_pb2, thread_service_pb2
+from entrypoints.grpc_api.gen.vidacoach.agents.v1 import agent_service_pb2, thread_service_pb2, user_service_pb2
 
 
 class Need(Enum):
@@ -22,7 +22,7 @@ class Need(Enum):
     """Who it is, and that it may administer."""
 
 
-_API: tuple[Any, ...] = (agent_service_pb2, thread_service_pb2)
+_API: tuple[Any, ...] = (agent_service_pb2, thread_service_pb2, user_service_pb2)
 _WITHOUT_USER = frozenset({"AgentService/ListAgents"})
 _ALIKE = "AgentService/ListAgents"
 """Whoever may see the agents may see the API's description."""

@@ -31,6 +31,10 @@ from core.ports import threads
 from core.ports.threads import ExpiredBatch, ThreadKey
 
 _ENSURE = insert_if_new(t.users)
+# Not FOR UPDATE: that would collide with whoever only adds a thread that refers to the user.
+_LOCK_USER = Statement(
+    select(t.users.c.id).where(t.users.c.id == bindparam("of_user")).with_for_update(key_share=True)
+)
 
 
 class Users(Repository, threads.Users):
@@ -38,6 +42,10 @@ class Users(Repository, threads.Users):
 
     def ensure(self, user_id: str, now: datetime) -> None:
         self._session.run(_ENSURE[self._session.dialect.name], {"id": user_id, "created_at": now})
+
+    def lock(self, user_id: str) -> None:
+        if self._session.is_server:  # else: whoever writes has the whole database
+            self._session.run(_LOCK_USER, {"of_user": user_id})
 
 
 _c = t.threads.c

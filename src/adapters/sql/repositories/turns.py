@@ -4,7 +4,7 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
-from sqlalchemy import Integer, and_, bindparam, exists, func, insert, literal_column, select, update
+from sqlalchemy import Integer, String, and_, bindparam, exists, func, insert, literal_column, select, update
 
 from adapters.sql import mapping as m
 from adapters.sql import tables as t
@@ -15,7 +15,7 @@ from adapters.sql.statement import Statement
 from adapters.sql.tables import UtcDateTime, accepted, at_work, unfinished
 from core.model.attachment import is_unread, with_data
 from core.model.message import ContentPart
-from core.model.turn import Continuation, Turn, TurnState
+from core.model.turn import Continuation, Turn, TurnState, Usage
 from core.ports import turns
 from core.ports.store import UNCLAIMED
 from core.ports.threads import NewMessage
@@ -89,6 +89,9 @@ _next = (
     .scalar_subquery()
 )
 _SAVE = Statement(_save)
+_SAVE_USAGE = Statement(
+    _save.where(_c.epoch == bindparam("of_epoch"), _c.state == literal_column("'running'", String))
+)
 _END = Statement(_save.returning(_next.label("next_id")))
 
 
@@ -181,6 +184,9 @@ class Turns(Repository, turns.Turns):
 
     def save_continuation(self, turn_id: str, continuation: Continuation) -> None:
         self._session.run(_SAVE, {"of_turn": turn_id, "continuation": m.continuation_values(continuation)})
+
+    def save_usage(self, turn_id: str, epoch: int, usage: Usage) -> None:
+        self._session.run(_SAVE_USAGE, {"of_turn": turn_id, "of_epoch": epoch, **m.usage_values(usage)})
 
     def save_ending(self, turn: Turn) -> str | None:
         self._session.changed.add(turn.id)

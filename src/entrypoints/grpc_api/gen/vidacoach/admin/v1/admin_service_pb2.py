@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import resources_pb2 as vidacoach_dot_agents_dot_v1_dot_resources__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&vidacoach/admin/v1/admin_service.proto\x12\x12vidacoach.admin.v1\x1a#vidacoach/agents/v1/resources.proto\"\x86\x01\n\x0e\x43leanupRequest\x12\x15\n\x08ttl_days\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x12\n\nbatch_size\x18\x02 \x01(\x05\x12\x0f\n\x07\x64ry_run\x18\x03 \x01(\x08\x12+\n\x06\x64omain\x18\x04 \x01(\x0e\x32\x1b.vidacoach.agents.v1.DomainB\x0b\n\t_ttl_days\"\x87\x01\n\x0f\x43leanupResponse\x12\x37\n\x08progress\x18\x01 \x01(\x0b\x32#.vidacoach.admin.v1.CleanupProgressH\x00\x12\x33\n\x06report\x18\x02 \x01(\x0b\x32!.vidacoach.admin.v1.CleanupReportH\x00\x42\x06\n\x04step\"3\n\x0f\x43leanupProgress\x12\x0f\n\x07\x65xpired\x18\x01 \x01(\x03\x12\x0f\n\x07\x62\x61tches\x18\x02 \x01(\x03\"t\n\rCleanupReport\x12\x0e\n\x06\x63utoff\x18\x01 \x01(\t\x12\x0f\n\x07\x64ry_run\x18\x02 \x01(\x08\x12\x0f\n\x07\x65xpired\x18\x03 \x01(\x03\x12\x0f\n\x07\x64\x65leted\x18\x04 \x01(\x03\x12\x0f\n\x07\x62\x61tches\x18\x05 \x01(\x03\x12\x0f\n\x07seconds\x18\x06 \x01(\x01\x32\x64\n\x0c\x41\x64minService\x12T\n\x07\x43leanup\x12\".vidacoach.admin.v1.CleanupRequest\x1a#.vidacoach.admin.v1.CleanupResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&vidacoach/admin/v1/admin_service.proto\x12\x12vidacoach.admin.v1\x1a#vidacoach/agents/v1/resources.proto\"\x86\x01\n\x0e\x43leanupRequest\x12\x15\n\x08ttl_days\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x12\n\nbatch_size\x18\x02 \x01(\x05\x12\x0f\n\x07\x64ry_run\x18\x03 \x01(\x08\x12+\n\x06\x64omain\x18\x04 \x01(\x0e\x32\x1b.vidacoach.agents.v1.DomainB\x0b\n\t_ttl_days\"\x87\x01\n\x0f\x43leanupResponse\x12\x37\n\x08progress\x18\x01 \x01(\x0b\x32#.vidacoach.admin.v1.CleanupProgressH\x00\x12\x33\n\x06report\x18\x02 \x01(\x0b\x32!.vidacoach.admin.v1.CleanupReportH\x00\x42\x06\n\x04step\"3\n\x0f\x43leanupProgress\x12\x0f\n\x07\x65xpired\x18\x01 \x01(\x03\x12\x0f\n\x07\x62\x61tches\x18\x02 \x01(\x03\"t\n\rCleanupReport\x12\x0e\n\x06\x63utoff\x18\x01 \x01(\t\x12\x0f\n\x07\x64ry_run\x18\x02 \x01(\x08\x12\x0f\n\x07\x65xpired\x18\x03 \x01(\x03\x12\x0f\n\x07\x64\x65leted\x18\x04 \x01(\x03\x12\x0f\n\x07\x62\x61tches\x18\x05 \x01(\x03\x12\x0f\n\x07seconds\x18\x06 \x01(\x01\"i\n\x12ReportUsageRequest\x12\n\n\x02\x62y\x18\x01 \x03(\t\x12\x0f\n\x07user_id\x18\x02 \x01(\t\x12\x10\n\x08\x61gent_id\x18\x03 \x01(\t\x12\x11\n\tsince_day\x18\x04 \x01(\t\x12\x11\n\tuntil_day\x18\x05 \x01(\t\"\x81\x01\n\x13ReportUsageResponse\x12\x11\n\tsince_day\x18\x01 \x01(\t\x12\x11\n\tuntil_day\x18\x02 \x01(\t\x12\x10\n\x08\x63urrency\x18\x03 \x01(\t\x12\x32\n\x05lines\x18\x04 \x03(\x0b\x32#.vidacoach.admin.v1.UsageReportLine\"\x9a\x01\n\x0fUsageReportLine\x12\r\n\x05group\x18\x01 \x03(\t\x12\r\n\x05turns\x18\x02 \x01(\x03\x12\x17\n\x0funmetered_turns\x18\x03 \x01(\x03\x12)\n\x05usage\x18\x04 \x01(\x0b\x32\x1a.vidacoach.agents.v1.Usage\x12\x0c\n\x04\x63ost\x18\x05 \x01(\t\x12\x17\n\x0funpriced_tokens\x18\x06 \x01(\x03\x32\xc6\x01\n\x0c\x41\x64minService\x12T\n\x07\x43leanup\x12\".vidacoach.admin.v1.CleanupRequest\x1a#.vidacoach.admin.v1.CleanupResponse0\x01\x12`\n\x0bReportUsage\x12&.vidacoach.admin.v1.ReportUsageRequest\x1a\'.vidacoach.admin.v1.ReportUsageResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,6 +40,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CLEANUPPROGRESS']._serialized_end=425
   _globals['_CLEANUPREPORT']._serialized_start=427
   _globals['_CLEANUPREPORT']._serialized_end=543
-  _globals['_ADMINSERVICE']._serialized_start=545
-  _globals['_ADMINSERVICE']._serialized_end=645
+  _globals['_REPORTUSAGEREQUEST']._serialized_start=545
+  _globals['_REPORTUSAGEREQUEST']._serialized_end=650
+  _globals['_REPORTUSAGERESPONSE']._serialized_start=653
+  _globals['_REPORTUSAGERESPONSE']._serialized_end=782
+  _globals['_USAGEREPORTLINE']._serialized_start=785
+  _globals['_USAGEREPORTLINE']._serialized_end=939
+  _globals['_ADMINSERVICE']._serialized_start=942
+  _globals['_ADMINSERVICE']._serialized_end=1140
 # @@protoc_insertion_point(module_scope)

@@ -3,8 +3,10 @@
 isort:skip_file
 """
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf.internal import containers as _containers
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import resources_pb2 as _resources_pb2
 import builtins as _builtins
 import sys
@@ -156,3 +158,127 @@ class CleanupReport(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CleanupReport: _TypeAlias = CleanupReport  # noqa: Y015
+
+@_typing.final
+class ReportUsageRequest(_message.Message):
+    """What to add up."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BY_FIELD_NUMBER: _builtins.int
+    USER_ID_FIELD_NUMBER: _builtins.int
+    AGENT_ID_FIELD_NUMBER: _builtins.int
+    SINCE_DAY_FIELD_NUMBER: _builtins.int
+    UNTIL_DAY_FIELD_NUMBER: _builtins.int
+    user_id: _builtins.str
+    """Empty: every user."""
+    agent_id: _builtins.str
+    """Empty: every agent version."""
+    since_day: _builtins.str
+    """`YYYY-MM-DD`. Empty: 29 days before the last day."""
+    until_day: _builtins.str
+    """`YYYY-MM-DD`. Empty: today."""
+    @_builtins.property
+    def by(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """By what, in the order of the lines' groups: `user`, `agent`, `model`, `day`,
+        each at most once. Empty: one line in all.
+        """
+
+    def __init__(
+        self,
+        *,
+        by: _abc.Iterable[_builtins.str] | None = ...,
+        user_id: _builtins.str = ...,
+        agent_id: _builtins.str = ...,
+        since_day: _builtins.str = ...,
+        until_day: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_id", b"agent_id", "by", b"by", "since_day", b"since_day", "until_day", b"until_day", "user_id", b"user_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportUsageRequest: _TypeAlias = ReportUsageRequest  # noqa: Y015
+
+@_typing.final
+class ReportUsageResponse(_message.Message):
+    """Some lines of the report. The first three fields are the same in all of it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SINCE_DAY_FIELD_NUMBER: _builtins.int
+    UNTIL_DAY_FIELD_NUMBER: _builtins.int
+    CURRENCY_FIELD_NUMBER: _builtins.int
+    LINES_FIELD_NUMBER: _builtins.int
+    since_day: _builtins.str
+    """The first day."""
+    until_day: _builtins.str
+    """The last day."""
+    currency: _builtins.str
+    """Of the costs, e.g. `USD`."""
+    @_builtins.property
+    def lines(self) -> _containers.RepeatedCompositeFieldContainer[Global___UsageReportLine]:
+        """In the order of their groups."""
+
+    def __init__(
+        self,
+        *,
+        since_day: _builtins.str = ...,
+        until_day: _builtins.str = ...,
+        currency: _builtins.str = ...,
+        lines: _abc.Iterable[Global___UsageReportLine] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["currency", b"currency", "lines", b"lines", "since_day", b"since_day", "until_day", b"until_day"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportUsageResponse: _TypeAlias = ReportUsageResponse  # noqa: Y015
+
+@_typing.final
+class UsageReportLine(_message.Message):
+    """The turns of one group."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GROUP_FIELD_NUMBER: _builtins.int
+    TURNS_FIELD_NUMBER: _builtins.int
+    UNMETERED_TURNS_FIELD_NUMBER: _builtins.int
+    USAGE_FIELD_NUMBER: _builtins.int
+    COST_FIELD_NUMBER: _builtins.int
+    UNPRICED_TOKENS_FIELD_NUMBER: _builtins.int
+    turns: _builtins.int
+    """Turns that ended."""
+    unmetered_turns: _builtins.int
+    """Of these, turns whose whole cost the provider never said."""
+    cost: _builtins.str
+    """What the tokens cost whose model has a price: a decimal number."""
+    unpriced_tokens: _builtins.int
+    """Tokens whose model has none."""
+    @_builtins.property
+    def group(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """A value for each of `by`."""
+
+    @_builtins.property
+    def usage(self) -> _resources_pb2.Usage:
+        """Tokens, summed."""
+
+    def __init__(
+        self,
+        *,
+        group: _abc.Iterable[_builtins.str] | None = ...,
+        turns: _builtins.int = ...,
+        unmetered_turns: _builtins.int = ...,
+        usage: _resources_pb2.Usage | None = ...,
+        cost: _builtins.str = ...,
+        unpriced_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cost", b"cost", "group", b"group", "turns", b"turns", "unmetered_turns", b"unmetered_turns", "unpriced_tokens", b"unpriced_tokens", "usage", b"usage"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UsageReportLine: _TypeAlias = UsageReportLine  # noqa: Y015

@@ -42,6 +42,11 @@ class AdminServiceStub:
                 request_serializer=vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.CleanupRequest.SerializeToString,
                 response_deserializer=vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.CleanupResponse.FromString,
                 _registered_method=True)
+        self.ReportUsage = channel.unary_stream(
+                '/vidacoach.admin.v1.AdminService/ReportUsage',
+                request_serializer=vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.ReportUsageRequest.SerializeToString,
+                response_deserializer=vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.ReportUsageResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer:
@@ -59,6 +64,13 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReportUsage(self, request, context):
+        """Adds up the ledger as the `usage` command does, at the owner's prices.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -66,6 +78,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.Cleanup,
                     request_deserializer=vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.CleanupRequest.FromString,
                     response_serializer=vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.CleanupResponse.SerializeToString,
+            ),
+            'ReportUsage': grpc.unary_stream_rpc_method_handler(
+                    servicer.ReportUsage,
+                    request_deserializer=vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.ReportUsageRequest.FromString,
+                    response_serializer=vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.ReportUsageResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -98,6 +115,33 @@ class AdminService:
             '/vidacoach.admin.v1.AdminService/Cleanup',
             vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.CleanupRequest.SerializeToString,
             vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.CleanupResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReportUsage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/vidacoach.admin.v1.AdminService/ReportUsage',
+            vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.ReportUsageRequest.SerializeToString,
+            vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.ReportUsageResponse.FromString,
             options,
             channel_credentials,
             insecure,

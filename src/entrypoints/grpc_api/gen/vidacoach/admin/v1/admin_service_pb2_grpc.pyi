@@ -41,6 +41,8 @@ class AdminServiceStub:
     `CLEANUP_RUNNING` if another cleanup is at work; stops after its current
     batch when the caller leaves.
     """
+    ReportUsage: _grpc.UnaryStreamMultiCallable[_admin_service_pb2.ReportUsageRequest, _admin_service_pb2.ReportUsageResponse]
+    """Adds up the ledger as the `usage` command does, at the owner's prices."""
 
 @_typing.type_check_only
 class AdminServiceAsyncStub(AdminServiceStub):
@@ -55,6 +57,8 @@ class AdminServiceAsyncStub(AdminServiceStub):
     `CLEANUP_RUNNING` if another cleanup is at work; stops after its current
     batch when the caller leaves.
     """
+    ReportUsage: _aio.UnaryStreamMultiCallable[_admin_service_pb2.ReportUsageRequest, _admin_service_pb2.ReportUsageResponse]  # type: ignore[assignment]
+    """Adds up the ledger as the `usage` command does, at the owner's prices."""
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     """What the operators' commands ask of the process that owns an embedded
@@ -72,5 +76,13 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         `CLEANUP_RUNNING` if another cleanup is at work; stops after its current
         batch when the caller leaves.
         """
+
+    @_abc_1.abstractmethod
+    def ReportUsage(
+        self,
+        request: _admin_service_pb2.ReportUsageRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_admin_service_pb2.ReportUsageResponse], _abc.AsyncIterator[_admin_service_pb2.ReportUsageResponse]]:
+        """Adds up the ledger as the `usage` command does, at the owner's prices."""
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -568,7 +568,9 @@ class Turn(_message.Message):
     """The provider that served it."""
     @_builtins.property
     def usage(self) -> Global___Usage:
-        """What the provider charged for; zero until it says so."""
+        """What the provider has charged for, as far as it has said: it does so at the
+        end of each of its answers. Of one that was cut off it says nothing.
+        """
 
     @_builtins.property
     def error(self) -> Global___TurnError:
@@ -646,6 +648,7 @@ class Usage(_message.Message):
     CACHED_INPUT_TOKENS_FIELD_NUMBER: _builtins.int
     OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
     REASONING_TOKENS_FIELD_NUMBER: _builtins.int
+    CACHE_WRITE_TOKENS_FIELD_NUMBER: _builtins.int
     input_tokens: _builtins.int
     """Tokens read."""
     cached_input_tokens: _builtins.int
@@ -654,6 +657,8 @@ class Usage(_message.Message):
     """Tokens written."""
     reasoning_tokens: _builtins.int
     """Of these, spent on reasoning."""
+    cache_write_tokens: _builtins.int
+    """Of the tokens read, written to the provider's cache, which may cost more."""
     def __init__(
         self,
         *,
@@ -661,10 +666,11 @@ class Usage(_message.Message):
         cached_input_tokens: _builtins.int = ...,
         output_tokens: _builtins.int = ...,
         reasoning_tokens: _builtins.int = ...,
+        cache_write_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_input_tokens", b"cached_input_tokens", "input_tokens", b"input_tokens", "output_tokens", b"output_tokens", "reasoning_tokens", b"reasoning_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_write_tokens", b"cache_write_tokens", "cached_input_tokens", b"cached_input_tokens", "input_tokens", b"input_tokens", "output_tokens", b"output_tokens", "reasoning_tokens", b"reasoning_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
