@@ -1,5 +1,6 @@
 """The composition root: what is made of what. Nothing is made at import, nothing is wired behind the scenes."""
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ from adapters.sql.store import SqlStore
 from adapters.system import Clock, Ids
 from core.model.agent import DEFAULT_MODEL, Catalog
 from core.ports.agent import Agent
+from core.ports.provider_copies import ProviderCopies
 from core.ports.store import Store, Transaction
 from core.ports.system import Clock as ClockPort
 from core.ports.system import Ids as IdsPort
@@ -20,8 +22,13 @@ from core.use_cases.cancel_turn import CancelTurn
 from core.use_cases.clean_up_threads import CleanUpThreads
 from core.use_cases.definitions import Definitions
 from core.use_cases.delete_thread import DeleteThread
+from core.use_cases.erase_user import EraseUser
+from core.use_cases.export_user import ExportUser
+from core.use_cases.finish_erasures import FinishErasures
 from core.use_cases.follow_turn import FollowTurn
 from core.use_cases.places import Places
+from core.use_cases.hold_user import HoldUser
+from core.use_cases.read_erasures import ReadErasures
 from core.use_cases.read_threads import ReadThreads
 from core.use_cases.recover_turns import RecoverTurns
 from core.use_cases.turn_engine import TurnEngine, TurnLimits
@@ -36,6 +43,7 @@ if TYPE_CHECKING:
     from entrypoints.grpc_api.services.admin import AdminService
     from entrypoints.grpc_api.services.agents import AgentService
     from entrypoints.grpc_api.services.threads import ThreadService
+    from entrypoints.grpc_api.services.users import UserService
 
 
 def _catalog(settings: Settings) -> Catalog:
@@ -77,6 +85,16 @@ def _agent(settings: Settings, client: "Callable[[], AsyncOpenAI]") -> Agent:
         background=settings.openai_background,
         context_tokens=settings.openai_context_tokens,
     )
+
+
+def _copies(settings: Settings, client: "Callable[[], AsyncOpenAI]") -> ProviderCopies:
+    if settings.provider is Provider.PRACTICE:
+        from adapters.practice.copies import NoCopies
+
+        return NoCopies()
+    from adapters.openai import OpenAICopies
+
+    return OpenAICopies(client())
 
 
 def _watch(settings: Settings, client: "AsyncOpenAI", catalog: Catalog, clock: ClockPort) -> "ModelWatch":
@@ -154,16 +172,25 @@ def _thread_service(threads: ReadThreads, delete: DeleteThread) -> "ThreadServic
     return ThreadService(threads, delete)
 
 
-def _admin_service(cleanup: CleanUpThreads, settings: Settings) -> "AdminService":
+def _user_service(export: ExportUser, erase: EraseUser) -> "UserService":
+    from entrypoints.grpc_api.services.users import UserService
+
+    return UserService(export, erase)
+
+
+def _admin_service(
+    cleanup: CleanUpThreads, settings: Settings, hold: HoldUser, erasures: ReadErasures
+) -> "AdminService":
     from entrypoints.grpc_api.services.admin import AdminService
 
-    return AdminService(cleanup, settings.openai_thread_ttl)
+    return AdminService(cleanup, settings.openai_thread_ttl, hold, erasures)
 
 
 def _server(
     settings: Settings,
     agents: "AgentService",
     threads: "ThreadService",
+    users: "UserService",
     ids: IdsPort,
     admin: "AdminService | None" = None,
     reflected: bool = True,
@@ -173,6 +200,7 @@ def _server(
     return Server(
         agents=agents,
         threads=threads,
+        users=users,
         ids=ids,
         bounds=Bounds(
             request_bytes=settings.max_request_bytes,
@@ -220,13 +248,33 @@ class Container(containers.DeclarativeContainer):
     )
     follow = providers.Singleton(FollowTurn, store, feeds)
     cancel = providers.Singleton(CancelTurn, store=store, engine=engine, ids=ids)
-    delete = providers.Singleton(DeleteThread, store=store, engine=engine)
+    copies = providers.Singleton(_copies, settings, client.provider)
+    erased = providers.Singleton(asyncio.Event)
+    delete = providers.Singleton(DeleteThread, store=store, gone=engine.provided.gone, erased=erased.provided.set)
+    erase_user = providers.Singleton(
+        EraseUser, store=store, ids=ids, gone=engine.provided.gone, erased=erased.provided.set
+    )
+    erase_user_apart = providers.Factory(
+        # Other processes hear of their turns from the store.
+        EraseUser,
+        store=store,
+        ids=ids,
+        gone=providers.Object(lambda _: None),
+        erased=erased.provided.set,
+    )
+    finish_erasures = providers.Singleton(
+        FinishErasures, store=store, copies=copies, erase_user=erase_user, wanted=erased
+    )
+    export_user = providers.Singleton(ExportUser, store)
+    hold_user = providers.Singleton(HoldUser, store)
+    erasures = providers.Singleton(ReadErasures, store)
     threads = providers.Singleton(ReadThreads, store)
-    cleanup = providers.Singleton(CleanUpThreads, store)
+    cleanup = providers.Singleton(CleanUpThreads, store, erased=erased.provided.set)
     agent_service = providers.Singleton(_agent_service, settings, accept, follow, cancel, threads, catalog, agent)
     thread_service = providers.Singleton(_thread_service, threads, delete)
-    admin_service = providers.Singleton(_admin_service, cleanup, settings)
-    server = providers.Factory(_server, settings, agent_service, thread_service, ids)
+    user_service = providers.Singleton(_user_service, export_user, erase_user)
+    admin_service = providers.Singleton(_admin_service, cleanup, settings, hold_user, erasures)
+    server = providers.Factory(_server, settings, agent_service, thread_service, user_service, ids)
 
 
 @asynccontextmanager
@@ -257,6 +305,9 @@ async def running(settings: Settings, *, watching: bool = False) -> AsyncIterato
         stack.push_async_callback(container.accept().settle)
         stack.push_async_callback(container.recover().stop)
         await container.recover().start()
+        stack.push_async_callback(container.erase_user().settle)
+        stack.push_async_callback(container.finish_erasures().stop)
+        container.finish_erasures().start()
         if watching and settings.provider is Provider.OPENAI:
             stack.push_async_callback(container.watch().stop)
             container.watch().start()

@@ -13,6 +13,7 @@ CoreError
 ├── ProviderUnavailable     the provider has failed too often just now
 ├── StoreUnavailable        the database does not answer
 │   └── StoreBusy           somebody else holds what a write needs
+├── LegalHold               the user's data must be kept
 ├── CleanupRunning          another cleanup is at work
 └── LeaseLost               another process owns the turn; never reaches a caller
 """
@@ -173,6 +174,13 @@ class CleanupRunning(CoreError):
 
     reason = "CLEANUP_RUNNING"
     message = "Another cleanup is running."
+
+
+class LegalHold(CoreError):
+    """The user's data must be kept for now: nothing of it is erased."""
+
+    reason = "LEGAL_HOLD"
+    message = "The user's data is on hold and can't be erased."
 
 
 class LeaseLost(CoreError):

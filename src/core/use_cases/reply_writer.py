@@ -13,7 +13,16 @@ from core.model.events import AttemptRestarted, Round, TextDelta, ToolAnswered, 
 from core.model.message import Message, ToolExchange
 from core.model.thread import UNSYNCED, ProviderState
 from core.model.turn import Continuation, Turn, TurnReason, Usage
-from core.ports.agent import Agent, AgentFailed, Begun, ReplyRequest, RoundFinished, StateChanged, ToolRound
+from core.ports.agent import (
+    Agent,
+    AgentFailed,
+    Begun,
+    ReplyRequest,
+    RoundFinished,
+    StateChanged,
+    Stored,
+    ToolRound,
+)
 from core.ports.store import Store, Transaction
 from core.ports.tools import ToolContext, Tools
 from core.use_cases.claim_turn import (
@@ -56,7 +65,8 @@ class ReplyWriter:
     """Writes the replies of the turns that run in this process; what becomes of a turn is not its business.
 
     `sure_of_lease` waits until this process knows that its turns are its own: asked before each call of a tool.
-    `stop_round` stops, in the background, a round at the provider that nobody will read.
+    `stop_round` stops, in the background, a round at the provider that nobody will read. `keep` notes, in the
+    background and before what is logged after it, what the provider keeps.
     """
 
     def __init__(
@@ -68,6 +78,7 @@ class ReplyWriter:
         claimant: Claimant,
         sure_of_lease: Callable[[], Awaitable[None]],
         stop_round: Callable[[str], None],
+        keep: Callable[[str, Sequence[str]], None],
     ) -> None:
         self._store = store
         self._agent = agent
@@ -75,6 +86,7 @@ class ReplyWriter:
         self._claimant = claimant
         self._sure_of_lease = sure_of_lease
         self._stop_round = stop_round
+        self._keep = keep
 
     async def write(self, claimed: ClaimedTurn, log: OpenLog) -> Ending:
         """Writes the reply of a claimed turn into its log, within its budget. Returns how the turn is to end.
@@ -167,10 +179,14 @@ class ReplyWriter:
                         case Begun(handle):
                             work.handle = handle
                             begun = Continuation(handle, work.attempt, len(request.rounds))
+                            self._keep(turn.thread_id, [handle])
                             await patiently(partial(self._store.write, partial(_save_continuation, turn, begun)))
+                        case Stored(ref):
+                            self._keep(turn.thread_id, [ref])
                         case StateChanged(state):
                             work.state = state
                             request = replace(request, state=state)
+                            self._keep(turn.thread_id, state.refs)
                             await patiently(partial(self._store.write, partial(_save_state, turn, state)))
                         case RoundFinished():
                             work.handle = None

@@ -14,15 +14,21 @@ from core.ports.system import Ids
 from entrypoints.grpc_api.connections import close_connections
 from entrypoints.grpc_api.gen.vidacoach.admin.v1 import admin_service_pb2
 from entrypoints.grpc_api.gen.vidacoach.admin.v1.admin_service_pb2_grpc import add_AdminServiceServicer_to_server
-from entrypoints.grpc_api.gen.vidacoach.agents.v1 import agent_service_pb2, thread_service_pb2
+from entrypoints.grpc_api.gen.vidacoach.agents.v1 import (
+    agent_service_pb2,
+    thread_service_pb2,
+    user_service_pb2,
+)
 from entrypoints.grpc_api.gen.vidacoach.agents.v1.agent_service_pb2_grpc import add_AgentServiceServicer_to_server
 from entrypoints.grpc_api.gen.vidacoach.agents.v1.thread_service_pb2_grpc import (
     add_ThreadServiceServicer_to_server,
 )
+from entrypoints.grpc_api.gen.vidacoach.agents.v1.user_service_pb2_grpc import add_UserServiceServicer_to_server
 from entrypoints.grpc_api.guard import Guard
 from entrypoints.grpc_api.services.admin import AdminService
 from entrypoints.grpc_api.services.agents import AgentService
 from entrypoints.grpc_api.services.threads import ThreadService
+from entrypoints.grpc_api.services.users import UserService
 
 _PENDING = 20_000
 """Calls that wait to be picked up. The library's own bound of 1,000 sheds bursts as CANCELLED."""
@@ -62,6 +68,7 @@ class Server:
         *,
         agents: AgentService,
         threads: ThreadService,
+        users: UserService,
         ids: Ids,
         bounds: Bounds,
         reflected: bool,
@@ -97,6 +104,8 @@ class Server:
         names.append(agent_service_pb2.DESCRIPTOR.services_by_name["AgentService"].full_name)
         add_ThreadServiceServicer_to_server(threads, self._server)
         names.append(thread_service_pb2.DESCRIPTOR.services_by_name["ThreadService"].full_name)
+        add_UserServiceServicer_to_server(users, self._server)
+        names.append(user_service_pb2.DESCRIPTOR.services_by_name["UserService"].full_name)
         if admin is not None:
             add_AdminServiceServicer_to_server(admin, self._server)
             names.append(admin_service_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name)

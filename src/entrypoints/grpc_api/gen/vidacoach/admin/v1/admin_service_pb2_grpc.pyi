@@ -40,6 +40,10 @@ class AdminServiceStub:
     `CLEANUP_RUNNING` if another cleanup is at work; stops after its current
     batch when the caller leaves.
     """
+    HoldUser: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.HoldUserRequest, _admin_service_pb2.HoldUserResponse]
+    """Puts a user on legal hold, or releases one."""
+    ListErasures: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ListErasuresRequest, _admin_service_pb2.ListErasuresResponse]
+    """Lists the newest erasures of users, and what providers still have."""
 
 @_typing.type_check_only
 class AdminServiceAsyncStub(AdminServiceStub):
@@ -53,6 +57,10 @@ class AdminServiceAsyncStub(AdminServiceStub):
     `CLEANUP_RUNNING` if another cleanup is at work; stops after its current
     batch when the caller leaves.
     """
+    HoldUser: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.HoldUserRequest, _admin_service_pb2.HoldUserResponse]  # type: ignore[assignment]
+    """Puts a user on legal hold, or releases one."""
+    ListErasures: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ListErasuresRequest, _admin_service_pb2.ListErasuresResponse]  # type: ignore[assignment]
+    """Lists the newest erasures of users, and what providers still have."""
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     """What the operators' commands ask of the process that owns an embedded
@@ -69,5 +77,21 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         `CLEANUP_RUNNING` if another cleanup is at work; stops after its current
         batch when the caller leaves.
         """
+
+    @_abc_1.abstractmethod
+    def HoldUser(
+        self,
+        request: _admin_service_pb2.HoldUserRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_service_pb2.HoldUserResponse, _abc.Awaitable[_admin_service_pb2.HoldUserResponse]]:
+        """Puts a user on legal hold, or releases one."""
+
+    @_abc_1.abstractmethod
+    def ListErasures(
+        self,
+        request: _admin_service_pb2.ListErasuresRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_service_pb2.ListErasuresResponse, _abc.Awaitable[_admin_service_pb2.ListErasuresResponse]]:
+        """Lists the newest erasures of users, and what providers still have."""
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -1,0 +1,38 @@
+"""UserService."""
+
+from contextlib import aclosing
+from typing import Any, TypeAlias
+
+import grpc
+
+from core.model.user import check_user_id
+from core.use_cases.erase_user import EraseUser
+from core.use_cases.export_user import ExportUser
+from entrypoints.grpc_api import mapping
+from entrypoints.grpc_api.gen.vidacoach.agents.v1 import user_service_pb2 as api
+from entrypoints.grpc_api.gen.vidacoach.agents.v1.user_service_pb2_grpc import UserServiceServicer
+
+_Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+
+class UserService(UserServiceServicer):
+    """Export and erase users."""
+
+    def __init__(self, export: ExportUser, erase: EraseUser) -> None:
+        self._export = export
+        self._erase = erase
+
+    # A coroutine that writes: see AgentService.Chat.
+    async def ExportUserData(  # type: ignore[override]
+        self, request: api.ExportUserDataRequest, context: _Context
+    ) -> None:
+        """Streams what is kept of a user."""
+        check_user_id(request.user_id)
+        async with aclosing(self._export.pieces(request.user_id)) as pieces:
+            async for piece in pieces:
+                await context.write(mapping.to_exported(piece))
+
+    async def EraseUser(self, request: api.EraseUserRequest, context: _Context) -> api.EraseUserResponse:
+        """Erases a user."""
+        receipt = await self._erase(request.user_id, dry_run=request.dry_run)
+        return api.EraseUserResponse(receipt=mapping.to_receipt(receipt))
