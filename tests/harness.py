@@ -18,6 +18,7 @@ from entrypoints.grpc_api.gen.vidacoach.agents.v1 import agent_service_pb2 as ap
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import resources_pb2 as pb
 from entrypoints.grpc_api.gen.vidacoach.agents.v1.agent_service_pb2_grpc import AgentServiceStub
 from entrypoints.grpc_api.gen.vidacoach.agents.v1.thread_service_pb2_grpc import ThreadServiceStub
+from entrypoints.grpc_api.gen.vidacoach.agents.v1.user_service_pb2_grpc import UserServiceStub
 from entrypoints.hosting import hosted
 from entrypoints.settings import load_settings
 
@@ -33,6 +34,7 @@ class Client:
     channel: grpc.aio.Channel
     agents: Any  # the asynchronous form of AgentServiceStub
     threads: Any
+    users: Any
     address: str
     container: Container
 
@@ -76,7 +78,8 @@ async def served(agent: Agent | None = None, tools: Tools | None = None) -> Asyn
         async with hosted(load_settings(), "serve", listen="127.0.0.1:0") as (container, address):
             assert address is not None
             async with grpc.aio.insecure_channel(address) as channel:
-                yield Client(channel, AgentServiceStub(channel), ThreadServiceStub(channel), address, container)
+                stubs = AgentServiceStub(channel), ThreadServiceStub(channel), UserServiceStub(channel)
+                yield Client(channel, *stubs, address, container)
     finally:
         for provider in overridden:
             provider.reset_override()

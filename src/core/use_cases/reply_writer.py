@@ -66,7 +66,7 @@ class ReplyWriter:
 
     `sure_of_lease` waits until this process knows that its turns are its own: asked before each call of a tool.
     `stop_round` stops, in the background, a round at the provider that nobody will read. `keep` notes, in the
-    background and before what is logged after it, what the provider keeps.
+    background, what the provider keeps; a turn does not end before that is done.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class ReplyWriter:
         claimant: Claimant,
         sure_of_lease: Callable[[], Awaitable[None]],
         stop_round: Callable[[str], None],
-        keep: Callable[[str, Sequence[str]], None],
+        keep: Callable[[str, Sequence[str]], asyncio.Task[None]],
     ) -> None:
         self._store = store
         self._agent = agent
@@ -99,12 +99,15 @@ class ReplyWriter:
                 work.deadline = budget.when() or math.inf
                 while True:
                     try:
-                        return await self._attempt(work)
+                        ending = await self._attempt(work)
                     except AgentFailed as failure:
                         _log.info("turn %s: %s", claimed.turn.id, failure.reason)
                         work.resume = None
                         if not await self._begins_again(work, failure.reason):
                             return Ending(reason=failure.reason, usage=work.usage)
+                    else:
+                        await work.kept_all()
+                        return ending
         except TimeoutError:
             if not budget.expired():
                 raise
@@ -179,14 +182,14 @@ class ReplyWriter:
                         case Begun(handle):
                             work.handle = handle
                             begun = Continuation(handle, work.attempt, len(request.rounds))
-                            self._keep(turn.thread_id, [handle])
+                            work.keeping.append(self._keep(turn.thread_id, [handle]))
                             await patiently(partial(self._store.write, partial(_save_continuation, turn, begun)))
                         case Stored(ref):
-                            self._keep(turn.thread_id, [ref])
+                            work.keeping.append(self._keep(turn.thread_id, [ref]))
                         case StateChanged(state):
                             work.state = state
                             request = replace(request, state=state)
-                            self._keep(turn.thread_id, state.refs)
+                            work.keeping.append(self._keep(turn.thread_id, state.refs))
                             await patiently(partial(self._store.write, partial(_save_state, turn, state)))
                         case RoundFinished():
                             work.handle = None
@@ -272,12 +275,18 @@ class _Work:
         self.claimed = claimed
         self.log = log
         self.usage = Usage()
+        self.keeping: list[asyncio.Task[None]] = []
         self.deadline = math.inf
         self.attempt = claimed.turn.attempt
         self.kept = claimed.rounds
         self.resume = claimed.resume
         self.handle = claimed.resume.handle if claimed.resume else None
         self.state = claimed.state if claimed.state and claimed.state.provider == provider else None
+
+    async def kept_all(self) -> None:
+        """Waits until all that the provider keeps is on record, or can't be."""
+        if pending := [task for task in self.keeping if not task.done()]:
+            await asyncio.wait(pending)
 
     def begin_again(self, kept: tuple[Round, ...]) -> None:
         """The provider's copy may hold anything of the attempt before."""

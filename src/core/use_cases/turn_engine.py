@@ -222,17 +222,18 @@ class TurnEngine:
     def _stop_round(self, handle: str) -> None:
         self._do_aside(self._agent.stop(handle), "stop-round")
 
-    def _keep(self, thread_id: str, refs: Sequence[str]) -> None:
-        """Notes what the provider keeps, no later than a moment after the first text of it. Whoever has lost the
-        turn notes it as well: where the thread is gone, it is due to be erased at once."""
+    def _keep(self, thread_id: str, refs: Sequence[str]) -> "asyncio.Task[None]":
+        """Notes what the provider keeps, with the first text of it or a moment later. Whoever has lost the turn
+        notes it as well: where the thread is gone, it is due to be erased at once."""
         change = partial(_keep, thread_id, self._agent.provider, tuple(refs))
-        self._do_aside(patiently(lambda: self._store.write(change)), "keep")
+        return self._do_aside(patiently(lambda: self._store.write(change)), "keep")
 
-    def _do_aside(self, work: Coroutine[Any, Any, None], name: str) -> None:
+    def _do_aside(self, work: Coroutine[Any, Any, None], name: str) -> "asyncio.Task[None]":
         task = asyncio.create_task(work, name=name)
         task.add_done_callback(_retrieve)
         task.add_done_callback(self._aside.discard)
         self._aside.add(task)
+        return task
 
     def refuse(self) -> None:
         """Takes no more turns."""
