@@ -26,8 +26,8 @@ from core.use_cases.erase_user import EraseUser
 from core.use_cases.export_user import ExportUser
 from core.use_cases.finish_erasures import FinishErasures
 from core.use_cases.follow_turn import FollowTurn
-from core.use_cases.places import Places
 from core.use_cases.hold_user import HoldUser
+from core.use_cases.places import Places
 from core.use_cases.read_erasures import ReadErasures
 from core.use_cases.read_threads import ReadThreads
 from core.use_cases.recover_turns import RecoverTurns

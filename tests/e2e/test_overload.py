@@ -67,6 +67,7 @@ async def test_more_calls_than_allowed_are_refused_and_health_checks_are_not() -
         full = server.Server(
             agents=part.agent_service(),
             threads=part.thread_service(),
+            users=part.user_service(),
             ids=part.ids(),
             bounds=bounds,
             reflected=False,

@@ -58,7 +58,10 @@ class UserServiceServicer:
         its turns and messages. Every response is below 1 MiB; the bytes of images
         and files come in pieces behind what they are attached to.
 
-        What changes meanwhile is in the export as it was before or after.
+        What changes meanwhile is in the export as it was before or after. At most two
+        at a time for a user: RESOURCE_EXHAUSTED `QUOTA_EXCEEDED` beyond that. Who
+        takes nothing for a minute is ended UNAVAILABLE `OVERLOADED`, as are calls
+        while too many export at once: begin again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -40,7 +40,10 @@ class UserServiceStub:
     its turns and messages. Every response is below 1 MiB; the bytes of images
     and files come in pieces behind what they are attached to.
 
-    What changes meanwhile is in the export as it was before or after.
+    What changes meanwhile is in the export as it was before or after. At most two
+    at a time for a user: RESOURCE_EXHAUSTED `QUOTA_EXCEEDED` beyond that. Who
+    takes nothing for a minute is ended UNAVAILABLE `OVERLOADED`, as are calls
+    while too many export at once: begin again.
     """
     EraseUser: _grpc.UnaryUnaryMultiCallable[_user_service_pb2.EraseUserRequest, _user_service_pb2.EraseUserResponse]
     """Erases a user for good: goals, threads, messages with what is attached to
@@ -72,7 +75,10 @@ class UserServiceAsyncStub(UserServiceStub):
     its turns and messages. Every response is below 1 MiB; the bytes of images
     and files come in pieces behind what they are attached to.
 
-    What changes meanwhile is in the export as it was before or after.
+    What changes meanwhile is in the export as it was before or after. At most two
+    at a time for a user: RESOURCE_EXHAUSTED `QUOTA_EXCEEDED` beyond that. Who
+    takes nothing for a minute is ended UNAVAILABLE `OVERLOADED`, as are calls
+    while too many export at once: begin again.
     """
     EraseUser: _aio.UnaryUnaryMultiCallable[_user_service_pb2.EraseUserRequest, _user_service_pb2.EraseUserResponse]  # type: ignore[assignment]
     """Erases a user for good: goals, threads, messages with what is attached to
@@ -107,7 +113,10 @@ class UserServiceServicer(metaclass=_abc_1.ABCMeta):
         its turns and messages. Every response is below 1 MiB; the bytes of images
         and files come in pieces behind what they are attached to.
 
-        What changes meanwhile is in the export as it was before or after.
+        What changes meanwhile is in the export as it was before or after. At most two
+        at a time for a user: RESOURCE_EXHAUSTED `QUOTA_EXCEEDED` beyond that. Who
+        takes nothing for a minute is ended UNAVAILABLE `OVERLOADED`, as are calls
+        while too many export at once: begin again.
         """
 
     @_abc_1.abstractmethod

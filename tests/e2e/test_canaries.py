@@ -27,6 +27,7 @@ from entrypoints.grpc_api.gen.vidacoach.agents.v1 import agent_service_pb2 as ap
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import resources_pb2 as pb
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import thread_service_pb2 as threads_api
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import user_service_pb2 as users_api
+from entrypoints.grpc_api.services import users
 from entrypoints.observability import set_up_logging
 from entrypoints.settings import load_settings
 from fake_provider import Answer, Break, Call, FakeProvider, Gate, HttpError, Text
@@ -355,3 +356,26 @@ async def test_an_export_has_every_canary_and_nobody_elses(provider: FakeProvide
         assert photo(1_200_000) in images.values()
         assert pieces[0].user.id == USER
         assert await exported(client, "nobody") == []
+
+
+async def test_exports_are_bounded_and_nobody_holds_one_for_ever(
+    provider: FakeProvider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(users, "_STALLED", 0.3)
+    photos = [pb.ContentPart(image=pb.ImagePart(data=photo(3_000_000))) for _ in range(2)]
+    async with served() as client:
+        for _ in range(2):
+            await client.agents.Chat(api.ChatRequest(user_id=USER, content=photos), timeout=DEADLINE).read()
+        request = users_api.ExportUserDataRequest(user_id=USER)
+        stalled = [client.users.ExportUserData(request, timeout=DEADLINE) for _ in range(2)]
+        for call in stalled:
+            assert (await call.read()).user.id == USER
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await exported(client)
+        assert reason(refused.value) == "QUOTA_EXCEEDED"
+        service = client.container.user_service()
+        await until(lambda: not service._places.taken)
+        with pytest.raises(grpc.aio.AioRpcError) as ended:
+            await rest_of(stalled[0])
+        assert reason(ended.value) == "OVERLOADED"
+        assert len(await exported(client)) > 10
