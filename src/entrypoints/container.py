@@ -172,6 +172,11 @@ def _thread_service(threads: ReadThreads, delete: DeleteThread) -> "ThreadServic
     return ThreadService(threads, delete)
 
 
+def _left_after(settings: Settings) -> float:
+    """Seconds after which an erasure was left by its process. Alone, whatever is not at work here was."""
+    return 0.0 if is_embedded(settings.database) else 2 * settings.lease
+
+
 def _user_service(export: ExportUser, erase: EraseUser) -> "UserService":
     from entrypoints.grpc_api.services.users import UserService
 
@@ -252,7 +257,12 @@ class Container(containers.DeclarativeContainer):
     erased = providers.Singleton(asyncio.Event)
     delete = providers.Singleton(DeleteThread, store=store, gone=engine.provided.gone, erased=erased.provided.set)
     erase_user = providers.Singleton(
-        EraseUser, store=store, ids=ids, gone=engine.provided.gone, erased=erased.provided.set
+        EraseUser,
+        store=store,
+        ids=ids,
+        gone=engine.provided.gone,
+        erased=erased.provided.set,
+        left_after=providers.Callable(_left_after, settings),
     )
     erase_user_apart = providers.Factory(
         # Other processes hear of their turns from the store.

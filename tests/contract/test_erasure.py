@@ -25,7 +25,7 @@ from core.use_cases.accept_message import IncomingMessage
 from core.use_cases.claim_turn import require_claim
 from core.use_cases.clean_up_threads import Cleanup, CleanUpThreads
 from core.use_cases.delete_thread import DeleteThread
-from core.use_cases.erase_user import LEFT_AFTER, EraseUser
+from core.use_cases.erase_user import EraseUser
 from core.use_cases.finish_erasures import FinishErasures
 from core.use_cases.hold_user import HoldUser
 from doubles import CATALOG, DONE, Gate, ManualClock, ScriptedAgent, service
@@ -33,6 +33,7 @@ from harness import until
 from records import IDS, a_line, a_thread, a_turn, request
 
 OLD = timedelta(days=100)
+LEFT_AFTER = timedelta(seconds=30)
 
 
 async def with_thread(store: Store, user: str = "ada", age: timedelta = OLD, **changes: object) -> Thread:

@@ -19,8 +19,6 @@ _log = logging.getLogger(__name__)
 
 _PAGE = 100
 """Threads that are looked for in one go."""
-LEFT_AFTER = timedelta(seconds=30)
-"""An erasure that nobody has been at for so long was left by its process."""
 _TRIES = 20
 """Looks at a user whom others keep adding threads to, before the erasure is left to be gone on with later."""
 
@@ -29,16 +27,25 @@ class EraseUser:
     """Erases users: the profile, goals, threads, messages with what is attached, turns, logs and request ids.
 
     What is accepted for the user meanwhile is erased with the rest, or begins anew after it. `gone` is told of
-    every turn that had not ended, `erased` that something was erased.
+    every turn that had not ended, `erased` that something was erased. An erasure that nobody has been at for
+    `left_after` seconds was left by its process.
     """
 
     def __init__(
-        self, *, store: Store, ids: Ids, gone: Callable[[Turn], None], erased: Callable[[], None]
+        self,
+        *,
+        store: Store,
+        ids: Ids,
+        gone: Callable[[Turn], None],
+        erased: Callable[[], None],
+        left_after: float = 30.0,
     ) -> None:
         self._store = store
         self._ids = ids
         self._gone = gone
         self._erased = erased
+        self._left_after = timedelta(seconds=left_after)
+        self._here: set[str] = set()
         self._detached: Detached[Receipt] = Detached()
 
     async def __call__(self, user_id: str, *, dry_run: bool = False) -> Receipt:
@@ -58,9 +65,10 @@ class EraseUser:
 
     async def go_on(self) -> None:
         """Goes on with what other processes, or this one before it was started again, have left."""
-        for left in await self._store.read(lambda tx: tx.erasures.left(tx.now() - LEFT_AFTER, _PAGE)):
+        for left in await self._store.read(lambda tx: tx.erasures.left(tx.now() - self._left_after, _PAGE)):
             try:
-                await self._erase(left)
+                if left.id not in self._here:
+                    await self._erase(left)
             except LegalHold:
                 _log.info("erasure %s is on hold", left.id)
 
@@ -76,6 +84,17 @@ class EraseUser:
 
     async def _erase(self, erasure: OpenErasure) -> Receipt:
         """Erases what there is. Raises LegalHold where one has come in between."""
+        self._here.add(erasure.id)
+        try:
+            await self._erase_all(erasure)
+        finally:
+            self._here.discard(erasure.id)
+        self._erased()
+        receipt = await self._store.read(lambda tx: tx.erasures.find(erasure.id))
+        assert receipt is not None  # receipts are kept
+        return receipt
+
+    async def _erase_all(self, erasure: OpenErasure) -> None:
         for _ in range(_TRIES):
             while thread_ids := await self._store.read(
                 lambda tx: tx.threads.ids_of(erasure.user_id, after="", limit=_PAGE)
@@ -83,13 +102,8 @@ class EraseUser:
                 for thread_id in thread_ids:
                     await self._erase_thread(erasure, thread_id)
             if await patiently(lambda: self._store.write(lambda tx: _finish(tx, erasure))):
-                break
-        else:
-            _log.warning("erasure %s meets new threads again and again", erasure.id)
-        self._erased()
-        receipt = await self._store.read(lambda tx: tx.erasures.find(erasure.id))
-        assert receipt is not None  # receipts are kept
-        return receipt
+                return
+        _log.warning("erasure %s meets new threads again and again", erasure.id)
 
     async def _erase_thread(self, erasure: OpenErasure, thread_id: str) -> None:
         def change(tx: Transaction) -> ErasedThread | None:
