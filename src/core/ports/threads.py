@@ -12,7 +12,7 @@ from core.model.message import ContentPart, Message, Role, ToolExchange
 from core.model.thread import ProviderState, Thread, ThreadState, Tombstone
 from core.model.user import User
 
-SETTLE = 5.0
+SETTLE = 60.0
 """Seconds in which a provider finishes what it was at when the connection was closed."""
 
 
