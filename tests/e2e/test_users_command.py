@@ -2,13 +2,16 @@
 
 import asyncio
 import json
+from datetime import timedelta
 from typing import Any
 
 import pytest
 
+from core.ports.store import Transaction
 from doubles import ScriptedAgent
 from entrypoints.cli.main import main
 from harness import served
+from records import a_thread
 
 
 @pytest.fixture(autouse=True)
@@ -78,3 +81,37 @@ async def test_an_id_that_none_can_have_is_refused(capsys: pytest.CaptureFixture
         code, output, errors = await command(capsys, name, "x" * 129)
         assert (code, output) == (2, "")
         assert "128 characters" in errors
+
+
+@pytest.mark.parametrize("beside", [True, False], ids=["beside a service", "alone"])
+async def test_cleanup_erases_what_is_old_and_not_held(capsys: pytest.CaptureFixture[str], beside: bool) -> None:
+    def fill(tx: Transaction) -> None:
+        old = tx.now() - timedelta(days=10)
+        for user in ("ada", "ada", "eve"):
+            tx.users.ensure(user, old)
+            tx.threads.add(a_thread(user, last_message_at=old))
+        tx.users.hold("eve", old)
+
+    async def clean_up(*more: str) -> dict[str, Any]:
+        capsys.readouterr()
+        arguments = ["cleanup", "--ttl-days", "5", "--delete-after-days", "7", "--format", "json", *more]
+        assert await asyncio.to_thread(main, arguments) == 0
+        report: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return report
+
+    async def both() -> None:
+        plan = await clean_up("--dry-run")
+        assert (plan["expired"], plan["deleted"], plan["held"], plan["batches"]) == (3, 2, 1, 0)
+        report = await clean_up()
+        assert (report["expired"], report["deleted"], report["held"]) == (3, 2, 1)
+        again = await clean_up()
+        assert (again["expired"], again["deleted"], again["held"]) == (0, 0, 1)
+        assert await asyncio.to_thread(main, ["cleanup", "--ttl-days", "5", "--delete-after-days", "4"]) == 2
+        assert "--delete-after-days" in capsys.readouterr().err
+
+    async with served(ScriptedAgent()) as client:
+        await client.container.store().write(fill)
+        if beside:
+            await both()
+    if not beside:
+        await both()

@@ -1,5 +1,7 @@
 """Erasing a user: thread after thread, each in a transaction of its own, to the end whoever leaves."""
 
+import asyncio
+import contextlib
 import logging
 from collections.abc import Callable
 from datetime import timedelta
@@ -19,6 +21,8 @@ _log = logging.getLogger(__name__)
 
 _PAGE = 100
 """Threads that are looked for in one go."""
+_LAST_STEPS = 5.0
+"""Seconds that a stop gives to erasures."""
 _TRIES = 20
 """Looks at a user whom others keep adding threads to, before the erasure is left to be gone on with later."""
 
@@ -60,8 +64,10 @@ class EraseUser:
         return await self._detached.run(self._erase_from_the_start(user_id))
 
     async def settle(self) -> None:
-        """Waits for erasures that are under way here."""
-        await self._detached.settle()
+        """Waits a moment for erasures that are under way here. What is left then goes on elsewhere or later."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LAST_STEPS):
+                await self._detached.settle()
 
     async def go_on(self) -> None:
         """Goes on with what other processes, or this one before it was started again, have left."""

@@ -15,6 +15,7 @@ from core.model.errors import StoreUnavailable
 from core.ports.provider_copies import CopyStays, ProviderCopies
 from core.ports.store import Store
 from core.use_cases.erase_user import EraseUser
+from core.use_cases.patience import patiently
 
 _log = logging.getLogger(__name__)
 
@@ -109,8 +110,8 @@ class FinishErasures:
             _log.error("copy %s of thread %s can't be erased", copy.ref, copy.thread_id, exc_info=error)
             reason = type(error).__name__
         else:
-            await self._store.write(lambda tx: tx.copies.erased(copy))
+            await patiently(lambda: self._store.write(lambda tx: tx.copies.erased(copy)))
             return
         _log.warning("copy %s of thread %s is still there: %s", copy.ref, copy.thread_id, reason)
         seconds = wait * self._random.uniform(0.75, 1.25)
-        await self._store.write(lambda tx: tx.copies.stays(copy, reason, seconds))
+        await patiently(lambda: self._store.write(lambda tx: tx.copies.stays(copy, reason, seconds)))
