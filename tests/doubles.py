@@ -256,7 +256,7 @@ async def service(
         accept=accept,
         follow=FollowTurn(store, feeds),
         cancel=CancelTurn(store=store, engine=engine, ids=ids),
-        delete=DeleteThread(store=store, engine=engine),
+        delete=DeleteThread(store=store, gone=engine.gone, erased=lambda: None),
         threads=ReadThreads(store),
         feeds=feeds,
         recover=recover,

@@ -13,6 +13,7 @@ from core.ports.agent import Agent
 from entrypoints.grpc_api.gen.vidacoach.admin.v1.admin_service_pb2_grpc import AdminServiceStub
 from entrypoints.grpc_api.gen.vidacoach.agents.v1.agent_service_pb2_grpc import AgentServiceStub
 from entrypoints.grpc_api.gen.vidacoach.agents.v1.thread_service_pb2_grpc import ThreadServiceStub
+from entrypoints.grpc_api.gen.vidacoach.agents.v1.user_service_pb2_grpc import UserServiceStub
 from harness import Client, served
 
 APP = "spiffe://example.org/app"
@@ -108,5 +109,6 @@ def stubs(channel: grpc.aio.Channel) -> dict[str, Any]:
     return {
         "AgentService": AgentServiceStub(channel),
         "ThreadService": ThreadServiceStub(channel),
+        "UserService": UserServiceStub(channel),
         "AdminService": AdminServiceStub(channel),
     }

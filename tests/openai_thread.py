@@ -15,7 +15,16 @@ from core.model.events import TextDelta, ToolCalled
 from core.model.message import Message, Role, TextPart, ToolExchange, readable
 from core.model.thread import ProviderState
 from core.model.turn import TurnReason
-from core.ports.agent import AgentEvent, AgentFailed, Begun, ReplyRequest, RoundFinished, StateChanged, ToolRound
+from core.ports.agent import (
+    AgentEvent,
+    AgentFailed,
+    Begun,
+    ReplyRequest,
+    RoundFinished,
+    StateChanged,
+    Stored,
+    ToolRound,
+)
 from core.ports.tools import ToolSpec
 
 KEY = "sk-very-secret"
@@ -45,14 +54,15 @@ class Naps:
 
 @dataclass
 class ThreadOfTest:
-    """A thread as the engine would keep it: the transcript, what the agent last said of its copy, and the handles
-    of what was begun."""
+    """A thread as the engine would keep it: the transcript, what the agent last said of its copy, the handles of
+    what was begun, and the ids of all that the provider keeps."""
 
     agent: OpenAIAgent
     messages: list[Message] = field(default_factory=list)
     state: ProviderState | None = None
     ahead: ProviderState | None = None
     begun: list[str] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
     turns: int = 0
     definition: AgentDefinition = COACH
     tools: Sequence[ToolSpec] = (GOALS,)
@@ -117,10 +127,14 @@ class ThreadOfTest:
         """Keeps what the engine would store at once, or hand to the next round."""
         if isinstance(event, StateChanged):
             self.state, self.ahead = event.state, None
+            self.kept += [ref for ref in event.state.refs if ref not in self.kept]
         elif isinstance(event, RoundFinished):
             self.ahead = event.copy
         elif isinstance(event, Begun):
             self.begun.append(event.handle)
+            self.kept.append(event.handle)
+        elif isinstance(event, Stored):
+            self.kept.append(event.ref)
 
     async def say(self, text: str) -> str:
         """Runs a turn to its end and returns the reply."""

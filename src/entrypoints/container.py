@@ -1,5 +1,6 @@
 """The composition root: what is made of what. Nothing is made at import, nothing is wired behind the scenes."""
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from core.model.agent import DEFAULT_MODEL, Catalog
 from core.model.ledger import Quotas
 from core.model.price import PriceList
 from core.ports.agent import Agent
+from core.ports.provider_copies import ProviderCopies
 from core.ports.store import Store, Transaction
 from core.ports.system import Clock as ClockPort
 from core.ports.system import Ids as IdsPort
@@ -22,8 +24,13 @@ from core.use_cases.cancel_turn import CancelTurn
 from core.use_cases.clean_up_threads import CleanUpThreads
 from core.use_cases.definitions import Definitions
 from core.use_cases.delete_thread import DeleteThread
+from core.use_cases.erase_user import EraseUser
+from core.use_cases.export_user import ExportUser
+from core.use_cases.finish_erasures import FinishErasures
 from core.use_cases.follow_turn import FollowTurn
+from core.use_cases.hold_user import HoldUser
 from core.use_cases.places import Places
+from core.use_cases.read_erasures import ReadErasures
 from core.use_cases.read_threads import ReadThreads
 from core.use_cases.read_usage import ReadUsage
 from core.use_cases.recover_turns import RecoverTurns
@@ -83,6 +90,16 @@ def _agent(settings: Settings, client: "Callable[[], AsyncOpenAI]") -> Agent:
         background=settings.openai_background,
         context_tokens=settings.openai_context_tokens,
     )
+
+
+def _copies(settings: Settings, client: "Callable[[], AsyncOpenAI]") -> ProviderCopies:
+    if settings.provider is Provider.PRACTICE:
+        from adapters.practice.copies import NoCopies
+
+        return NoCopies()
+    from adapters.openai import OpenAICopies
+
+    return OpenAICopies(client())
 
 
 def _watch(settings: Settings, client: "AsyncOpenAI", catalog: Catalog, clock: ClockPort) -> "ModelWatch":
@@ -173,16 +190,23 @@ def _thread_service(threads: ReadThreads, delete: DeleteThread) -> "ThreadServic
     return ThreadService(threads, delete)
 
 
-def _user_service(usage: ReadUsage) -> "UserService":
+def _left_after(settings: Settings) -> float:
+    """Seconds after which an erasure was left by its process. Alone, whatever is not at work here was."""
+    return 0.0 if is_embedded(settings.database) else 2 * settings.lease
+
+
+def _user_service(export: ExportUser, erase: EraseUser, usage: ReadUsage) -> "UserService":
     from entrypoints.grpc_api.services.users import UserService
 
-    return UserService(usage)
+    return UserService(export, erase, usage)
 
 
-def _admin_service(cleanup: CleanUpThreads, usage: ReportUsage, settings: Settings) -> "AdminService":
+def _admin_service(
+    cleanup: CleanUpThreads, settings: Settings, hold: HoldUser, erasures: ReadErasures, usage: ReportUsage
+) -> "AdminService":
     from entrypoints.grpc_api.services.admin import AdminService
 
-    return AdminService(cleanup, usage, settings.openai_thread_ttl)
+    return AdminService(cleanup, settings.openai_thread_ttl, hold, erasures, usage)
 
 
 def _access(settings: Settings) -> "Access":
@@ -266,15 +290,39 @@ class Container(containers.DeclarativeContainer):
     )
     follow = providers.Singleton(FollowTurn, store, feeds)
     cancel = providers.Singleton(CancelTurn, store=store, engine=engine, ids=ids)
-    delete = providers.Singleton(DeleteThread, store=store, engine=engine)
+    copies = providers.Singleton(_copies, settings, client.provider)
+    erased = providers.Singleton(asyncio.Event)
+    delete = providers.Singleton(DeleteThread, store=store, gone=engine.provided.gone, erased=erased.provided.set)
+    erase_user = providers.Singleton(
+        EraseUser,
+        store=store,
+        ids=ids,
+        gone=engine.provided.gone,
+        erased=erased.provided.set,
+        left_after=providers.Callable(_left_after, settings),
+    )
+    erase_user_apart = providers.Factory(
+        # Other processes hear of their turns from the store.
+        EraseUser,
+        store=store,
+        ids=ids,
+        gone=providers.Object(lambda _: None),
+        erased=erased.provided.set,
+    )
+    finish_erasures = providers.Singleton(
+        FinishErasures, store=store, copies=copies, erase_user=erase_user, wanted=erased
+    )
+    export_user = providers.Singleton(ExportUser, store)
+    hold_user = providers.Singleton(HoldUser, store)
+    erasures = providers.Singleton(ReadErasures, store)
     threads = providers.Singleton(ReadThreads, store)
-    cleanup = providers.Singleton(CleanUpThreads, store)
+    cleanup = providers.Singleton(CleanUpThreads, store, erased=erased.provided.set)
     usage = providers.Singleton(ReadUsage, store, quotas)
     report_usage = providers.Singleton(ReportUsage, store, prices)
     agent_service = providers.Singleton(_agent_service, settings, accept, follow, cancel, threads, catalog, agent)
     thread_service = providers.Singleton(_thread_service, threads, delete)
-    user_service = providers.Singleton(_user_service, usage)
-    admin_service = providers.Singleton(_admin_service, cleanup, report_usage, settings)
+    user_service = providers.Singleton(_user_service, export_user, erase_user, usage)
+    admin_service = providers.Singleton(_admin_service, cleanup, settings, hold_user, erasures, report_usage)
     access = providers.Singleton(_access, settings)
     server = providers.Factory(_server, settings, agent_service, thread_service, user_service, ids, access=access)
 
@@ -307,6 +355,9 @@ async def running(settings: Settings, *, watching: bool = False) -> AsyncIterato
         stack.push_async_callback(container.accept().settle)
         stack.push_async_callback(container.recover().stop)
         await container.recover().start()
+        stack.push_async_callback(container.erase_user().settle)
+        stack.push_async_callback(container.finish_erasures().stop)
+        container.finish_erasures().start()
         if watching and settings.provider is Provider.OPENAI:
             stack.push_async_callback(container.watch().stop)
             container.watch().start()

@@ -17,8 +17,10 @@ import pytest
 from google.protobuf import field_mask_pb2
 
 from adapters.memory.store import MemoryStore
-from adapters.system import Clock
+from adapters.system import Clock, Ids
 from core.model.ledger import UNLIMITED
+from core.use_cases.erase_user import EraseUser
+from core.use_cases.export_user import ExportUser
 from core.use_cases.places import Places
 from core.use_cases.read_usage import ReadUsage
 from doubles import CATALOG, Service, service
@@ -83,10 +85,11 @@ class Api:
             agent=core.agent,
             streams=Streams(Places(10, 10), seconds=20),
         )
+        erase = EraseUser(store=core.store, ids=Ids(), gone=core.engine.gone, erased=lambda: None)
         faces = {
             AGENTS: Face(loop, agents),
             THREADS: Face(loop, ThreadService(core.threads, core.delete)),
-            USERS: Face(loop, UserService(ReadUsage(core.store, UNLIMITED))),
+            USERS: Face(loop, UserService(ExportUser(core.store), erase, ReadUsage(core.store, UNLIMITED))),
         }
         self._server = grpc_testing.server_from_dictionary(faces, grpc_testing.strict_real_time())
 
@@ -133,6 +136,7 @@ def test_every_unary_rpc_answers_with_its_message(api: Api) -> None:
         ),
         (THREADS, "DeleteThread"): threads_api.DeleteThreadRequest(**thread),
         (USERS, "GetUsage"): users_api.GetUsageRequest(user_id="ada"),
+        (USERS, "EraseUser"): users_api.EraseUserRequest(user_id="ada", dry_run=True),
     }
     unary = {
         (descriptor, method.name)

@@ -607,7 +607,7 @@ async def test_provider_state_is_kept_as_it_was_last_said(record: Store) -> None
     await record.write(lambda tx: add_thread(tx, thread))
     assert await record.read(lambda tx: tx.threads.provider_state(thread.id)) is None
     for state in (
-        ProviderState(provider="openai", conversation_id="conv_1", synced_to=4, retired=("conv_0", 'x"')),
+        ProviderState(provider="openai", conversation_id="conv_1", synced_to=4),
         ProviderState(provider="openai", response_id="resp_1", synced_to=2),
         ProviderState(provider="openai"),
     ):
@@ -1050,7 +1050,7 @@ async def test_a_deleted_thread_leaves_its_tombstone(record: Store) -> None:
     kept, gone = threads
     for thread in threads:
         (turn,) = await record.read(lambda tx, t=thread: tx.turns.unfinished(t.id))  # type: ignore[misc]
-        state = ProviderState(provider="openai", conversation_id="conv_2", retired=("conv_0", "resp_1"))
+        state = ProviderState(provider="openai", conversation_id="conv_2")
 
         def fill(
             tx: Transaction, thread: Thread = thread, turn: Turn = turn, state: ProviderState = state
@@ -1071,11 +1071,7 @@ async def test_a_deleted_thread_leaves_its_tombstone(record: Store) -> None:
     other = a_thread()
     await together(record, [lambda tx: add_thread(tx, other), delete, lambda tx: tx.leases.renew("x", 1)])
     assert await record.read(lambda tx: tx.threads.tombstone(gone.id)) == Tombstone(
-        thread_id=gone.id,
-        user_id="ada",
-        provider="openai",
-        copies=("conv_2", "conv_0", "resp_1"),
-        deleted_at=NOW,
+        thread_id=gone.id, erasure_id="", deleted_at=NOW
     )
     assert await record.read(lambda tx: tx.threads.find(gone.id)) is None
     assert await record.read(lambda tx: tx.threads.find(other.id)) == other
@@ -1100,23 +1096,6 @@ LOOKS: tuple[Callable[[Transaction, Thread], object], ...] = (
     lambda tx, thread: [list(tx.log.read(turn.id)) for turn in tx.turns.unfinished(thread.id)],
     lambda tx, thread: tx.threads.provider_state(thread.id),
 )
-
-
-async def test_a_tombstone_names_what_the_provider_has(record: Store) -> None:
-    plain, emptied, chained = a_thread(), a_thread(), a_thread()
-
-    def change(tx: Transaction) -> None:
-        add_threads([plain, emptied, chained], tx)
-        tx.threads.save_provider_state(emptied.id, ProviderState(provider="openai"))
-        tx.threads.save_provider_state(chained.id, ProviderState(provider="openai", response_id="resp_1"))
-        for thread in (plain, emptied, chained):
-            tx.threads.delete(thread.id, NOW)
-
-    await record.write(change)
-    for thread, provider, copies in ((plain, "", ()), (emptied, "openai", ()), (chained, "openai", ("resp_1",))):
-        found = await record.read(lambda tx, t=thread: tx.threads.tombstone(t.id))  # type: ignore[misc]
-        assert found is not None
-        assert (found.provider, found.copies) == (provider, copies)
 
 
 async def test_a_deletion_that_is_taken_back_leaves_everything(record: Store) -> None:

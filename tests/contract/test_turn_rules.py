@@ -75,6 +75,19 @@ async def test_an_ending_is_fenced_and_moves_the_epoch_on(store: Store) -> None:
         assert await store.read(lambda tx: tx.threads.provider_state(turn.thread_id)) is None
 
 
+async def test_an_attempt_that_begins_with_the_ending_counts(store: Store) -> None:
+    gate = Gate()
+    async with service(store, ScriptedAgent([gate, DONE])) as it:
+        turn_id = await it.say()
+        await gate.reached.wait()
+        ending = Ending(reason=TurnReason.BUDGET_EXCEEDED)
+        tail = (TextDelta("old"), AttemptRestarted(2, "PROVIDER_STALLED"), TextDelta("new"))
+        ended = await store.write(lambda tx: end_turn(tx, IDS, turn_id, ending, epoch=1, tail=tail))
+        turn, _ = await it.threads.turn("ada", turn_id)
+        assert turn == ended.turn
+        assert turn.attempt == 2
+
+
 async def test_a_fold_keeps_every_event(store: Store) -> None:
     gate = Gate()
     async with service(store, ScriptedAgent([gate, DONE])) as it:

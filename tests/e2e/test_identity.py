@@ -27,6 +27,7 @@ from entrypoints.grpc_api.gen.vidacoach.admin.v1 import admin_service_pb2 as adm
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import agent_service_pb2 as api
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import resources_pb2 as pb
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import thread_service_pb2 as threads_api
+from entrypoints.grpc_api.gen.vidacoach.agents.v1 import user_service_pb2 as users_api
 from entrypoints.grpc_api.methods import TABLE, Need, need_of
 from harness import DEADLINE, Client, message, reason, rest_of, served
 from identity_lab import APP, BATCH, OPERATOR, READER, Lab, bearer, stubs
@@ -91,12 +92,18 @@ ABOUT_SOMETHING: dict[str, Build] = {
 }
 ABOUT_A_USER: dict[str, Build] = {
     "ThreadService/ListThreads": lambda user, _: threads_api.ListThreadsRequest(user_id=user),
+    "UserService/GetUsage": lambda user, _: users_api.GetUsageRequest(user_id=user),
+    "UserService/ExportUserData": lambda user, _: users_api.ExportUserDataRequest(user_id=user),
+    "UserService/EraseUser": lambda user, _: users_api.EraseUserRequest(user_id=user),
 }
 ABOUT_NOBODY: dict[str, Build] = {
     "AgentService/ListAgents": lambda *_: api.ListAgentsRequest(),
 }
 FOR_OPERATORS: dict[str, Build] = {
     "AdminService/Cleanup": lambda *_: admin_api.CleanupRequest(dry_run=True),
+    "AdminService/HoldUser": lambda *_: admin_api.HoldUserRequest(user_id="somebody", hold=True),
+    "AdminService/ListErasures": lambda *_: admin_api.ListErasuresRequest(),
+    "AdminService/ReportUsage": lambda *_: admin_api.ReportUsageRequest(by=["user"]),
 }
 ALL = {**ABOUT_SOMETHING, **ABOUT_A_USER, **ABOUT_NOBODY, **FOR_OPERATORS}
 

@@ -104,9 +104,7 @@ def checked(log: io.StringIO, *expected: str) -> None:
 
 
 async def test_no_path_through_a_turn_writes_what_was_said(log: io.StringIO) -> None:
-    state = ProviderState(
-        provider="scripted", conversation_id=f"{CANARY}-conversation", retired=(f"{CANARY}-old",)
-    )
+    state = ProviderState(provider="scripted", conversation_id=f"{CANARY}-conversation")
     scripts: list[list[Step]] = [
         [f"{CANARY}-reply", StateChanged(state), DONE],
         [ToolCalled("c1", "note", f'{{"a": "{CANARY}-arguments"}}'), DONE],

@@ -40,8 +40,9 @@ class FakeProvider:
 
     `connections` are open now, `accepted` were opened ever, `running` responses are being sent, or written in the
     background; `streams` are open. `refusals` holds errors for the next requests to `conversations`, `items`,
-    `models` or `cancel`; `attachments` says what befalls the next connections that ask for the stream of a
-    background response. `cancelled` are the ids of the responses that were cancelled while they were written.
+    `models` or `cancel`, or for the next `deletions` of anything; `attachments` says what befalls the next
+    connections that ask for the stream of a background response. `cancelled` are the ids of the responses that
+    were cancelled while they were written.
     `requests` are all that came, `rejected` those with parameters that the API does not take, and what they were
     told; `shown` is what the model was shown each time. `strikes` counts the faults that struck, by their names.
     `lateness` is of the paced replies.
@@ -86,7 +87,9 @@ class FakeProvider:
         self.responses: dict[str, Json] = {}
         self.inputs: dict[str, list[Json]] = {}
         self.contexts: dict[str, list[Json]] = {}
-        self.refusals: dict[str, list[HttpError]] = {"conversations": [], "items": [], "models": [], "cancel": []}
+        self.refusals: dict[str, list[HttpError]] = {
+            name: [] for name in ("conversations", "items", "models", "cancel", "deletions")
+        }
         self.attachments: list[Break | HttpError | None] = []
         self.cancelled: list[str] = []
         self.shown: list[list[Json]] = []
@@ -184,6 +187,8 @@ class FakeProvider:
             return await exchange.refuse(HttpError(status=401, code="invalid_api_key", message=_NO_KEY))
         if request.garbled:
             return await exchange.reject(HttpError(status=400, message=_GARBLED))
+        if request.method == "DELETE" and self.refusals["deletions"]:
+            return await exchange.fail(self.refusals["deletions"].pop(0))
         root, *path = request.path.removeprefix("/v1").strip("/").split("/")
         match root:
             case "responses" if self.dialect.responses:

@@ -114,7 +114,7 @@ def _note_changes() -> None:
     def saved(_: object, thread_id: str, *arguments: Any) -> Iterator[tuple[str, str]]:
         yield "state", thread_id
 
-    def deleted(_: object, thread_id: str, *arguments: Any) -> Iterator[tuple[str, str]]:
+    def deleted(_: object, thread_id: str, *arguments: Any, **named: Any) -> Iterator[tuple[str, str]]:
         yield "delete", thread_id
 
     _after(Turns, "add", added)

@@ -263,6 +263,55 @@ async def test_a_database_of_the_third_version_gets_a_ledger_of_its_turns(empty_
     assert drift(empty_url) == []
 
 
+async def test_what_providers_keep_moves_into_a_table_of_its_own(empty_url: str) -> None:
+    step(empty_url, "0004")
+    state = '{"provider": "openai", "response_id": "resp_1", "synced_to": 2, "retired": ["conv_0", "resp_0"]}'
+    for table, row in (
+        ("users", {"id": "ada", "created_at": "2026-01-01 00:00:00+00:00"}),
+        *((table, row) for table, row in OLD_ROWS if table == "agents"),
+    ):
+        names, values = ", ".join(row), ", ".join(map(repr, row.values()))
+        execute(empty_url, f"INSERT INTO {table} ({names}) VALUES ({values}) ON CONFLICT DO NOTHING")
+    agent = next(row["id"] for table, row in OLD_ROWS if table == "agents")
+    times = "'2026-01-01 00:00:00+00:00', '2026-01-01 00:00:00+00:00'"
+    execute(
+        empty_url,
+        "INSERT INTO assistant_threads (id, user_id, thread_id, assistant_id, domain, is_active, metadata, title,"
+        " message_count, provider_state, last_message_at, created_at)"
+        f" VALUES ('t1', 'ada', 'conv_1', '{agent}', 'career', TRUE, '{{}}', '', 0, '{state}', {times})",
+    )
+    execute(
+        empty_url,
+        "INSERT INTO tombstones (thread_id, user_id, provider, copies, deleted_at)"
+        " VALUES ('t0', 'ada', 'openai', '[\"conv_9\", \"resp_9\"]', '2026-01-01 00:00:00+00:00')",
+    )
+    assert migrate(empty_url) is SchemaState.OUTDATED
+    assert drift(empty_url) == []
+
+    def look(tx: Transaction) -> None:
+        state = tx.threads.provider_state("t1")
+        assert state is not None
+        assert state.refs == ("conv_1", "resp_1")
+        assert tx.users.belongings("ada")[1] == 4
+        assert {(copy.thread_id, copy.ref) for copy in tx.copies.claim("openai", 9, 60)} == {
+            ("t0", "conv_9"),
+            ("t0", "resp_9"),
+        }
+        grave = tx.threads.tombstone("t0")
+        assert grave is not None
+        assert grave.erasure_id == ""
+        tx.threads.delete("t1", tx.now())
+        refs = {copy.ref for copy in tx.copies.claim("openai", 9, 60)}
+        assert refs == {"conv_0", "conv_1", "resp_0", "resp_1"}
+
+    store = SqlStore(empty_url, ManualClock())
+    await store.write(look)
+    await store.aclose()
+    step(empty_url, "-0004")
+    assert migrate(empty_url) is SchemaState.OUTDATED
+    assert drift(empty_url) == []
+
+
 @pytest.mark.parametrize(
     "statement",
     [

@@ -332,9 +332,7 @@ async def test_nothing_of_a_deleted_thread_is_left_but_its_tombstone(
                 tx.turns.attach(waiting.id, (FilePart(b"two"),))
                 tx.log.begin(waiting.id, [TurnStarted(waiting.id, thread.id, turn.agent_id)])
                 tx.log.append([LogAppend(turn.id, 1, 1, TEXT)])
-                tx.threads.save_provider_state(
-                    thread.id, ProviderState(provider="p", conversation_id="c", retired=("r",))
-                )
+                tx.threads.save_provider_state(thread.id, ProviderState(provider="p", conversation_id="c"))
 
             await store.write(fill)
         before = {table: rows(database_url, table) for table in metadata.tables}

@@ -268,6 +268,9 @@ class View(Store):
         result: T = await self._call(query, is_write=False)
         return result
 
+    async def purge(self) -> bool:
+        raise NotImplementedError
+
     def exclusive(self, name: str) -> AbstractAsyncContextManager[bool]:
         raise NotImplementedError
 

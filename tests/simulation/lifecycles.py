@@ -44,8 +44,8 @@ from core.use_cases.accept_message import AcceptMessage, IncomingMessage
 from core.use_cases.cancel_turn import CancelTurn
 from core.use_cases.claim_turn import Claimant, ClaimedTurn, Why, claim_turn, release_turn
 from core.use_cases.definitions import Definitions
-from core.use_cases.delete_thread import _delete
 from core.use_cases.end_turn import Ended, Ending, end_turn
+from core.use_cases.erase_thread import erase_thread
 from core.use_cases.reply_writer import _save_continuation
 from core.use_cases.turn_engine import TurnEngine, TurnLimits
 from core.use_cases.turn_feed import TurnFeeds
@@ -282,7 +282,7 @@ class Lifecycles(RuleBasedStateMachine):
         message = self.message(other, thread.id, "hello", BusyPolicy.INTERRUPT, "")
         record = self.acceptors[owner]._record
         self.refused(lambda tx: record(tx, message, None, self.ids.new()), ThreadNotFound)
-        self.refused(lambda tx: _delete(other, thread.id, tx), ThreadNotFound)
+        self.refused(lambda tx: _erase(other, thread.id, tx), ThreadNotFound)
 
     @rule(owner=owners, pick=picks, policy=policies, refusal=refusals, otherwise=st.integers(0, 3))
     @precondition(lambda self: self.turns)
@@ -708,9 +708,9 @@ class Lifecycles(RuleBasedStateMachine):
             return
         self.touched.add(thread.id)
         if thread.deleted:
-            self.refused(lambda tx: _delete(thread.user, thread.id, tx), ThreadNotFound)
+            self.refused(lambda tx: _erase(thread.user, thread.id, tx), ThreadNotFound)
             return
-        at_work = self.write(lambda tx: _delete(thread.user, thread.id, tx))
+        at_work = self.write(lambda tx: _erase(thread.user, thread.id, tx))
         assert [turn.id for turn in at_work] == [turn.id for turn in thread.queue]
         self.cover("deleted at work" if thread.queue else "deleted")
         thread.deleted = True
@@ -768,7 +768,7 @@ class Lifecycles(RuleBasedStateMachine):
         def change(tx: Transaction) -> None:
             record(tx, message, None, self.ids.new())
             tx.leases.renew(owner, 1_000.0)
-            _delete(thread.user, thread.id, tx)
+            _erase(thread.user, thread.id, tx)
             raise ZeroDivisionError
 
         self.refused(change, ZeroDivisionError)
@@ -845,6 +845,13 @@ class Lifecycles(RuleBasedStateMachine):
             assert ending.reply is None or ending.reply.partial is (turn.state is not TurnState.COMPLETED)
         assert said == units(turn.log)
         assert stored.last_position == turn.position + turn.state.is_terminal
+
+
+def _erase(user_id: str, thread_id: str, tx: Transaction) -> Sequence[Turn]:
+    erased = erase_thread(tx, user_id, thread_id)
+    if erased is None:
+        raise ThreadNotFound
+    return erased.unfinished
 
 
 @dataclass

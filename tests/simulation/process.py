@@ -281,7 +281,7 @@ class Process:
         )
         self.follow = FollowTurn(self.view, self.feeds)
         self.cancel = CancelTurn(store=self.view, engine=self.engine, ids=ids)
-        self.delete = DeleteThread(store=self.view, engine=self.engine)
+        self.delete = DeleteThread(store=self.view, gone=self.engine.gone, erased=lambda: None)
         self.calls: dict[asyncio.Task[Any], None] = {}
         self._well_since = 0.0
         self.host.start(self._serve())
@@ -346,7 +346,7 @@ class Process:
         await asyncio.gather(*self.calls, return_exceptions=True)
         for use_case in (self.accept, self.cancel, self.delete):
             await use_case._detached.settle()
-        await asyncio.gather(*self.engine._stopping, return_exceptions=True)
+        await asyncio.gather(*self.engine._aside, return_exceptions=True)
         self.world.judge.demand(not self.leftovers(), f"{self.name} leaves with {self.leftovers()}")
         self.view.leave()
         self.host.kill()
@@ -375,7 +375,7 @@ class Process:
             "deletions": self.delete._detached._tasks,
             "live logs": engine._writer._live,
             "replies": self.agent.running,
-            "stops": engine._stopping,
+            "aside": engine._aside,
         }
         return [f"{name}: {what}" for name, what in held.items() if what]
 

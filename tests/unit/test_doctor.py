@@ -131,6 +131,24 @@ def test_a_current_database_that_nobody_uses_is_well_and_left_alone(examine: Any
     assert file.read_bytes() == before
 
 
+def test_what_is_left_at_a_provider_is_told(examine: Any, file: Path) -> None:
+    file.parent.mkdir()
+    migrate(f"sqlite:///{file}")
+    assert examine().status("erasures") == "ok"
+    row = "INSERT INTO copies VALUES ('openai', ?, 't', '2026-01-01 00:00:00', 1, ?)"
+    with sqlite3.connect(file) as connection:
+        connection.execute(row, ("conv_1", ""))
+    assert examine().status("erasures") == "info"
+    with sqlite3.connect(file) as connection:
+        connection.execute(row, ("conv_2", "401 PROVIDER_CONFIG"))
+    connection.close()
+    report = examine()
+    assert report.ok
+    assert report.status("erasures") == "warn"
+    assert report.of("erasures")["detail"].startswith("2 objects")
+    assert "users erasures" in report.of("erasures")["advice"]
+
+
 def test_an_outdated_embedded_database_is_migrated_by_whatever_opens_it(examine: Any, file: Path) -> None:
     file.parent.mkdir()
     with sqlite3.connect(file) as connection:

@@ -83,6 +83,9 @@ class SlowStore(Store):
     async def read(self, query: Callable[[Transaction], T]) -> T:
         return await self.inner.read(query)
 
+    async def purge(self) -> bool:
+        return await self.inner.purge()
+
     def exclusive(self, name: str) -> Any:
         return self.inner.exclusive(name)
 

@@ -18,18 +18,21 @@ from typing import TypeVar
 
 from core.model.agent import AgentDefinition, Domain
 from core.model.attachment import data_of, with_data, without_data
-from core.model.events import AttemptRestarted, LogEntry, TurnEvent, TurnFinished, extent, merged, place
+from core.model.erasure import Copy, Counts, Receipt, user_hash
+from core.model.events import LogEntry, TurnEvent, TurnFinished, attempt_of, extent, merged, place
 from core.model.events import after as events_after
 from core.model.goal import Goal
 from core.model.ledger import FORGOTTEN, Dimension, LedgerKey, LedgerLine, Tally
 from core.model.message import ContentPart, Message, Role, readable
 from core.model.thread import ProviderState, Thread, ThreadState, Tombstone
 from core.model.turn import Continuation, Turn, TurnState, Usage
-from core.ports import agents, goals, ledger, store, threads, turns
+from core.model.user import User
+from core.ports import agents, erasures, goals, ledger, store, threads, turns
 from core.ports.agents import AgentVersionChanged
+from core.ports.erasures import OpenErasure
 from core.ports.store import Conflict
 from core.ports.system import Clock
-from core.ports.threads import ExpiredBatch, NewMessage, ThreadKey
+from core.ports.threads import SETTLE, ExpiredBatch, NewMessage, ThreadKey
 from core.ports.turns import Appended, Holder, LogAppend, RequestKey
 
 T = TypeVar("T")
@@ -54,7 +57,7 @@ class _Claim:
 class Tables:
     """What is stored, and how to take back what the current transaction has changed."""
 
-    users: dict[str, datetime] = field(default_factory=dict)
+    users: dict[str, User] = field(default_factory=dict)
     agents: dict[str, AgentDefinition] = field(default_factory=dict)
     threads: dict[str, Thread] = field(default_factory=dict)
     provider_states: dict[str, ProviderState] = field(default_factory=dict)
@@ -65,6 +68,10 @@ class Tables:
     claims: dict[str, _Claim] = field(default_factory=dict)
     leases: dict[str, datetime] = field(default_factory=dict)
     tombstones: dict[str, Tombstone] = field(default_factory=dict)
+    erasures: dict[str, Receipt] = field(default_factory=dict)
+    open_erasures: dict[str, tuple[str, datetime]] = field(default_factory=dict)
+    copies: dict[tuple[str, str], Copy] = field(default_factory=dict)
+    due: dict[tuple[str, str], datetime] = field(default_factory=dict)
     attachments: dict[str, dict[int, bytes]] = field(default_factory=dict)
     requests: dict[tuple[str, str, str], tuple[str, str]] = field(default_factory=dict)
     logs: dict[str, tuple[LogEntry, ...]] = field(default_factory=dict)
@@ -97,7 +104,38 @@ class Users(_Repository, threads.Users):
 
     def ensure(self, user_id: str, now: datetime) -> None:
         if user_id not in self._tables.users:
-            self._tables.put(self._tables.users, user_id, now)
+            self._tables.put(self._tables.users, user_id, User(id=user_id, created_at=now))
+
+    def get(self, user_id: str) -> User | None:
+        return self._tables.users.get(user_id)
+
+    def held(self, user_id: str) -> bool:
+        user = self.get(user_id)
+        return user is not None and user.held_since is not None
+
+    def hold(self, user_id: str, since: datetime | None) -> None:
+        user = self.get(user_id)
+        if user is not None and (since is None or user.held_since is None):
+            self._tables.put(self._tables.users, user_id, replace(user, held_since=since))
+
+    def belongings(self, user_id: str) -> tuple[Counts, int]:
+        tables = self._tables
+        threads = [thread.id for thread in tables.threads.values() if thread.user_id == user_id]
+        turns = [turn_id for thread_id in threads for turn_id in tables.turns_of.get(thread_id, ())]
+        counts = Counts(
+            threads=len(threads),
+            turns=len(turns),
+            messages=sum(len(tables.messages.get(thread_id, ())) for thread_id in threads),
+            attachments=sum(len(tables.attachments.get(turn_id, {})) for turn_id in turns),
+            goals=sum(goal.user_id == user_id for goal in tables.goals.values()),
+        )
+        return counts, sum(copy.thread_id in threads for copy in tables.copies.values())
+
+    def remove(self, user_id: str) -> None:
+        counts, _ = self.belongings(user_id)
+        if counts != Counts():
+            raise Conflict
+        self._tables.drop(self._tables.users, user_id)
 
     def lock(self, user_id: str) -> None:
         """There is one writer."""
@@ -139,18 +177,15 @@ class Threads(_Repository, threads.Threads):
         thread = replace(self._tables.threads[thread_id], last_message_at=now, state=ThreadState.ACTIVE)
         self._tables.put(self._tables.threads, thread_id, thread)
 
-    def delete(self, thread_id: str, now: datetime) -> None:
+    def delete(self, thread_id: str, now: datetime, *, erasure_id: str = "", in_use: bool = False) -> Counts:
         tables = self._tables
-        thread = tables.threads[thread_id]
-        state = tables.provider_states.get(thread_id) or ProviderState(provider="")
-        tombstone = Tombstone(
-            thread_id=thread_id,
-            user_id=thread.user_id,
-            provider=state.provider,
-            copies=state.copies,
-            deleted_at=now,
-        )
         turn_ids = tables.turns_of.get(thread_id, ())
+        counts = Counts(
+            threads=1,
+            turns=len(turn_ids),
+            messages=len(tables.messages.get(thread_id, ())),
+            attachments=sum(len(tables.attachments.get(turn_id, {})) for turn_id in turn_ids),
+        )
         for turn_id in turn_ids:
             tables.drop(tables.turns, turn_id)
             tables.drop(tables.logs, turn_id)
@@ -163,7 +198,22 @@ class Threads(_Repository, threads.Threads):
         tables.drop(tables.messages, thread_id)
         tables.drop(tables.provider_states, thread_id)
         tables.drop(tables.threads, thread_id)
+        tombstone = Tombstone(thread_id=thread_id, erasure_id=erasure_id, deleted_at=now)
         tables.put(tables.tombstones, thread_id, tombstone)
+        for ref, copy in tables.copies.items():
+            if copy.thread_id == thread_id and ref not in tables.due:
+                tables.put(tables.due, ref, now + timedelta(seconds=SETTLE if in_use else 0))
+        return counts
+
+    def ids_of(self, user_id: str, after: str, limit: int) -> Sequence[str]:
+        threads = self._tables.threads.values()
+        return sorted(thread.id for thread in threads if thread.user_id == user_id and thread.id > after)[:limit]
+
+    def forgotten(
+        self, cutoff: datetime, domain: Domain | None, after: str, limit: int
+    ) -> Sequence[tuple[str, str]]:
+        found = sorted(self._unused(cutoff, domain, self._tables.threads.values()), key=lambda thread: thread.id)
+        return [(thread.user_id, thread.id) for thread in found if thread.id > after][:limit]
 
     def tombstone(self, thread_id: str) -> Tombstone | None:
         return self._tables.tombstones.get(thread_id)
@@ -225,11 +275,14 @@ class Threads(_Repository, threads.Threads):
     def _idle(
         self, cutoff: datetime, domain: Domain | None, among: Iterable[Thread] | None = None
     ) -> Sequence[Thread]:
+        found = self._unused(cutoff, domain, self._tables.threads.values() if among is None else among)
+        return [thread for thread in found if thread.state is ThreadState.ACTIVE]
+
+    def _unused(self, cutoff: datetime, domain: Domain | None, among: Iterable[Thread]) -> Sequence[Thread]:
         return [
             thread
-            for thread in (self._tables.threads.values() if among is None else among)
-            if thread.state is ThreadState.ACTIVE
-            and thread.last_message_at < cutoff
+            for thread in among
+            if thread.last_message_at < cutoff
             and domain in (None, thread.domain)
             and not any(turn_id in self._tables.claims for turn_id in self._tables.turns_of.get(thread.id, ()))
         ]
@@ -373,6 +426,10 @@ class Turns(_Repository, turns.Turns):
         turns = [self._tables.turns[turn_id] for turn_id in self._of(thread_id) if turn_id in self._tables.claims]
         return sorted(turns, key=lambda turn: (turn.state not in _AT_WORK, self._tables.claims[turn.id].place))
 
+    def of_thread(self, thread_id: str, after: str, limit: int) -> Sequence[Turn]:
+        found = sorted(turn_id for turn_id in self._of(thread_id) if turn_id > after)
+        return [self._tables.turns[turn_id] for turn_id in found[:limit]]
+
     def waiting_message(self, turn_id: str) -> NewMessage | None:
         claim = self._tables.claims.get(turn_id)
         if claim is None or claim.waiting is None:
@@ -451,11 +508,10 @@ class TurnLog(_Repository, turns.TurnLog):
                 or (turn.epoch, turn.last_position) != (append.epoch, append.position)
             ):
                 continue
-            restarts = [event.attempt for event in append.events if isinstance(event, AttemptRestarted)]
             turn = replace(
                 turn,
                 last_position=append.position + sum(map(extent, append.events)),
-                attempt=restarts[-1] if restarts else turn.attempt,
+                attempt=attempt_of(append.events) or turn.attempt,
             )
             self._tables.put(self._tables.turns, turn.id, turn)
             log = self._tables.logs[turn.id]
@@ -484,6 +540,129 @@ class Goals(_Repository, goals.Goals):
     def list(self, user_id: str, domain: Domain, limit: int) -> Sequence[Goal]:
         found = [goal for goal in self._tables.goals.values() if (goal.user_id, goal.domain) == (user_id, domain)]
         return sorted(found, key=lambda goal: (goal.created_at, goal.id), reverse=True)[:limit]
+
+    def of_user(self, user_id: str, after: str, limit: int) -> Sequence[Goal]:
+        found = [goal for goal in self._tables.goals.values() if goal.user_id == user_id and goal.id > after]
+        return sorted(found, key=lambda goal: goal.id)[:limit]
+
+    def delete_of(self, user_id: str) -> int:
+        keys = [key for key, goal in self._tables.goals.items() if goal.user_id == user_id]
+        for key in keys:
+            self._tables.drop(self._tables.goals, key)
+        return len(keys)
+
+
+class Erasures(_Repository, erasures.Erasures):
+    """Erasures of users."""
+
+    def open(self, erasure_id: str, user_id: str, now: datetime) -> OpenErasure:
+        tables = self._tables
+        if user_id not in tables.open_erasures:
+            receipt = Receipt(id=erasure_id, user_hash=user_hash(erasure_id, user_id), requested_at=now)
+            tables.put(tables.erasures, erasure_id, receipt)
+            tables.put(tables.open_erasures, user_id, (erasure_id, now))
+        return OpenErasure(tables.open_erasures[user_id][0], user_id)
+
+    def find(self, erasure_id: str) -> Receipt | None:
+        tables = self._tables
+        receipt = tables.erasures.get(erasure_id)
+        if receipt is None:
+            return None
+        user = tables.users.get(self._user_of(erasure_id))
+        graves = {grave.thread_id for grave in tables.tombstones.values() if grave.erasure_id == erasure_id}
+        return replace(
+            receipt,
+            held=user is not None and user.held_since is not None,
+            copies_left=sum(copy.thread_id in graves for copy in tables.copies.values()),
+        )
+
+    def note(self, erasure_id: str, erased: Counts, now: datetime) -> None:
+        tables = self._tables
+        receipt = tables.erasures[erasure_id]
+        tables.put(tables.erasures, erasure_id, replace(receipt, erased=receipt.erased + erased))
+        if user_id := self._user_of(erasure_id):
+            tables.put(tables.open_erasures, user_id, (erasure_id, now))
+
+    def finish(self, erasure_id: str, now: datetime) -> None:
+        tables = self._tables
+        receipt = tables.erasures[erasure_id]
+        if receipt.finished_at is None:
+            tables.put(tables.erasures, erasure_id, replace(receipt, finished_at=now))
+            tables.drop(tables.open_erasures, self._user_of(erasure_id))
+
+    def left(self, before: datetime, limit: int) -> Sequence[OpenErasure]:
+        tables = self._tables
+        held = {user.id for user in tables.users.values() if user.held_since is not None}
+        found = [
+            OpenErasure(erasure_id, user_id)
+            for user_id, (erasure_id, touched_at) in tables.open_erasures.items()
+            if touched_at < before and user_id not in held
+        ]
+        return sorted(found, key=lambda erasure: self._age(erasure.id))[:limit]
+
+    def newest(self, limit: int) -> Sequence[Receipt]:
+        newest = sorted(self._tables.erasures, key=self._age, reverse=True)[:limit]
+        return [receipt for erasure_id in newest if (receipt := self.find(erasure_id))]
+
+    def _age(self, erasure_id: str) -> tuple[datetime, str]:
+        return self._tables.erasures[erasure_id].requested_at, erasure_id
+
+    def _user_of(self, erasure_id: str) -> str:
+        opened = self._tables.open_erasures.items()
+        return next((user_id for user_id, (its_id, _) in opened if its_id == erasure_id), "")
+
+
+class Copies(erasures.Copies):
+    """What providers keep."""
+
+    def __init__(self, tables: Tables, clock: Clock) -> None:
+        self._tables = tables
+        self._clock = clock
+
+    def keep(self, thread_id: str, provider: str, refs: Collection[str], *, erase: bool = False) -> None:
+        tables = self._tables
+        for ref in refs:
+            if (provider, ref) not in tables.copies:
+                copy = Copy(provider=provider, ref=ref, thread_id=thread_id)
+                tables.put(tables.copies, (provider, ref), copy)
+                if erase or thread_id not in tables.threads:
+                    tables.put(tables.due, (provider, ref), self._clock.now())
+
+    def any_due(self, provider: str) -> bool:
+        return bool(self._due(provider))
+
+    def claim(self, provider: str, limit: int, seconds: float) -> Sequence[Copy]:
+        tables = self._tables
+        claimed = []
+        for key in self._due(provider)[:limit]:
+            copy = replace(tables.copies[key], tries=tables.copies[key].tries + 1)
+            tables.put(tables.copies, key, copy)
+            tables.put(tables.due, key, self._clock.now() + timedelta(seconds=seconds))
+            claimed.append(copy)
+        return claimed
+
+    def erased(self, copy: Copy) -> None:
+        self._tables.drop(self._tables.copies, (copy.provider, copy.ref))
+        self._tables.drop(self._tables.due, (copy.provider, copy.ref))
+
+    def stays(self, copy: Copy, reason: str, seconds: float) -> None:
+        key = (copy.provider, copy.ref)
+        if key in self._tables.copies:
+            self._tables.put(self._tables.copies, key, replace(self._tables.copies[key], reason=reason))
+            self._tables.put(self._tables.due, key, self._clock.now() + timedelta(seconds=seconds))
+
+    def left(self, limit: int) -> Sequence[Copy]:
+        tables = self._tables
+        found = sorted(tables.due, key=lambda key: (-tables.copies[key].tries, tables.due[key], key[1]))
+        return [tables.copies[key] for key in found[:limit]]
+
+    def count_left(self) -> int:
+        return len(self._tables.due)
+
+    def _due(self, provider: str) -> Sequence[tuple[str, str]]:
+        due = self._tables.due
+        found = [key for key in due if key[0] == provider and due[key] <= self._clock.now()]
+        return sorted(found, key=lambda key: (due[key], key[1]))
 
 
 class Ledger(_Repository, ledger.Ledger):
@@ -553,6 +732,8 @@ class MemoryTransaction(store.Transaction):
         self._goals = Goals(tables)
         self._ledger = Ledger(tables)
         self._leases = Leases(tables, clock)
+        self._erasures = Erasures(tables)
+        self._copies = Copies(tables, clock)
 
     @property
     def users(self) -> Users:
@@ -590,6 +771,14 @@ class MemoryTransaction(store.Transaction):
     def leases(self) -> Leases:
         return self._leases
 
+    @property
+    def erasures(self) -> Erasures:
+        return self._erasures
+
+    @property
+    def copies(self) -> Copies:
+        return self._copies
+
     def now(self) -> datetime:
         return self._clock.now()
 
@@ -618,6 +807,9 @@ class MemoryStore(store.Store):
 
     async def read(self, query: Callable[[store.Transaction], T]) -> T:
         return query(self._transaction)
+
+    async def purge(self) -> bool:
+        return True
 
     @asynccontextmanager
     async def exclusive(self, name: str) -> AsyncIterator[bool]:

@@ -2,6 +2,7 @@
 
 from adapters.openai.agent import OpenAIAgent
 from adapters.openai.client import make_client
+from adapters.openai.copies import OpenAICopies
 from adapters.openai.memory import StateMode
 from adapters.openai.models import KeyRefused, ModelMissing, model_sunset, sunset_warning
 from adapters.openai.watch import ModelWatch
@@ -11,6 +12,7 @@ __all__ = [
     "ModelMissing",
     "ModelWatch",
     "OpenAIAgent",
+    "OpenAICopies",
     "StateMode",
     "make_client",
     "model_sunset",

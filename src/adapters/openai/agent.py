@@ -39,6 +39,7 @@ from core.ports.agent import (
     ReplyRequest,
     Resumption,
     RoundFinished,
+    Stored,
 )
 from core.ports.tools import ToolSpec
 
@@ -120,7 +121,7 @@ class OpenAIAgent(Agent):
                             yield change
                 async with aclosing(self._round(request, memory, number, resume)) as events:
                     async for event in events:
-                        if not visible and not isinstance(event, Begun):
+                        if not visible and not isinstance(event, Begun | Stored):
                             visible = True
                             self._policy.breaker.succeeded()
                         yield event
@@ -169,12 +170,12 @@ class OpenAIAgent(Agent):
 
     async def _round(
         self, request: ReplyRequest, memory: Memory, number: int, resume: Resumption | None
-    ) -> AsyncGenerator[Begun | TextDelta | ToolCalled | RoundFinished, None]:
+    ) -> AsyncGenerator[Begun | Stored | TextDelta | ToolCalled | RoundFinished, None]:
         """Sends the request once, or finds the response to it that was begun before, and reads that."""
         follows_text = any(finished.text for finished in request.rounds)
         known = resume.text if resume else ""
         reading = Reading(follows_text=follows_text, known=known, again=self._background)
-        untold = self._background and resume is None
+        untold = memory.stores and resume is None
         if resume is not None:
             steps = self._responses.resume(resume.handle, reading)
         elif self._background:
@@ -185,7 +186,8 @@ class OpenAIAgent(Agent):
             async for deltas in steps:
                 if untold and reading.response_id is not None:
                     untold = False
-                    yield Begun(reading.response_id)
+                    response_id = reading.response_id
+                    yield Begun(response_id) if self._background else Stored(response_id)
                 for delta in deltas:
                     yield delta
                 if deltas:

@@ -233,10 +233,7 @@ class ChainMemory(Memory):
     def copy(self, response_id: str | None) -> ProviderState | None:
         if response_id is None:
             return None
-        state = self._state
-        if self.previous is not None:
-            state = replace(state, response_id=None)  # the chain leads to it
-        return _replaced(state, response_id=response_id, synced_to=self._request.message.index)
+        return _replaced(self._state, response_id=response_id, synced_to=self._request.message.index)
 
 
 class StatelessMemory(Memory):
@@ -279,13 +276,5 @@ def _is_at_message(state: ProviderState, request: ReplyRequest) -> bool:
 def _replaced(
     state: ProviderState, *, synced_to: int, conversation_id: str | None = None, response_id: str | None = None
 ) -> ProviderState:
-    """The state with another copy; the one before is retired."""
-    now = (conversation_id, response_id)
-    old = tuple(copy for copy in (state.conversation_id, state.response_id) if copy and copy not in now)
-    return replace(
-        state,
-        conversation_id=conversation_id,
-        response_id=response_id,
-        synced_to=synced_to,
-        retired=(*state.retired, *old),
-    )
+    """The state with another copy."""
+    return replace(state, conversation_id=conversation_id, response_id=response_id, synced_to=synced_to)

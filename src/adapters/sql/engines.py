@@ -10,6 +10,8 @@ from sqlalchemy.pool import NullPool, QueuePool
 from adapters.sql.errors import UnreadableDatabaseError
 
 READERS = 4
+BUSY_TIMEOUT = 5000
+"""Milliseconds for which SQLite waits for a lock."""
 BEGIN_WRITING = {"sqlite": "BEGIN IMMEDIATE", "postgresql": "BEGIN ISOLATION LEVEL READ COMMITTED"}
 BEGIN_READING = {"sqlite": "BEGIN", "postgresql": "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"}
 _HEADER = b"SQLite format 3\0"
@@ -111,7 +113,7 @@ def _sqlite(url: URL, begin: str, pragmas: list[str], pool_size: int) -> Engine:
     @event.listens_for(engine, "connect")
     def set_up(connection: Any, _: object) -> None:
         connection.isolation_level = None  # the driver must not begin transactions of its own
-        for pragma in ["PRAGMA busy_timeout=5000", *pragmas]:
+        for pragma in [f"PRAGMA busy_timeout={BUSY_TIMEOUT}", *pragmas]:
             connection.execute(pragma)
 
     @event.listens_for(engine, "begin")

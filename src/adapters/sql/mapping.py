@@ -3,13 +3,13 @@
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from typing import Any, assert_never
 
 from sqlalchemy import Row
 
 from core.model.agent import AgentDefinition, Domain
 from core.model.attachment import Detail, FilePart, ImagePart, Source, Unread
+from core.model.erasure import Copy, Counts, Receipt
 from core.model.events import (
     AttemptRestarted,
     TextDelta,
@@ -24,6 +24,7 @@ from core.model.ledger import LedgerKey, LedgerLine, Tally
 from core.model.message import ContentPart, Message, RefusalPart, Role, TextPart, ToolExchange
 from core.model.thread import ProviderState, Thread, ThreadState, Tombstone
 from core.model.turn import Continuation, Turn, TurnReason, TurnState, Usage
+from core.model.user import User
 from core.ports.threads import NewMessage
 
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
@@ -75,7 +76,6 @@ def provider_state_of(conversation_id: str | None, state: Mapping[str, Any] | No
         response_id=state.get("response_id"),
         synced_to=state["synced_to"],
         begins_at=state.get("begins_at", 1),
-        retired=tuple(state["retired"]),
     )
 
 
@@ -88,31 +88,36 @@ def provider_state_values(state: ProviderState) -> Values:
             "response_id": state.response_id,
             "synced_to": state.synced_to,
             "begins_at": state.begins_at,
-            "retired": list(state.retired),
         },
     }
 
 
 def tombstone_of(row: AnyRow) -> Tombstone:
     """Reads a row of `tombstones`."""
-    return Tombstone(
-        thread_id=row.thread_id,
-        user_id=row.user_id,
-        provider=row.provider,
-        copies=tuple(row.copies),
-        deleted_at=row.deleted_at,
+    return Tombstone(thread_id=row.thread_id, erasure_id=row.erasure_id, deleted_at=row.deleted_at)
+
+
+def user_of(row: AnyRow) -> User:
+    """Reads a row of `users`."""
+    return User(id=row.id, created_at=row.created_at, held_since=row.held_since)
+
+
+def receipt_of(row: AnyRow) -> Receipt:
+    """Reads a row of `erasures`, with what is beside it."""
+    return Receipt(
+        id=row.id,
+        user_hash=row.user_hash,
+        requested_at=row.requested_at,
+        finished_at=row.finished_at,
+        held=bool(row.held),
+        erased=Counts(**row.erased),
+        copies_left=row.copies_left,
     )
 
 
-def tombstone_values(thread_id: str, user_id: str, state: ProviderState | None, now: datetime) -> Values:
-    """Writes a new row of `tombstones` for a thread of which the provider has these copies."""
-    return {
-        "thread_id": thread_id,
-        "user_id": user_id,
-        "provider": state.provider if state else "",
-        "copies": list(state.copies) if state else [],
-        "deleted_at": now,
-    }
+def copy_of(row: AnyRow) -> Copy:
+    """Reads a row of `copies`."""
+    return Copy(provider=row.provider, ref=row.ref, thread_id=row.thread_id, tries=row.tries, reason=row.reason)
 
 
 def turn_of(row: AnyRow) -> Turn:
@@ -172,6 +177,7 @@ def ending_values(turn: Turn) -> Values:
     """Writes what an ending changes."""
     return {
         "state": turn.state.value,
+        "attempt": turn.attempt,
         "epoch": turn.epoch,
         "last_position": turn.last_position,
         **usage_values(turn.usage),

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from sqlalchemy import Engine, PoolProxiedConnection, func, select
 
 from adapters.sql.driver import Driver, Embedded
+from adapters.sql.engines import BUSY_TIMEOUT
 from adapters.sql.errors import FAULTS
 from adapters.sql.fiber import apart
 from adapters.sql.pipeline import Pipeline
@@ -20,6 +21,8 @@ from core.ports.system import Clock
 T = TypeVar("T")
 
 _NO_PARAMETERS: Parameters = {}
+_PATIENCE_WITH_READERS = 20
+"""Milliseconds for which the writer waits for readers to be done."""
 _QUICK = 0.05
 """Seconds within which an answer has to come that says what time it is."""
 _KNOWN_FOR = 10.0
@@ -62,6 +65,17 @@ class Session:
                 raise
         self._begin_transaction()
         return self._finish(work)
+
+    def truncate(self) -> bool:
+        """Brings all of SQLite's write-ahead log into the database and empties it: what was deleted is in neither
+        then. False where a reader is in the way."""
+        self.transact(lambda: None)  # makes sure of the connection
+        self._driver.run(f"PRAGMA busy_timeout={_PATIENCE_WITH_READERS}")
+        try:
+            ((busy, *_),) = self._driver.rows("PRAGMA wal_checkpoint(TRUNCATE)")
+        finally:
+            self._driver.run(f"PRAGMA busy_timeout={BUSY_TIMEOUT}")
+        return not busy
 
     @contextmanager
     def nested(self) -> Iterator[None]:

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from sqlalchemy import exc, text
 
@@ -65,13 +65,20 @@ class SqlStore(store.Store):
         self._closed = False
 
     async def write(self, change: Callable[[Transaction], T]) -> T:
+        result: T = await self._submit(change)
+        return result
+
+    async def purge(self) -> bool:
+        # Pages that are freed are overwritten (secure_delete); older versions of them lie in the write-ahead log.
+        return not is_embedded(self._url) or bool(await self._submit(None))
+
+    async def _submit(self, change: Callable[[Transaction], Any] | None) -> Any:
         if self._closed:
             raise StoreUnavailable
         loop = asyncio.get_running_loop()
         job = Job(change, loop, loop.create_future())
         self._writer.submit(job)
-        result: T = await job.future
-        return result
+        return await job.future
 
     async def read(self, query: Callable[[Transaction], T]) -> T:
         if self._closed:

@@ -65,6 +65,7 @@ class UserColumns(TypedColumns):
 
     id = Column(String(128), primary_key=True)
     created_at: Named[datetime] = Column(UtcDateTime, nullable=False)
+    held_since: Named[datetime | None] = Column(UtcDateTime)
 
 
 class AgentColumns(TypedColumns):
@@ -96,13 +97,35 @@ class ThreadColumns(TypedColumns):
 
 
 class TombstoneColumns(TypedColumns):
-    """Deleted threads whose copies at a provider may still have to be erased. `copies` are the provider's ids."""
+    """Deleted threads, by their ids alone. `erasure_id` is empty where the thread did not go with its user."""
 
     thread_id = Column(String(36), primary_key=True)
-    user_id: Named[str] = Column(String(128))
-    provider: Named[str] = Column(String(64))
-    copies: Named[list[str]] = Column(JSON, nullable=False)
+    erasure_id: Named[str] = Column(String(36), nullable=False, server_default=text("''"))
     deleted_at: Named[datetime] = Column(UtcDateTime, nullable=False)
+
+
+class ErasureColumns(TypedColumns):
+    """Erasures of users. `user_id` is there until nothing of the user is left; `erased` are the counts."""
+
+    id = Column(String(36), primary_key=True)
+    user_id: Named[str | None] = Column(String(128))
+    user_hash: Named[str] = Column(String(64))
+    requested_at: Named[datetime] = Column(UtcDateTime, nullable=False)
+    touched_at: Named[datetime] = Column(UtcDateTime, nullable=False)
+    finished_at: Named[datetime | None] = Column(UtcDateTime)
+    erased: Named[dict[str, int]] = Column(JSON, nullable=False)
+
+
+class CopyColumns(TypedColumns):
+    """What providers keep, by their own ids. `due` is when it is to be erased there, NULL while its thread lives;
+    `tries` and `reason` tell of attempts that failed."""
+
+    provider: Named[str] = Column(String(64))
+    ref: Named[str] = Column(String(255))
+    thread_id: Named[str] = Column(String(36))
+    due: Named[datetime | None] = Column(UtcDateTime)
+    tries: Named[int]
+    reason: Named[str] = Column(String(128))
 
 
 class LeaseColumns(TypedColumns):
@@ -246,6 +269,8 @@ goals = Table("goals", metadata, GoalColumns, UniqueConstraint("key"))
 usage = Table("usage", metadata, UsageColumns, PrimaryKeyConstraint("user_id", "day", "agent_id", "model", "slot"))
 leases = Table("leases", metadata, LeaseColumns)
 tombstones = Table("tombstones", metadata, TombstoneColumns)
+erasures = Table("erasures", metadata, ErasureColumns)
+copies = Table("copies", metadata, CopyColumns, PrimaryKeyConstraint("provider", "ref"))
 
 _IS_AT_WORK = text("state IN ('running', 'waiting_for_client')")
 _IS_ACCEPTED = text("state = 'accepted'")
@@ -292,3 +317,18 @@ Index(
 )
 Index("ix_messages_turn", messages.c.turn_id)
 Index("ix_goals_user", goals.c.user_id, goals.c.domain, goals.c.created_at)
+Index("ix_tombstones_erasure", tombstones.c.erasure_id)
+Index(
+    "uq_erasures_open",
+    erasures.c.user_id,
+    unique=True,
+    sqlite_where=text("user_id IS NOT NULL"),
+    postgresql_where=text("user_id IS NOT NULL"),
+)
+Index("ix_copies_thread", copies.c.thread_id)
+Index(
+    "ix_copies_due",
+    copies.c.due,
+    sqlite_where=text("due IS NOT NULL"),
+    postgresql_where=text("due IS NOT NULL"),
+)

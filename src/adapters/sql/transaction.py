@@ -21,6 +21,8 @@ class SqlTransaction(store.Transaction):
         self._goals = r.Goals(session)
         self._ledger = r.Ledger(session)
         self._leases = r.Leases(session)
+        self._erasures = r.Erasures(session)
+        self._copies = r.Copies(session)
 
     @property
     def users(self) -> r.Users:
@@ -57,6 +59,14 @@ class SqlTransaction(store.Transaction):
     @property
     def leases(self) -> r.Leases:
         return self._leases
+
+    @property
+    def erasures(self) -> r.Erasures:
+        return self._erasures
+
+    @property
+    def copies(self) -> r.Copies:
+        return self._copies
 
     def now(self) -> datetime:
         return self.session.now()

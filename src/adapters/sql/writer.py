@@ -33,9 +33,9 @@ _WORD = 0.01
 
 @dataclass(slots=True)
 class Job:
-    """A change, and whoever waits for it."""
+    """A change, and whoever waits for it. Without one, the write-ahead log is to be emptied."""
 
-    change: Callable[[Transaction], Any]
+    change: Callable[[Transaction], Any] | None
     loop: asyncio.AbstractEventLoop
     future: "asyncio.Future[Any]"
     result: Any = None
@@ -209,7 +209,8 @@ class Writer:
                     last = True
                     break
                 group.append(more)
-            self._run(group)
+            self._run([job for job in group if job.change is not None])
+            self._truncate([job for job in group if job.change is None])
         while self._later:
             due, _, job = heappop(self._later)
             self._desk.pause(max(0.0, due - time.monotonic()))
@@ -255,6 +256,19 @@ class Writer:
             self._desk.tell([job for job in tried if not job.again])
             for job in [job for job in tried if job.again]:
                 self._run_again(job)
+
+    def _truncate(self, jobs: Sequence[Job]) -> None:
+        """Empties the write-ahead log, once for all who have asked."""
+        if not jobs:
+            return
+        try:
+            result, error = self._session.truncate(), None
+        except FAULTS as fault:
+            self.consider(fault)
+            result, error = False, translated(fault)
+        for job in jobs:
+            job.result, job.error = result, error
+        self._desk.tell(jobs)
 
     def _run_again(self, job: Job) -> None:
         tries = 1
@@ -305,6 +319,7 @@ class Writer:
         SQLite copies every page that is changed behind a savepoint, into a file if there are many. PostgreSQL's
         makes sure that a change behind which others come has hidden no error.
         """
+        assert job.change is not None
         try:
             if bare:
                 job.result = job.change(self._transaction)

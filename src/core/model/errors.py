@@ -17,6 +17,7 @@ CoreError
 ├── IdentityUnavailable     there is nothing to check credentials with just now
 ├── StoreUnavailable        the database does not answer
 │   └── StoreBusy           somebody else holds what a write needs
+├── LegalHold               the user's data must be kept
 ├── CleanupRunning          another cleanup is at work
 └── LeaseLost               another process owns the turn; never reaches a caller
 """
@@ -220,6 +221,13 @@ class CleanupRunning(CoreError):
 
     reason = "CLEANUP_RUNNING"
     message = "Another cleanup is running."
+
+
+class LegalHold(CoreError):
+    """The user's data must be kept for now: nothing of it is erased."""
+
+    reason = "LEGAL_HOLD"
+    message = "The user's data is on hold and can't be erased."
 
 
 class LeaseLost(CoreError):

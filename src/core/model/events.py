@@ -4,7 +4,7 @@ A position is a coordinate in a turn's log: every code point of text advances it
 Text may therefore be cut or merged anywhere and a cursor stays exact.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from core.model.message import Message, RefusalPart, ReplyPart, TextPart, ToolExchange
@@ -76,6 +76,11 @@ class LogEntry:
 def extent(event: TurnEvent) -> int:
     """How far an event advances the position."""
     return len(event.text) if isinstance(event, TextDelta) else 1
+
+
+def attempt_of(events: Sequence[TurnEvent]) -> int | None:
+    """The last attempt that begins within these events, if one does."""
+    return next((event.attempt for event in reversed(events) if isinstance(event, AttemptRestarted)), None)
 
 
 def place(events: Iterable[TurnEvent], start: int) -> list[LogEntry]:

@@ -48,8 +48,7 @@ class ProviderState:
     `synced_to` is the number of transcript lines that the copy is known to mirror: where it is less than the
     thread's own count, the copy is brought into step before it is used; UNSYNCED says that nothing is known of it.
     `begins_at` is the number of the first line in a conversation: what is before it did not fit.
-    The copy is a conversation or a chain of responses, of which `response_id` is the last. `retired` holds the ids
-    of the copies that were replaced and still have to be erased there.
+    The copy is a conversation or a chain of responses, of which `response_id` is the last.
     """
 
     provider: str
@@ -57,22 +56,19 @@ class ProviderState:
     response_id: str | None = None
     synced_to: int = 0
     begins_at: int = 1
-    retired: tuple[str, ...] = ()
 
     @property
-    def copies(self) -> tuple[str, ...]:
-        """The ids of all that the provider has of the thread."""
-        return (*filter(None, (self.conversation_id, self.response_id)), *self.retired)
+    def refs(self) -> tuple[str, ...]:
+        """The provider's ids of it."""
+        return tuple(filter(None, (self.conversation_id, self.response_id)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tombstone:
-    """What is left of a deleted thread until the provider's copies of it are erased: ids, no content."""
+    """What is left of a deleted thread: its id, and the erasure of its user that it went with (empty: none)."""
 
     thread_id: str
-    user_id: str
-    provider: str
-    copies: tuple[str, ...]
+    erasure_id: str
     deleted_at: datetime
 
 

@@ -1,8 +1,20 @@
 """Users: the calling product's own references."""
 
+from dataclasses import dataclass
+from datetime import datetime
+
 from core.model.errors import InvalidField
 
 MAX_USER_ID = 128
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class User:
+    """A user. `held_since` is set while a legal hold keeps everything of theirs."""
+
+    id: str
+    created_at: datetime
+    held_since: datetime | None = None
 
 
 def check_user_id(user_id: str) -> None:

@@ -82,6 +82,14 @@ class Begun:
 
 
 @dataclass(frozen=True, slots=True)
+class Stored:
+    """The provider keeps this round, under this name of its own, until it is deleted there. Not for one that was
+    `Begun`: that goes without saying."""
+
+    ref: str
+
+
+@dataclass(frozen=True, slots=True)
 class StateChanged:
     """The provider's copy of the thread is now this. It is stored before the next event is asked for."""
 
@@ -102,7 +110,7 @@ class RoundFinished:
     copy: ProviderState | None = None
 
 
-AgentEvent = TextDelta | ToolCalled | Begun | StateChanged | RoundFinished
+AgentEvent = TextDelta | ToolCalled | Begun | Stored | StateChanged | RoundFinished
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,3 +18,11 @@ class Goals(Protocol):
     @abstractmethod
     def list(self, user_id: str, domain: Domain, limit: int) -> Sequence[Goal]:
         """The user's goals in a domain, newest first."""
+
+    @abstractmethod
+    def of_user(self, user_id: str, after: str, limit: int) -> Sequence[Goal]:
+        """The user's goals in every domain, in the order of their ids, beginning behind the id `after`."""
+
+    @abstractmethod
+    def delete_of(self, user_id: str) -> int:
+        """Deletes all goals of a user; returns how many."""

@@ -12,6 +12,7 @@ from datetime import datetime
 from typing import Protocol, TypeVar
 
 from core.ports.agents import AgentVersions
+from core.ports.erasures import Copies, Erasures
 from core.ports.goals import Goals
 from core.ports.ledger import Ledger
 from core.ports.threads import Messages, Threads, Users
@@ -67,6 +68,14 @@ class Transaction(Protocol):
     @abstractmethod
     def leases(self) -> Leases: ...
 
+    @property
+    @abstractmethod
+    def erasures(self) -> Erasures: ...
+
+    @property
+    @abstractmethod
+    def copies(self) -> Copies: ...
+
     @abstractmethod
     def now(self) -> datetime:
         """The store's own time in UTC: the same for all processes that share the database."""
@@ -94,6 +103,13 @@ class Store(Protocol):
     @abstractmethod
     async def read(self, query: Callable[[Transaction], T]) -> T:
         """Runs a query on one consistent state that includes every change committed before the call."""
+
+    @abstractmethod
+    async def purge(self) -> bool:
+        """Has what is deleted vanish from the store's own files as well, as far as that is the store's to do.
+
+        False where readers are in the way: try again a moment later. Of PostgreSQL's files its server takes care.
+        """
 
     @abstractmethod
     def exclusive(self, name: str) -> AbstractAsyncContextManager[bool]:

@@ -7,8 +7,13 @@ from datetime import datetime
 from typing import Protocol
 
 from core.model.agent import Domain
+from core.model.erasure import Counts
 from core.model.message import ContentPart, Message, Role, ToolExchange
 from core.model.thread import ProviderState, Thread, ThreadState, Tombstone
+from core.model.user import User
+
+SETTLE = 60.0
+"""Seconds in which a provider finishes what it was at when the connection was closed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +71,27 @@ class Users(Protocol):
     def ensure(self, user_id: str, now: datetime) -> None:
         """Adds a user unless known."""
 
+    @abstractmethod
+    def get(self, user_id: str) -> User | None:
+        """Reads a user."""
+
+    @abstractmethod
+    def held(self, user_id: str) -> bool:
+        """Whether a legal hold keeps everything of this user. That stays so until the transaction ends."""
+
+    @abstractmethod
+    def hold(self, user_id: str, since: datetime | None) -> None:
+        """Puts a known user on hold, or, with None, releases them. A hold from before stays as it is."""
+
+    @abstractmethod
+    def belongings(self, user_id: str) -> tuple[Counts, int]:
+        """How much there is of a user, and how many objects a provider is known to have of it."""
+
+    @abstractmethod
+    def remove(self, user_id: str) -> None:
+        """Removes a user who has no thread and no goal. Does nothing for an unknown one. Raises Conflict for one
+        who has."""
+
 
 class Threads(Protocol):
     """Threads. No method that takes a user returns or counts another user's."""
@@ -91,9 +117,22 @@ class Threads(Protocol):
         """Wakes a thread for a message that is not in the transcript yet, and moves `last_message_at` on."""
 
     @abstractmethod
-    def delete(self, thread_id: str, now: datetime) -> None:
+    def delete(self, thread_id: str, now: datetime, *, erasure_id: str = "", in_use: bool = False) -> Counts:
         """Deletes a locked thread with its messages, what is attached to them, turns and logs, and leaves a
-        tombstone."""
+        tombstone. What is known of it at a provider is due to be erased: at once, or, where it was `in_use`, once
+        the provider has had SETTLE seconds to notice that nobody listens any more."""
+
+    @abstractmethod
+    def ids_of(self, user_id: str, after: str, limit: int) -> Sequence[str]:
+        """Ids of the user's threads in their order, beginning behind `after`."""
+
+    @abstractmethod
+    def forgotten(
+        self, cutoff: datetime, domain: Domain | None, after: str, limit: int
+    ) -> Sequence[tuple[str, str]]:
+        """Users and ids of threads, ACTIVE or not, whose newest message is older than `cutoff` and that have no
+        turn that has not ended, in the order of their ids, beginning behind the id `after`. Those of users on hold
+        are among them."""
 
     @abstractmethod
     def tombstone(self, thread_id: str) -> Tombstone | None:

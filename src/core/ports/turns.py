@@ -107,6 +107,10 @@ class Turns(Protocol):
         """The thread's turns that have not ended: the one at work, then those that wait, in order."""
 
     @abstractmethod
+    def of_thread(self, thread_id: str, after: str, limit: int) -> Sequence[Turn]:
+        """The thread's turns, ended or not, in the order of their ids, beginning behind the id `after`."""
+
+    @abstractmethod
     def waiting_message(self, turn_id: str) -> NewMessage | None:
         """The message of a turn that has never been claimed, bytes and all; later it is in the transcript."""
 

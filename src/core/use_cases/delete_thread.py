@@ -1,42 +1,35 @@
-"""Deleting a thread: gone at once, whatever runs in it. A tombstone names what the provider keeps of it."""
+"""Deleting a thread: gone at once, whatever runs in it."""
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable
 
 from core.model.errors import ThreadNotFound
-from core.model.ledger import line_of
 from core.model.turn import Turn
-from core.ports.store import Store, Transaction
+from core.ports.store import Store
 from core.use_cases.detached import Detached
-from core.use_cases.turn_engine import TurnEngine
+from core.use_cases.erase_thread import erase_thread
 
 
 class DeleteThread:
-    """Deletes threads with their messages, turns and logs."""
+    """Deletes threads with their messages, turns and logs.
 
-    def __init__(self, *, store: Store, engine: TurnEngine) -> None:
+    `gone` is told of every turn that had not ended, `erased` that something was erased.
+    """
+
+    def __init__(self, *, store: Store, gone: Callable[[Turn], None], erased: Callable[[], None]) -> None:
         self._store = store
-        self._engine = engine
+        self._gone = gone
+        self._erased = erased
         self._detached: Detached[None] = Detached()
 
     async def __call__(self, user_id: str, thread_id: str) -> None:
         """Returns once nothing of the thread can be read any more. Its turns stop; who follows them is told that
-        they do not exist. Raises ThreadNotFound."""
+        they do not exist. Raises ThreadNotFound and LegalHold."""
         await self._detached.run(self._delete(user_id, thread_id))
 
     async def _delete(self, user_id: str, thread_id: str) -> None:
-        for turn in await self._store.write(partial(_delete, user_id, thread_id)):
-            self._engine.abandon(turn.id)
-            self._engine.stop_reply(turn)
-
-
-def _delete(user_id: str, thread_id: str, tx: Transaction) -> Sequence[Turn]:
-    if tx.threads.lock(user_id, thread_id) is None:
-        raise ThreadNotFound
-    # Locked, so that no process adds to their logs in between.
-    at_work = [turn for each in tx.turns.unfinished(thread_id) if (turn := tx.turns.lock(each.id))]
-    now = tx.now()
-    tx.threads.delete(thread_id, now)
-    for turn in at_work:
-        tx.ledger.enter(line_of(turn, now, all_told=False))
-    return at_work
+        erased = await self._store.write(lambda tx: erase_thread(tx, user_id, thread_id))
+        if erased is None:
+            raise ThreadNotFound
+        for turn in erased.unfinished:
+            self._gone(turn)
+        self._erased()

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from core.model.errors import LeaseLost, TurnNotFound
-from core.model.events import TurnEvent, TurnFinished, extent, merged, reply_of
+from core.model.events import TurnEvent, TurnFinished, attempt_of, extent, merged, reply_of
 from core.model.ledger import line_of
 from core.model.message import Message, ReplyPart, Role, TextPart
 from core.model.thread import ProviderState
@@ -74,6 +74,7 @@ def end_turn(
         turn,
         state=state,
         reason=reason,
+        attempt=attempt_of(tail) or turn.attempt,
         epoch=turn.epoch + 1,
         last_position=turn.last_position + sum(map(extent, tail)) + 1,
         usage=turn.usage if ending.usage is None else ending.usage,

@@ -13,7 +13,16 @@ from core.model.events import AttemptRestarted, Round, TextDelta, ToolAnswered, 
 from core.model.message import Message, ToolExchange
 from core.model.thread import UNSYNCED, ProviderState
 from core.model.turn import Continuation, Turn, TurnReason, Usage
-from core.ports.agent import Agent, AgentFailed, Begun, ReplyRequest, RoundFinished, StateChanged, ToolRound
+from core.ports.agent import (
+    Agent,
+    AgentFailed,
+    Begun,
+    ReplyRequest,
+    RoundFinished,
+    StateChanged,
+    Stored,
+    ToolRound,
+)
 from core.ports.store import Store, Transaction
 from core.ports.tools import ToolContext, Tools
 from core.use_cases.claim_turn import (
@@ -56,7 +65,8 @@ class ReplyWriter:
     """Writes the replies of the turns that run in this process; what becomes of a turn is not its business.
 
     `sure_of_lease` waits until this process knows that its turns are its own: asked before each call of a tool.
-    `stop_round` stops, in the background, a round at the provider that nobody will read.
+    `stop_round` stops, in the background, a round at the provider that nobody will read. `keep` notes, in the
+    background, what the provider keeps; a turn does not end before that is done.
     """
 
     def __init__(
@@ -68,6 +78,7 @@ class ReplyWriter:
         claimant: Claimant,
         sure_of_lease: Callable[[], Awaitable[None]],
         stop_round: Callable[[str], None],
+        keep: Callable[[str, Sequence[str]], asyncio.Task[None]],
     ) -> None:
         self._store = store
         self._agent = agent
@@ -75,6 +86,7 @@ class ReplyWriter:
         self._claimant = claimant
         self._sure_of_lease = sure_of_lease
         self._stop_round = stop_round
+        self._keep = keep
 
     async def write(self, claimed: ClaimedTurn, log: OpenLog) -> Ending:
         """Writes the reply of a claimed turn into its log, within its budget. Returns how the turn is to end.
@@ -87,12 +99,15 @@ class ReplyWriter:
                 work.deadline = budget.when() or math.inf
                 while True:
                     try:
-                        return await self._attempt(work)
+                        ending = await self._attempt(work)
                     except AgentFailed as failure:
                         _log.info("turn %s: %s", claimed.turn.id, failure.reason)
                         work.resume = None
                         if not await self._begins_again(work, failure.reason):
                             return work.ending(failure.reason)
+                    else:
+                        await work.kept_all()
+                        return ending
         except TimeoutError:
             if not budget.expired():
                 raise
@@ -168,10 +183,14 @@ class ReplyWriter:
                         case Begun(handle):
                             work.handle = handle
                             begun = Continuation(handle, work.attempt, len(request.rounds))
+                            work.keeping.append(self._keep(turn.thread_id, [handle]))
                             await patiently(partial(self._store.write, partial(_save_continuation, turn, begun)))
+                        case Stored(ref):
+                            work.keeping.append(self._keep(turn.thread_id, [ref]))
                         case StateChanged(state):
                             work.state = state
                             request = replace(request, state=state)
+                            work.keeping.append(self._keep(turn.thread_id, state.refs))
                             await patiently(partial(self._store.write, partial(_save_state, turn, state)))
                         case RoundFinished():
                             work.handle = None
@@ -268,6 +287,7 @@ class _Work:
         self.log = log
         self.usage = claimed.turn.usage
         self.asked = self._accounted = 0
+        self.keeping: list[asyncio.Task[None]] = []
         self.deadline = math.inf
         self.attempt = claimed.turn.attempt
         self.kept = claimed.rounds
@@ -284,6 +304,11 @@ class _Work:
         """How the turn is to end. What a round has cost that was cut off, here or earlier, is not known."""
         all_told = self.asked == self._accounted and self.claimed.turn.attempt == 1
         return Ending(reason=reason, usage=self.usage, all_told=all_told, copy=copy)
+
+    async def kept_all(self) -> None:
+        """Waits until all that the provider keeps is on record, or can't be."""
+        if pending := [task for task in self.keeping if not task.done()]:
+            await asyncio.wait(pending)
 
     def begin_again(self, kept: tuple[Round, ...]) -> None:
         """The provider's copy may hold anything of the attempt before."""

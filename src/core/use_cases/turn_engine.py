@@ -3,10 +3,12 @@
 import asyncio
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, repeat
+from typing import Any
 
 from core.model.agent import AgentDefinition
 from core.model.errors import (
@@ -20,7 +22,7 @@ from core.model.errors import (
 from core.model.events import TurnEvent, TurnFinished
 from core.model.turn import Turn, TurnReason, TurnState
 from core.ports.agent import Agent
-from core.ports.store import Store
+from core.ports.store import Store, Transaction
 from core.ports.system import Ids
 from core.ports.tools import Tools
 from core.use_cases.claim_turn import MAX_ATTEMPTS, Claimant, ClaimedTurn, release_turn
@@ -80,7 +82,7 @@ class TurnEngine:
         self._running: dict[str, _Run] = {}
         self._decided: dict[tuple[str, int], _Decided] = {}
         self._expected: set[str] = set()
-        self._stopping: set[asyncio.Task[None]] = set()
+        self._aside: set[asyncio.Task[None]] = set()
         self._places = Places(limits.max_turns, limits.max_turns_per_user)
         self._leased_until = math.inf
         self._leased = asyncio.Event()
@@ -101,6 +103,7 @@ class TurnEngine:
             claimant=self.claimant,
             sure_of_lease=self._sure_of_lease,
             stop_round=self._stop_round,
+            keep=self._keep,
         )
         self.waiting = asyncio.Event()
         """Set where a turn that waits may be claimed now: its thread is free, or there is a place again."""
@@ -211,11 +214,26 @@ class TurnEngine:
         if turn.continuation is not None and turn.provider == self._agent.provider:
             self._stop_round(turn.continuation.handle)
 
+    def gone(self, turn: Turn) -> None:
+        """Takes notice of a turn that was erased with its thread."""
+        self.abandon(turn.id)
+        self.stop_reply(turn)
+
     def _stop_round(self, handle: str) -> None:
-        task = asyncio.create_task(self._agent.stop(handle), name="stop-round")
+        self._do_aside(self._agent.stop(handle), "stop-round")
+
+    def _keep(self, thread_id: str, refs: Sequence[str]) -> "asyncio.Task[None]":
+        """Notes what the provider keeps, with the first text of it or a moment later. Whoever has lost the turn
+        notes it as well: where the thread is gone, it is due to be erased at once."""
+        change = partial(_keep, thread_id, self._agent.provider, tuple(refs))
+        return self._do_aside(patiently(lambda: self._store.write(change)), "keep")
+
+    def _do_aside(self, work: Coroutine[Any, Any, None], name: str) -> "asyncio.Task[None]":
+        task = asyncio.create_task(work, name=name)
         task.add_done_callback(_retrieve)
-        task.add_done_callback(self._stopping.discard)
-        self._stopping.add(task)
+        task.add_done_callback(self._aside.discard)
+        self._aside.add(task)
+        return task
 
     def refuse(self) -> None:
         """Takes no more turns."""
@@ -236,8 +254,10 @@ class TurnEngine:
             hurried.cancel()
             finished.cancel()
         await self._stop(lambda _: True)
-        if self._stopping:
-            await asyncio.wait(self._stopping, timeout=_LAST_WRITES)
+        if self._aside:
+            await asyncio.wait(self._aside, timeout=_LAST_WRITES)
+        for task in self._aside:
+            task.cancel()
         if self._writing is not None:
             self._writing.cancel()
             await asyncio.gather(self._writing, return_exceptions=True)
@@ -340,6 +360,10 @@ class TurnEngine:
         return await patiently(
             lambda: self._store.write(lambda tx: end_turn(tx, self._ids, turn_id, ending, epoch=epoch, tail=tail))
         )
+
+
+def _keep(thread_id: str, provider: str, refs: Sequence[str], tx: Transaction) -> None:
+    tx.copies.keep(thread_id, provider, refs)
 
 
 async def _settled(log: OpenLog) -> tuple[TurnEvent, ...]:

@@ -39,6 +39,12 @@ def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
         help="days since the newest message (default: OPENAI_THREAD_TTL, 30); 0 expires every idle thread",
     )
     parser.add_argument(
+        "--delete-after-days",
+        type=int,
+        metavar="N",
+        help="also erase, for good, threads whose newest message is older than so many days (default: none)",
+    )
+    parser.add_argument(
         "--batch-size",
         type=int,
         metavar="N",
@@ -67,6 +73,7 @@ def run(options: argparse.Namespace) -> int:
         set_up_logging(settings)
         cleanup = Cleanup(
             ttl_days=settings.openai_thread_ttl if options.ttl_days is None else options.ttl_days,
+            delete_after_days=options.delete_after_days,
             batch_size=options.batch_size,
             dry_run=options.dry_run,
             domain=Domain(options.domain) if options.domain else None,
@@ -86,6 +93,9 @@ def run(options: argparse.Namespace) -> int:
             f"{verb} {report.expired} threads idle since before {report.cutoff:%Y-%m-%d %H:%M:%S} UTC "
             f"({report.batches} batches, {report.seconds:.1f} s)"
         )
+        if options.delete_after_days is not None:
+            verb = "would erase" if report.dry_run else "erased"
+            print(f"{verb} {report.deleted} threads; {report.held} more are kept by a legal hold")
     return 0
 
 
@@ -101,6 +111,7 @@ def _as_json(report: "CleanupReport") -> dict[str, object]:
         "dry_run": report.dry_run,
         "expired": report.expired,
         "deleted": report.deleted,
+        "held": report.held,
         "batches": report.batches,
         "seconds": report.seconds,
     }
@@ -149,6 +160,7 @@ def _ask_owner(channel: "grpc.Channel", cleanup: "Cleanup", progress: Progress) 
 
     request = api.CleanupRequest(
         ttl_days=cleanup.ttl_days,
+        delete_after_days=cleanup.delete_after_days,
         batch_size=cleanup.batch_size or 0,
         dry_run=cleanup.dry_run,
         domain=DOMAINS[cleanup.domain] if cleanup.domain else pb.DOMAIN_UNSPECIFIED,
@@ -162,6 +174,7 @@ def _ask_owner(channel: "grpc.Channel", cleanup: "Cleanup", progress: Progress) 
                     dry_run=report.dry_run,
                     expired=report.expired,
                     deleted=report.deleted,
+                    held=report.held,
                     batches=report.batches,
                     seconds=report.seconds,
                 )

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from core.model.agent import Catalog
     from core.model.errors import StoreUnavailable
+    from core.use_cases.read_erasures import Erasures
     from entrypoints.settings import Settings
 
 
@@ -263,6 +264,7 @@ def _server(settings: "Settings", url: "URL") -> Iterator[Check]:
     match state:
         case SchemaState.CURRENT:
             yield Check("schema", Status.OK, "up to date")
+            yield _erasures(settings)
         case SchemaState.NEWER:
             yield _newer()
         case SchemaState.EMPTY | SchemaState.OUTDATED:
@@ -317,11 +319,31 @@ def _owned_file(settings: "Settings", file: Path) -> Iterator[Check]:
     match state:
         case SchemaState.CURRENT:
             yield Check("schema", Status.OK, "up to date")
+            yield _erasures(settings)
         case SchemaState.NEWER:
             yield _newer()
         case SchemaState.EMPTY | SchemaState.OUTDATED:
             advice = "Nothing to do: whatever opens it next migrates it. `vida-coach migrate` does so now."
             yield Check("schema", Status.INFO, f"the schema is {state.value}", advice)
+
+
+def _erasures(settings: "Settings") -> Check:
+    """Whether what was erased here is gone at the provider too."""
+    import asyncio
+
+    from entrypoints.container import opened
+
+    async def read() -> "Erasures":
+        async with opened(settings) as container:
+            return await container.erasures()()
+
+    found = asyncio.run(read())
+    failed = sum(copy.reason != "" for copy in found.copies)
+    detail = f"{found.copies_left} objects of erased threads are left at providers"
+    if failed:
+        advice = "`vida-coach users erasures` says which and why. A running service tries them again."
+        return Check("erasures", Status.WARN, f"{detail}; deleting {failed} of them has failed", advice)
+    return Check("erasures", Status.INFO if found.copies_left else Status.OK, detail)
 
 
 def _newer() -> Check:

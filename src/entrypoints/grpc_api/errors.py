@@ -33,6 +33,7 @@ STATUS: dict[type[errors.CoreError], grpc.StatusCode] = {
     errors.RequestIdReused: grpc.StatusCode.ALREADY_EXISTS,
     errors.TurnInProgress: grpc.StatusCode.ABORTED,
     errors.CleanupRunning: grpc.StatusCode.ABORTED,
+    errors.LegalHold: grpc.StatusCode.FAILED_PRECONDITION,
     errors.PositionAhead: grpc.StatusCode.OUT_OF_RANGE,
     errors.QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.QuotaExceeded: grpc.StatusCode.RESOURCE_EXHAUSTED,

@@ -1,5 +1,6 @@
 """Domain to protobuf and back: pure functions."""
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from datetime import date, datetime
@@ -11,17 +12,21 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from core.model import events as ev
 from core.model.agent import AgentDefinition, Domain
 from core.model.attachment import Detail, FilePart, ImagePart, Source, Unread
+from core.model.erasure import ErasureState, Receipt
 from core.model.errors import InvalidField
+from core.model.goal import Goal
 from core.model.ledger import Dimension, LedgerLine, QuotaStanding, Tally
 from core.model.message import ContentPart, Message, RefusalPart, Role, TextPart
 from core.model.thread import Thread, ThreadState
 from core.model.turn import BusyPolicy, Turn, TurnState, Usage
+from core.model.user import User
 from core.use_cases.accept_message import IncomingMessage
+from core.use_cases.export_user import AttachmentPiece, Exported, ExportedTurn
 from core.use_cases.report_usage import ReportLine, ReportQuery
 from entrypoints.grpc_api.gen.vidacoach.admin.v1 import admin_service_pb2 as admin
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import agent_service_pb2 as api
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import resources_pb2 as pb
-from entrypoints.grpc_api.gen.vidacoach.agents.v1 import user_service_pb2 as users
+from entrypoints.grpc_api.gen.vidacoach.agents.v1 import user_service_pb2 as users_api
 
 _MAX_ID = 64
 _DAY = re.compile("[0-9]{4}-[0-9]{2}-[0-9]{2}")
@@ -52,6 +57,12 @@ ROLES = {
     Role.USER: pb.ROLE_USER,
     Role.ASSISTANT: pb.ROLE_ASSISTANT,
     Role.TOOL: pb.ROLE_TOOL,
+}
+ERASURE_STATES = {
+    ErasureState.RUNNING: users_api.ERASURE_STATE_RUNNING,
+    ErasureState.HELD: users_api.ERASURE_STATE_HELD,
+    ErasureState.AT_PROVIDER: users_api.ERASURE_STATE_AT_PROVIDER,
+    ErasureState.DONE: users_api.ERASURE_STATE_DONE,
 }
 BUSY_POLICIES = {
     pb.BUSY_POLICY_UNSPECIFIED: BusyPolicy.REJECT,
@@ -270,9 +281,9 @@ def to_event(entry: ev.LogEntry) -> pb.TurnEvent:
             assert_never(event)
 
 
-def to_daily_usage(line: LedgerLine) -> users.DailyUsage:
+def to_daily_usage(line: LedgerLine) -> users_api.DailyUsage:
     """Writes a line of the ledger."""
-    return users.DailyUsage(
+    return users_api.DailyUsage(
         day=line.key.day.isoformat(),
         agent_id=line.key.agent_id,
         model=line.key.model,
@@ -282,9 +293,9 @@ def to_daily_usage(line: LedgerLine) -> users.DailyUsage:
     )
 
 
-def to_quota(quota: QuotaStanding, resets_at: datetime) -> users.Quota:
+def to_quota(quota: QuotaStanding, resets_at: datetime) -> users_api.Quota:
     """Writes how a user stands to a quota."""
-    return users.Quota(
+    return users_api.Quota(
         name=quota.name,
         limit=quota.limit,
         used=quota.used,
@@ -351,6 +362,64 @@ def _to_usage(usage: Usage) -> pb.Usage:
         cache_write_tokens=usage.cache_write_tokens,
         output_tokens=usage.output_tokens,
         reasoning_tokens=usage.reasoning_tokens,
+    )
+
+
+def to_exported(piece: Exported) -> users_api.ExportUserDataResponse:
+    """Writes a piece of what is kept of a user."""
+    match piece:
+        case User():
+            user = users_api.ExportedUser(id=piece.id, created_at=_time(piece.created_at))
+            return users_api.ExportUserDataResponse(user=user)
+        case Goal():
+            goal = users_api.ExportedGoal(
+                id=piece.id,
+                domain=DOMAINS[piece.domain],
+                text=piece.text,
+                commitment=piece.commitment,
+                due=piece.due.isoformat() if piece.due else "",
+                created_at=_time(piece.created_at),
+            )
+            return users_api.ExportUserDataResponse(goal=goal)
+        case Thread():
+            return users_api.ExportUserDataResponse(thread=to_thread(piece))
+        case ExportedTurn():
+            waiting = map(_to_part, piece.waiting.content) if piece.waiting is not None else ()
+            turn = users_api.ExportedTurn(turn=to_turn(piece.turn), waiting=waiting)
+            return users_api.ExportUserDataResponse(turn=turn)
+        case Message(tool=tool):
+            message = users_api.ExportedMessage(message=to_message(piece))
+            if tool is not None:
+                message.tool_call.MergeFrom(
+                    pb.ToolCall(call_id=tool.call_id, name=tool.name, arguments_json=tool.arguments_json)
+                )
+                message.tool_result.MergeFrom(
+                    pb.ToolResult(call_id=tool.call_id, output=tool.output, is_error=tool.is_error)
+                )
+            return users_api.ExportUserDataResponse(message=message)
+        case AttachmentPiece():
+            attachment = users_api.AttachmentPiece(
+                turn_id=piece.turn_id,
+                number=piece.number,
+                offset=piece.offset,
+                size=piece.size,
+                data=piece.data,
+            )
+            return users_api.ExportUserDataResponse(attachment=attachment)
+        case _:
+            assert_never(piece)
+
+
+def to_receipt(receipt: Receipt) -> users_api.ErasureReceipt:
+    """Writes a receipt."""
+    return users_api.ErasureReceipt(
+        id=receipt.id,
+        user_hash=receipt.user_hash,
+        state=ERASURE_STATES[receipt.state],
+        requested_at=_time(receipt.requested_at),
+        finished_at=_time(receipt.finished_at) if receipt.finished_at else None,
+        erased=users_api.ErasedCounts(**dataclasses.asdict(receipt.erased)),
+        copies_left=receipt.copies_left,
     )
 
 

@@ -23,6 +23,7 @@ from sqlalchemy import (
     func,
     literal_column,
     select,
+    true,
     update,
 )
 from sqlalchemy.types import ARRAY, UserDefinedType
@@ -57,6 +58,11 @@ def one_idle(*, in_domain: bool) -> ColumnElement[bool]:
 def idle(dialect: str, *, in_domain: bool) -> ColumnElement[bool]:
     """The same, for many threads."""
     return _idle(_c.is_active, _FREE[dialect], in_domain=in_domain)
+
+
+def out_of_use(dialect: str, *, in_domain: bool) -> ColumnElement[bool]:
+    """The same, for threads that are INACTIVE already as well."""
+    return _idle(true(), _FREE[dialect], in_domain=in_domain)
 
 
 def _idle_there(dialect: str, *, in_domain: bool) -> ColumnElement[bool]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from sqlalchemy import Integer, bindparam, select
+from sqlalchemy import Integer, bindparam, delete, select
 
 from adapters.sql import mapping as m
 from adapters.sql import tables as t
@@ -21,6 +21,13 @@ _LIST = Statement(
     .order_by(_c.created_at.desc(), _c.id.desc())
     .limit(bindparam("limit", type_=Integer))
 )
+_OF_USER = Statement(
+    select(t.goals)
+    .where(_c.user_id == bindparam("user_id"), _c.id > bindparam("after"))
+    .order_by(_c.id)
+    .limit(bindparam("limit", type_=Integer))
+)
+_DELETE = Statement(delete(t.goals).where(_c.user_id == bindparam("user_id")))
 
 
 class Goals(Repository, goals.Goals):
@@ -33,3 +40,10 @@ class Goals(Repository, goals.Goals):
     def list(self, user_id: str, domain: Domain, limit: int) -> Sequence[Goal]:
         found = self._session.rows(_LIST, {"user_id": user_id, "domain": domain.value, "limit": limit})
         return [m.goal_of(row) for row in found]
+
+    def of_user(self, user_id: str, after: str, limit: int) -> Sequence[Goal]:
+        found = self._session.rows(_OF_USER, {"user_id": user_id, "after": after, "limit": limit})
+        return [m.goal_of(row) for row in found]
+
+    def delete_of(self, user_id: str) -> int:
+        return self._session.count(_DELETE, {"user_id": user_id})

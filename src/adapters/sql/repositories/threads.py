@@ -1,12 +1,13 @@
 """The repositories of users and threads."""
 
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import cache
 
 from sqlalchemy import (
     ColumnElement,
     Integer,
+    Table,
     bindparam,
     delete,
     false,
@@ -22,18 +23,45 @@ from sqlalchemy import (
 from adapters.sql import mapping as m
 from adapters.sql import tables as t
 from adapters.sql.repositories.base import Repository, insert_if_new
-from adapters.sql.repositories.expiry import PLACES, idle, one_idle
+from adapters.sql.repositories.expiry import PLACES, idle, one_idle, out_of_use
 from adapters.sql.session import Session
 from adapters.sql.statement import Statement
 from core.model.agent import Domain
+from core.model.erasure import Counts
 from core.model.thread import ProviderState, Thread, ThreadState, Tombstone
+from core.model.user import User
 from core.ports import threads
-from core.ports.threads import ExpiredBatch, ThreadKey
+from core.ports.threads import SETTLE, ExpiredBatch, ThreadKey
+
+_u = t.users.c
+_user = select(t.users).where(_u.id == bindparam("of_user"))
+_its_threads = select(t.threads.c.id).where(t.threads.c.user_id == bindparam("of_user"))
+_turns_of_user = select(t.turns.c.id).where(t.turns.c.thread_id.in_(_its_threads))
+
+
+def _number(name: str, table: Table, condition: ColumnElement[bool]) -> ColumnElement[int]:
+    return select(func.count()).select_from(table).where(condition).scalar_subquery().label(name)
+
 
 _ENSURE = insert_if_new(t.users)
 # Not FOR UPDATE: that would collide with whoever only adds a thread that refers to the user.
 _LOCK_USER = Statement(
     select(t.users.c.id).where(t.users.c.id == bindparam("of_user")).with_for_update(key_share=True)
+)
+_GET_USER = Statement(_user)
+_HELD = Statement(_user.with_for_update(read=True))
+_HOLD = Statement(update(t.users).where(_u.id == bindparam("of_user"), _u.held_since.is_(None)))
+_RELEASE = Statement(update(t.users).where(_u.id == bindparam("of_user")))
+_REMOVE = Statement(delete(t.users).where(_u.id == bindparam("of_user")))
+_BELONGINGS = Statement(
+    select(
+        _number("threads", t.threads, t.threads.c.user_id == bindparam("of_user")),
+        _number("turns", t.turns, t.turns.c.thread_id.in_(_its_threads)),
+        _number("messages", t.messages, t.messages.c.thread_id.in_(_its_threads)),
+        _number("attachments", t.attachments, t.attachments.c.turn_id.in_(_turns_of_user)),
+        _number("goals", t.goals, t.goals.c.user_id == bindparam("of_user")),
+        _number("copies", t.copies, t.copies.c.thread_id.in_(_its_threads)),
+    )
 )
 
 
@@ -46,6 +74,25 @@ class Users(Repository, threads.Users):
     def lock(self, user_id: str) -> None:
         if self._session.is_server:  # else: whoever writes has the whole database
             self._session.run(_LOCK_USER, {"of_user": user_id})
+
+    def get(self, user_id: str) -> User | None:
+        row = self._session.row(_GET_USER, {"of_user": user_id})
+        return None if row is None else m.user_of(row)
+
+    def held(self, user_id: str) -> bool:
+        row = self._session.row(_HELD, {"of_user": user_id})
+        return row is not None and row.held_since is not None
+
+    def hold(self, user_id: str, since: datetime | None) -> None:
+        self._session.run(_RELEASE if since is None else _HOLD, {"of_user": user_id, "held_since": since})
+
+    def belongings(self, user_id: str) -> tuple[Counts, int]:
+        row = self._session.row(_BELONGINGS, {"of_user": user_id})
+        *counts, copies = row
+        return Counts(**dict(zip(row._fields, counts, strict=False))), copies
+
+    def remove(self, user_id: str) -> None:
+        self._session.run(_REMOVE, {"of_user": user_id})
 
 
 _c = t.threads.c
@@ -60,13 +107,14 @@ _GET = Statement(_one.where(_c.user_id == bindparam("of_user")))
 _LOCK = Statement(_one.where(_c.user_id == bindparam("of_user")).with_for_update())
 _CHANGE = Statement(_change)
 _TOUCH = Statement(_change.values(is_active=true()))
-_COPIES = Statement(select(_c.user_id, _c.thread_id, _c.provider_state).where(_c.id == _thread_id))
+_STATE = Statement(select(_c.thread_id, _c.provider_state).where(_c.id == _thread_id))
 _DELETE_ATTACHMENTS = Statement(delete(t.attachments).where(t.attachments.c.turn_id.in_(_its_turns)))
 _DELETE_LOGS = Statement(delete(t.turn_log).where(t.turn_log.c.turn_id.in_(_its_turns)))
 _DELETE_MESSAGES = Statement(delete(t.messages).where(t.messages.c.thread_id == _thread_id))
 _DELETE_TURNS = Statement(delete(t.turns).where(t.turns.c.thread_id == _thread_id).returning(t.turns.c.id))
 _DELETE = Statement(delete(t.threads).where(_c.id == _thread_id))
 _BURY = Statement(insert(t.tombstones).inline())
+_FREE_COPIES = Statement(update(t.copies).where(t.copies.c.thread_id == _thread_id, t.copies.c.due.is_(None)))
 _TOMBSTONE = Statement(select(t.tombstones).where(t.tombstones.c.thread_id == _thread_id))
 
 
@@ -82,6 +130,20 @@ def _list(states: frozenset[ThreadState], *, in_domain: bool, before: bool) -> S
         query = query.where(_key() < key)
     newest_first = query.order_by(_c.last_message_at.desc(), _c.id.desc())
     return Statement(newest_first.limit(bindparam("limit", type_=Integer)))
+
+
+_IDS_OF = Statement(
+    _its_threads.where(_c.id > bindparam("after_id", type_=_c.id.type))
+    .order_by(_c.id)
+    .limit(bindparam("limit", type_=Integer))
+)
+
+
+@cache
+def _forgotten(dialect: str, *, in_domain: bool) -> Statement:
+    query = select(_c.user_id, _c.id).where(_c.id > bindparam("after_id", type_=_c.id.type))
+    query = query.where(out_of_use(dialect, in_domain=in_domain))
+    return Statement(query.order_by(_c.id).limit(bindparam("limit", type_=Integer)))
 
 
 @cache
@@ -132,16 +194,28 @@ class Threads(Repository, threads.Threads):
     def touch(self, thread_id: str, now: datetime) -> None:
         self._session.run(_TOUCH, {"of_thread": thread_id, "last_message_at": now})
 
-    def delete(self, thread_id: str, now: datetime) -> None:
+    def delete(self, thread_id: str, now: datetime, *, erasure_id: str = "", in_use: bool = False) -> Counts:
         this = {"of_thread": thread_id}
-        thread = self._session.row(_COPIES, this)
-        state = m.provider_state_of(thread.thread_id, thread.provider_state)
-        self._session.run(_DELETE_ATTACHMENTS, this)
+        attachments = self._session.count(_DELETE_ATTACHMENTS, this)
         self._session.run(_DELETE_LOGS, this)
-        self._session.run(_DELETE_MESSAGES, this)
-        self._session.changed.update(row.id for row in self._session.rows(_DELETE_TURNS, this))
+        messages = self._session.count(_DELETE_MESSAGES, this)
+        turns = [row.id for row in self._session.rows(_DELETE_TURNS, this)]
+        self._session.changed.update(turns)
         self._session.run(_DELETE, this)
-        self._session.run(_BURY, m.tombstone_values(thread_id, thread.user_id, state, now))
+        self._session.run(_BURY, {"thread_id": thread_id, "erasure_id": erasure_id, "deleted_at": now})
+        self._session.run(_FREE_COPIES, {**this, "due": now + timedelta(seconds=SETTLE if in_use else 0)})
+        return Counts(threads=1, turns=len(turns), messages=messages, attachments=attachments)
+
+    def ids_of(self, user_id: str, after: str, limit: int) -> Sequence[str]:
+        found = self._session.rows(_IDS_OF, {"of_user": user_id, "after_id": after, "limit": limit})
+        return [row.id for row in found]
+
+    def forgotten(
+        self, cutoff: datetime, domain: Domain | None, after: str, limit: int
+    ) -> Sequence[tuple[str, str]]:
+        choose = _forgotten(self._session.dialect.name, in_domain=domain is not None)
+        found = self._session.rows(choose, {**_due(cutoff, domain), "after_id": after, "limit": limit})
+        return [(row.user_id, row.id) for row in found]
 
     def tombstone(self, thread_id: str) -> Tombstone | None:
         row = self._session.row(_TOMBSTONE, {"of_thread": thread_id})
@@ -173,7 +247,7 @@ class Threads(Repository, threads.Threads):
             self._session.run(_CHANGE, {"of_thread": thread_id, **values})
 
     def provider_state(self, thread_id: str) -> ProviderState | None:
-        row = self._session.row(_COPIES, {"of_thread": thread_id})
+        row = self._session.row(_STATE, {"of_thread": thread_id})
         return m.provider_state_of(row.thread_id, row.provider_state)
 
     def save_provider_state(self, thread_id: str, state: ProviderState) -> None:

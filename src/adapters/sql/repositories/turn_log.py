@@ -27,7 +27,7 @@ from adapters.sql.repositories.base import Repository
 from adapters.sql.repositories.messages import Messages
 from adapters.sql.repositories.turns import Turns
 from adapters.sql.statement import Statement
-from core.model.events import AttemptRestarted, LogEntry, TurnEvent, TurnFinished, extent, place
+from core.model.events import LogEntry, TurnEvent, TurnFinished, attempt_of, extent, place
 from core.model.events import after as events_after
 from core.ports import turns
 from core.ports.turns import Appended, LogAppend
@@ -210,11 +210,6 @@ def _append_values(append: LogAppend) -> dict[str, Any]:
         "of_epoch": append.epoch,
         "start": append.position,
         "position": append.position + sum(map(extent, append.events)),
-        "new_attempt": _attempt(append.events),
+        "new_attempt": attempt_of(append.events),
         "events": m.dump_events(append.events),
     }
-
-
-def _attempt(events: Sequence[TurnEvent]) -> int | None:
-    """The attempt that begins within these events, if one does."""
-    return next((event.attempt for event in reversed(events) if isinstance(event, AttemptRestarted)), None)

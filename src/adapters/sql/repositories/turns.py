@@ -48,6 +48,12 @@ _BY_REQUEST = Statement(
 
 _unfinished = and_(_c.thread_id == _thread_id, unfinished(_c.state))
 _UNFINISHED = Statement(select(t.turns).where(_unfinished).order_by(accepted(_c.state), _c.place))
+_OF_THREAD = Statement(
+    select(t.turns)
+    .where(_c.thread_id == _thread_id, _c.id > bindparam("after_id", type_=_c.id.type))
+    .order_by(_c.id)
+    .limit(_limit)
+)
 _places = select(_c.place).where(_unfinished).subquery()
 _last_place = select(func.coalesce(func.max(_places.c.place), literal_column("0", Integer))).scalar_subquery()
 _ADD = Statement(insert(t.turns).inline())
@@ -144,6 +150,10 @@ class Turns(Repository, turns.Turns):
 
     def unfinished(self, thread_id: str) -> Sequence[Turn]:
         return [m.turn_of(row) for row in self._session.rows(_UNFINISHED, {"of_thread": thread_id})]
+
+    def of_thread(self, thread_id: str, after: str, limit: int) -> Sequence[Turn]:
+        found = self._session.rows(_OF_THREAD, {"of_thread": thread_id, "after_id": after, "limit": limit})
+        return [m.turn_of(row) for row in found]
 
     def waiting_message(self, turn_id: str) -> NewMessage | None:
         row = self._session.row(_FIND, {"of_turn": turn_id})

@@ -23,29 +23,40 @@ _sym_db = _symbol_database.Default()
 
 
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import resources_pb2 as vidacoach_dot_agents_dot_v1_dot_resources__pb2
+from entrypoints.grpc_api.gen.vidacoach.agents.v1 import user_service_pb2 as vidacoach_dot_agents_dot_v1_dot_user__service__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&vidacoach/admin/v1/admin_service.proto\x12\x12vidacoach.admin.v1\x1a#vidacoach/agents/v1/resources.proto\"\x86\x01\n\x0e\x43leanupRequest\x12\x15\n\x08ttl_days\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x12\n\nbatch_size\x18\x02 \x01(\x05\x12\x0f\n\x07\x64ry_run\x18\x03 \x01(\x08\x12+\n\x06\x64omain\x18\x04 \x01(\x0e\x32\x1b.vidacoach.agents.v1.DomainB\x0b\n\t_ttl_days\"\x87\x01\n\x0f\x43leanupResponse\x12\x37\n\x08progress\x18\x01 \x01(\x0b\x32#.vidacoach.admin.v1.CleanupProgressH\x00\x12\x33\n\x06report\x18\x02 \x01(\x0b\x32!.vidacoach.admin.v1.CleanupReportH\x00\x42\x06\n\x04step\"3\n\x0f\x43leanupProgress\x12\x0f\n\x07\x65xpired\x18\x01 \x01(\x03\x12\x0f\n\x07\x62\x61tches\x18\x02 \x01(\x03\"t\n\rCleanupReport\x12\x0e\n\x06\x63utoff\x18\x01 \x01(\t\x12\x0f\n\x07\x64ry_run\x18\x02 \x01(\x08\x12\x0f\n\x07\x65xpired\x18\x03 \x01(\x03\x12\x0f\n\x07\x64\x65leted\x18\x04 \x01(\x03\x12\x0f\n\x07\x62\x61tches\x18\x05 \x01(\x03\x12\x0f\n\x07seconds\x18\x06 \x01(\x01\"i\n\x12ReportUsageRequest\x12\n\n\x02\x62y\x18\x01 \x03(\t\x12\x0f\n\x07user_id\x18\x02 \x01(\t\x12\x10\n\x08\x61gent_id\x18\x03 \x01(\t\x12\x11\n\tsince_day\x18\x04 \x01(\t\x12\x11\n\tuntil_day\x18\x05 \x01(\t\"\x81\x01\n\x13ReportUsageResponse\x12\x11\n\tsince_day\x18\x01 \x01(\t\x12\x11\n\tuntil_day\x18\x02 \x01(\t\x12\x10\n\x08\x63urrency\x18\x03 \x01(\t\x12\x32\n\x05lines\x18\x04 \x03(\x0b\x32#.vidacoach.admin.v1.UsageReportLine\"\x9a\x01\n\x0fUsageReportLine\x12\r\n\x05group\x18\x01 \x03(\t\x12\r\n\x05turns\x18\x02 \x01(\x03\x12\x17\n\x0funmetered_turns\x18\x03 \x01(\x03\x12)\n\x05usage\x18\x04 \x01(\x0b\x32\x1a.vidacoach.agents.v1.Usage\x12\x0c\n\x04\x63ost\x18\x05 \x01(\t\x12\x17\n\x0funpriced_tokens\x18\x06 \x01(\x03\x32\xc6\x01\n\x0c\x41\x64minService\x12T\n\x07\x43leanup\x12\".vidacoach.admin.v1.CleanupRequest\x1a#.vidacoach.admin.v1.CleanupResponse0\x01\x12`\n\x0bReportUsage\x12&.vidacoach.admin.v1.ReportUsageRequest\x1a\'.vidacoach.admin.v1.ReportUsageResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&vidacoach/admin/v1/admin_service.proto\x12\x12vidacoach.admin.v1\x1a#vidacoach/agents/v1/resources.proto\x1a&vidacoach/agents/v1/user_service.proto\"\xbc\x01\n\x0e\x43leanupRequest\x12\x15\n\x08ttl_days\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x12\n\nbatch_size\x18\x02 \x01(\x05\x12\x0f\n\x07\x64ry_run\x18\x03 \x01(\x08\x12+\n\x06\x64omain\x18\x04 \x01(\x0e\x32\x1b.vidacoach.agents.v1.Domain\x12\x1e\n\x11\x64\x65lete_after_days\x18\x05 \x01(\x05H\x01\x88\x01\x01\x42\x0b\n\t_ttl_daysB\x14\n\x12_delete_after_days\"\x87\x01\n\x0f\x43leanupResponse\x12\x37\n\x08progress\x18\x01 \x01(\x0b\x32#.vidacoach.admin.v1.CleanupProgressH\x00\x12\x33\n\x06report\x18\x02 \x01(\x0b\x32!.vidacoach.admin.v1.CleanupReportH\x00\x42\x06\n\x04step\"3\n\x0f\x43leanupProgress\x12\x0f\n\x07\x65xpired\x18\x01 \x01(\x03\x12\x0f\n\x07\x62\x61tches\x18\x02 \x01(\x03\"\x82\x01\n\rCleanupReport\x12\x0e\n\x06\x63utoff\x18\x01 \x01(\t\x12\x0f\n\x07\x64ry_run\x18\x02 \x01(\x08\x12\x0f\n\x07\x65xpired\x18\x03 \x01(\x03\x12\x0f\n\x07\x64\x65leted\x18\x04 \x01(\x03\x12\x0f\n\x07\x62\x61tches\x18\x05 \x01(\x03\x12\x0f\n\x07seconds\x18\x06 \x01(\x01\x12\x0c\n\x04held\x18\x07 \x01(\x03\"0\n\x0fHoldUserRequest\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12\x0c\n\x04hold\x18\x02 \x01(\x08\"\x12\n\x10HoldUserResponse\"\x15\n\x13ListErasuresRequest\"\x90\x01\n\x14ListErasuresResponse\x12\x35\n\x08receipts\x18\x01 \x03(\x0b\x32#.vidacoach.agents.v1.ErasureReceipt\x12\x13\n\x0b\x63opies_left\x18\x02 \x01(\x03\x12,\n\x06\x63opies\x18\x03 \x03(\x0b\x32\x1c.vidacoach.admin.v1.CopyLeft\"[\n\x08\x43opyLeft\x12\x10\n\x08provider\x18\x01 \x01(\t\x12\x0b\n\x03ref\x18\x02 \x01(\t\x12\x11\n\tthread_id\x18\x03 \x01(\t\x12\r\n\x05tries\x18\x04 \x01(\x05\x12\x0e\n\x06reason\x18\x05 \x01(\t\"i\n\x12ReportUsageRequest\x12\n\n\x02\x62y\x18\x01 \x03(\t\x12\x0f\n\x07user_id\x18\x02 \x01(\t\x12\x10\n\x08\x61gent_id\x18\x03 \x01(\t\x12\x11\n\tsince_day\x18\x04 \x01(\t\x12\x11\n\tuntil_day\x18\x05 \x01(\t\"\x81\x01\n\x13ReportUsageResponse\x12\x11\n\tsince_day\x18\x01 \x01(\t\x12\x11\n\tuntil_day\x18\x02 \x01(\t\x12\x10\n\x08\x63urrency\x18\x03 \x01(\t\x12\x32\n\x05lines\x18\x04 \x03(\x0b\x32#.vidacoach.admin.v1.UsageReportLine\"\x9a\x01\n\x0fUsageReportLine\x12\r\n\x05group\x18\x01 \x03(\t\x12\r\n\x05turns\x18\x02 \x01(\x03\x12\x17\n\x0funmetered_turns\x18\x03 \x01(\x03\x12)\n\x05usage\x18\x04 \x01(\x0b\x32\x1a.vidacoach.agents.v1.Usage\x12\x0c\n\x04\x63ost\x18\x05 \x01(\t\x12\x17\n\x0funpriced_tokens\x18\x06 \x01(\x03\x32\x80\x03\n\x0c\x41\x64minService\x12T\n\x07\x43leanup\x12\".vidacoach.admin.v1.CleanupRequest\x1a#.vidacoach.admin.v1.CleanupResponse0\x01\x12`\n\x0bReportUsage\x12&.vidacoach.admin.v1.ReportUsageRequest\x1a\'.vidacoach.admin.v1.ReportUsageResponse0\x01\x12U\n\x08HoldUser\x12#.vidacoach.admin.v1.HoldUserRequest\x1a$.vidacoach.admin.v1.HoldUserResponse\x12\x61\n\x0cListErasures\x12\'.vidacoach.admin.v1.ListErasuresRequest\x1a(.vidacoach.admin.v1.ListErasuresResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'vidacoach.admin.v1.admin_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CLEANUPREQUEST']._serialized_start=100
-  _globals['_CLEANUPREQUEST']._serialized_end=234
-  _globals['_CLEANUPRESPONSE']._serialized_start=237
-  _globals['_CLEANUPRESPONSE']._serialized_end=372
-  _globals['_CLEANUPPROGRESS']._serialized_start=374
-  _globals['_CLEANUPPROGRESS']._serialized_end=425
-  _globals['_CLEANUPREPORT']._serialized_start=427
-  _globals['_CLEANUPREPORT']._serialized_end=543
-  _globals['_REPORTUSAGEREQUEST']._serialized_start=545
-  _globals['_REPORTUSAGEREQUEST']._serialized_end=650
-  _globals['_REPORTUSAGERESPONSE']._serialized_start=653
-  _globals['_REPORTUSAGERESPONSE']._serialized_end=782
-  _globals['_USAGEREPORTLINE']._serialized_start=785
-  _globals['_USAGEREPORTLINE']._serialized_end=939
-  _globals['_ADMINSERVICE']._serialized_start=942
-  _globals['_ADMINSERVICE']._serialized_end=1140
+  _globals['_CLEANUPREQUEST']._serialized_start=140
+  _globals['_CLEANUPREQUEST']._serialized_end=328
+  _globals['_CLEANUPRESPONSE']._serialized_start=331
+  _globals['_CLEANUPRESPONSE']._serialized_end=466
+  _globals['_CLEANUPPROGRESS']._serialized_start=468
+  _globals['_CLEANUPPROGRESS']._serialized_end=519
+  _globals['_CLEANUPREPORT']._serialized_start=522
+  _globals['_CLEANUPREPORT']._serialized_end=652
+  _globals['_HOLDUSERREQUEST']._serialized_start=654
+  _globals['_HOLDUSERREQUEST']._serialized_end=702
+  _globals['_HOLDUSERRESPONSE']._serialized_start=704
+  _globals['_HOLDUSERRESPONSE']._serialized_end=722
+  _globals['_LISTERASURESREQUEST']._serialized_start=724
+  _globals['_LISTERASURESREQUEST']._serialized_end=745
+  _globals['_LISTERASURESRESPONSE']._serialized_start=748
+  _globals['_LISTERASURESRESPONSE']._serialized_end=892
+  _globals['_COPYLEFT']._serialized_start=894
+  _globals['_COPYLEFT']._serialized_end=985
+  _globals['_REPORTUSAGEREQUEST']._serialized_start=987
+  _globals['_REPORTUSAGEREQUEST']._serialized_end=1092
+  _globals['_REPORTUSAGERESPONSE']._serialized_start=1095
+  _globals['_REPORTUSAGERESPONSE']._serialized_end=1224
+  _globals['_USAGEREPORTLINE']._serialized_start=1227
+  _globals['_USAGEREPORTLINE']._serialized_end=1381
+  _globals['_ADMINSERVICE']._serialized_start=1384
+  _globals['_ADMINSERVICE']._serialized_end=1768
 # @@protoc_insertion_point(module_scope)

@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import resources_pb2 as _resources_pb2
+from entrypoints.grpc_api.gen.vidacoach.agents.v1 import user_service_pb2 as _user_service_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -29,6 +30,7 @@ class CleanupRequest(_message.Message):
     BATCH_SIZE_FIELD_NUMBER: _builtins.int
     DRY_RUN_FIELD_NUMBER: _builtins.int
     DOMAIN_FIELD_NUMBER: _builtins.int
+    DELETE_AFTER_DAYS_FIELD_NUMBER: _builtins.int
     ttl_days: _builtins.int
     """Threads whose newest message is older than this many days expire. 0 expires
     every idle thread. Unset: the owner's `OPENAI_THREAD_TTL`.
@@ -41,6 +43,10 @@ class CleanupRequest(_message.Message):
     """Count only."""
     domain: _resources_pb2.Domain.ValueType
     """Unset: every domain."""
+    delete_after_days: _builtins.int
+    """Threads whose newest message is older than this many days are erased. Unset:
+    none. At least `ttl_days`.
+    """
     def __init__(
         self,
         *,
@@ -48,13 +54,19 @@ class CleanupRequest(_message.Message):
         batch_size: _builtins.int = ...,
         dry_run: _builtins.bool = ...,
         domain: _resources_pb2.Domain.ValueType = ...,
+        delete_after_days: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_ttl_days", b"_ttl_days", "ttl_days", b"ttl_days"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_delete_after_days", b"_delete_after_days", "_ttl_days", b"_ttl_days", "delete_after_days", b"delete_after_days", "ttl_days", b"ttl_days"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ttl_days", b"_ttl_days", "batch_size", b"batch_size", "domain", b"domain", "dry_run", b"dry_run", "ttl_days", b"ttl_days"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_delete_after_days", b"_delete_after_days", "_ttl_days", b"_ttl_days", "batch_size", b"batch_size", "delete_after_days", b"delete_after_days", "domain", b"domain", "dry_run", b"dry_run", "ttl_days", b"ttl_days"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__delete_after_days: _TypeAlias = _typing.Literal["delete_after_days"]  # noqa: Y015
+    _WhichOneofArgType__delete_after_days: _TypeAlias = _typing.Literal["_delete_after_days", b"_delete_after_days"]  # noqa: Y015
     _WhichOneofReturnType__ttl_days: _TypeAlias = _typing.Literal["ttl_days"]  # noqa: Y015
     _WhichOneofArgType__ttl_days: _TypeAlias = _typing.Literal["_ttl_days", b"_ttl_days"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__delete_after_days) -> _WhichOneofReturnType__delete_after_days | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__ttl_days) -> _WhichOneofReturnType__ttl_days | None: ...
 
 Global___CleanupRequest: _TypeAlias = CleanupRequest  # noqa: Y015
@@ -129,6 +141,7 @@ class CleanupReport(_message.Message):
     DELETED_FIELD_NUMBER: _builtins.int
     BATCHES_FIELD_NUMBER: _builtins.int
     SECONDS_FIELD_NUMBER: _builtins.int
+    HELD_FIELD_NUMBER: _builtins.int
     cutoff: _builtins.str
     """Threads whose newest message is older than this expired; RFC 3339."""
     dry_run: _builtins.bool
@@ -141,6 +154,8 @@ class CleanupReport(_message.Message):
     """Transactions."""
     seconds: _builtins.float
     """Time that it took."""
+    held: _builtins.int
+    """Threads left as they are that a legal hold keeps from being deleted."""
     def __init__(
         self,
         *,
@@ -150,14 +165,147 @@ class CleanupReport(_message.Message):
         deleted: _builtins.int = ...,
         batches: _builtins.int = ...,
         seconds: _builtins.float = ...,
+        held: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batches", b"batches", "cutoff", b"cutoff", "deleted", b"deleted", "dry_run", b"dry_run", "expired", b"expired", "seconds", b"seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batches", b"batches", "cutoff", b"cutoff", "deleted", b"deleted", "dry_run", b"dry_run", "expired", b"expired", "held", b"held", "seconds", b"seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CleanupReport: _TypeAlias = CleanupReport  # noqa: Y015
+
+@_typing.final
+class HoldUserRequest(_message.Message):
+    """Whom to hold or release."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USER_ID_FIELD_NUMBER: _builtins.int
+    HOLD_FIELD_NUMBER: _builtins.int
+    user_id: _builtins.str
+    """Required."""
+    hold: _builtins.bool
+    """False releases."""
+    def __init__(
+        self,
+        *,
+        user_id: _builtins.str = ...,
+        hold: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hold", b"hold", "user_id", b"user_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HoldUserRequest: _TypeAlias = HoldUserRequest  # noqa: Y015
+
+@_typing.final
+class HoldUserResponse(_message.Message):
+    """It holds, or no more."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HoldUserResponse: _TypeAlias = HoldUserResponse  # noqa: Y015
+
+@_typing.final
+class ListErasuresRequest(_message.Message):
+    """Nothing to choose from."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListErasuresRequest: _TypeAlias = ListErasuresRequest  # noqa: Y015
+
+@_typing.final
+class ListErasuresResponse(_message.Message):
+    """How erasures stand."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RECEIPTS_FIELD_NUMBER: _builtins.int
+    COPIES_LEFT_FIELD_NUMBER: _builtins.int
+    COPIES_FIELD_NUMBER: _builtins.int
+    copies_left: _builtins.int
+    """Objects that providers still have of anything that was erased."""
+    @_builtins.property
+    def receipts(self) -> _containers.RepeatedCompositeFieldContainer[_user_service_pb2.ErasureReceipt]:
+        """The newest first, at most 1,000."""
+
+    @_builtins.property
+    def copies(self) -> _containers.RepeatedCompositeFieldContainer[Global___CopyLeft]:
+        """Some of them, the most often tried first, at most 100."""
+
+    def __init__(
+        self,
+        *,
+        receipts: _abc.Iterable[_user_service_pb2.ErasureReceipt] | None = ...,
+        copies_left: _builtins.int = ...,
+        copies: _abc.Iterable[Global___CopyLeft] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["copies", b"copies", "copies_left", b"copies_left", "receipts", b"receipts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListErasuresResponse: _TypeAlias = ListErasuresResponse  # noqa: Y015
+
+@_typing.final
+class CopyLeft(_message.Message):
+    """An object that a provider still has."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROVIDER_FIELD_NUMBER: _builtins.int
+    REF_FIELD_NUMBER: _builtins.int
+    THREAD_ID_FIELD_NUMBER: _builtins.int
+    TRIES_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    provider: _builtins.str
+    """Which provider."""
+    ref: _builtins.str
+    """The provider's id of it."""
+    thread_id: _builtins.str
+    """The thread that it was of."""
+    tries: _builtins.int
+    """How often deleting it was tried."""
+    reason: _builtins.str
+    """Why the last try failed; empty before the first."""
+    def __init__(
+        self,
+        *,
+        provider: _builtins.str = ...,
+        ref: _builtins.str = ...,
+        thread_id: _builtins.str = ...,
+        tries: _builtins.int = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["provider", b"provider", "reason", b"reason", "ref", b"ref", "thread_id", b"thread_id", "tries", b"tries"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CopyLeft: _TypeAlias = CopyLeft  # noqa: Y015
 
 @_typing.final
 class ReportUsageRequest(_message.Message):

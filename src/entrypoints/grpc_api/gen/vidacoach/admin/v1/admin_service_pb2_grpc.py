@@ -47,6 +47,16 @@ class AdminServiceStub:
                 request_serializer=vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.ReportUsageRequest.SerializeToString,
                 response_deserializer=vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.ReportUsageResponse.FromString,
                 _registered_method=True)
+        self.HoldUser = channel.unary_unary(
+                '/vidacoach.admin.v1.AdminService/HoldUser',
+                request_serializer=vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.HoldUserRequest.SerializeToString,
+                response_deserializer=vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.HoldUserResponse.FromString,
+                _registered_method=True)
+        self.ListErasures = channel.unary_unary(
+                '/vidacoach.admin.v1.AdminService/ListErasures',
+                request_serializer=vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.ListErasuresRequest.SerializeToString,
+                response_deserializer=vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.ListErasuresResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer:
@@ -71,6 +81,20 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def HoldUser(self, request, context):
+        """Puts a user on legal hold, or releases one.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListErasures(self, request, context):
+        """Lists the newest erasures of users, and what providers still have.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -83,6 +107,16 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.ReportUsage,
                     request_deserializer=vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.ReportUsageRequest.FromString,
                     response_serializer=vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.ReportUsageResponse.SerializeToString,
+            ),
+            'HoldUser': grpc.unary_unary_rpc_method_handler(
+                    servicer.HoldUser,
+                    request_deserializer=vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.HoldUserRequest.FromString,
+                    response_serializer=vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.HoldUserResponse.SerializeToString,
+            ),
+            'ListErasures': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListErasures,
+                    request_deserializer=vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.ListErasuresRequest.FromString,
+                    response_serializer=vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.ListErasuresResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -142,6 +176,60 @@ class AdminService:
             '/vidacoach.admin.v1.AdminService/ReportUsage',
             vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.ReportUsageRequest.SerializeToString,
             vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.ReportUsageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def HoldUser(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vidacoach.admin.v1.AdminService/HoldUser',
+            vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.HoldUserRequest.SerializeToString,
+            vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.HoldUserResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListErasures(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vidacoach.admin.v1.AdminService/ListErasures',
+            vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.ListErasuresRequest.SerializeToString,
+            vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.ListErasuresResponse.FromString,
             options,
             channel_credentials,
             insecure,

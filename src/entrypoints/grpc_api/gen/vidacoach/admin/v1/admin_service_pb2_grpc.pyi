@@ -43,6 +43,10 @@ class AdminServiceStub:
     """
     ReportUsage: _grpc.UnaryStreamMultiCallable[_admin_service_pb2.ReportUsageRequest, _admin_service_pb2.ReportUsageResponse]
     """Adds up the ledger as the `usage` command does, at the owner's prices."""
+    HoldUser: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.HoldUserRequest, _admin_service_pb2.HoldUserResponse]
+    """Puts a user on legal hold, or releases one."""
+    ListErasures: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ListErasuresRequest, _admin_service_pb2.ListErasuresResponse]
+    """Lists the newest erasures of users, and what providers still have."""
 
 @_typing.type_check_only
 class AdminServiceAsyncStub(AdminServiceStub):
@@ -59,6 +63,10 @@ class AdminServiceAsyncStub(AdminServiceStub):
     """
     ReportUsage: _aio.UnaryStreamMultiCallable[_admin_service_pb2.ReportUsageRequest, _admin_service_pb2.ReportUsageResponse]  # type: ignore[assignment]
     """Adds up the ledger as the `usage` command does, at the owner's prices."""
+    HoldUser: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.HoldUserRequest, _admin_service_pb2.HoldUserResponse]  # type: ignore[assignment]
+    """Puts a user on legal hold, or releases one."""
+    ListErasures: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ListErasuresRequest, _admin_service_pb2.ListErasuresResponse]  # type: ignore[assignment]
+    """Lists the newest erasures of users, and what providers still have."""
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     """What the operators' commands ask of the process that owns an embedded
@@ -84,5 +92,21 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_admin_service_pb2.ReportUsageResponse], _abc.AsyncIterator[_admin_service_pb2.ReportUsageResponse]]:
         """Adds up the ledger as the `usage` command does, at the owner's prices."""
+
+    @_abc_1.abstractmethod
+    def HoldUser(
+        self,
+        request: _admin_service_pb2.HoldUserRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_service_pb2.HoldUserResponse, _abc.Awaitable[_admin_service_pb2.HoldUserResponse]]:
+        """Puts a user on legal hold, or releases one."""
+
+    @_abc_1.abstractmethod
+    def ListErasures(
+        self,
+        request: _admin_service_pb2.ListErasuresRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_service_pb2.ListErasuresResponse, _abc.Awaitable[_admin_service_pb2.ListErasuresResponse]]:
+        """Lists the newest erasures of users, and what providers still have."""
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

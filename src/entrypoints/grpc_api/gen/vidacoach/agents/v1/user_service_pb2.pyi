@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import resources_pb2 as _resources_pb2
 import builtins as _builtins
 import sys
@@ -19,6 +20,436 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _ErasureState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ErasureStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErasureState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ERASURE_STATE_UNSPECIFIED: _ErasureState.ValueType  # 0
+    """Not set."""
+    ERASURE_STATE_RUNNING: _ErasureState.ValueType  # 1
+    """Under way."""
+    ERASURE_STATE_HELD: _ErasureState.ValueType  # 2
+    """A legal hold came in between: it goes on when that is released."""
+    ERASURE_STATE_AT_PROVIDER: _ErasureState.ValueType  # 3
+    """Nothing is left here; the provider still has copies."""
+    ERASURE_STATE_DONE: _ErasureState.ValueType  # 4
+    """Nothing is left."""
+
+class ErasureState(_ErasureState, metaclass=_ErasureStateEnumTypeWrapper):
+    """How far an erasure has come."""
+
+ERASURE_STATE_UNSPECIFIED: ErasureState.ValueType  # 0
+"""Not set."""
+ERASURE_STATE_RUNNING: ErasureState.ValueType  # 1
+"""Under way."""
+ERASURE_STATE_HELD: ErasureState.ValueType  # 2
+"""A legal hold came in between: it goes on when that is released."""
+ERASURE_STATE_AT_PROVIDER: ErasureState.ValueType  # 3
+"""Nothing is left here; the provider still has copies."""
+ERASURE_STATE_DONE: ErasureState.ValueType  # 4
+"""Nothing is left."""
+Global___ErasureState: _TypeAlias = ErasureState  # noqa: Y015
+
+@_typing.final
+class ExportUserDataRequest(_message.Message):
+    """Whose data to export."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USER_ID_FIELD_NUMBER: _builtins.int
+    user_id: _builtins.str
+    """Required."""
+    def __init__(
+        self,
+        *,
+        user_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["user_id", b"user_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportUserDataRequest: _TypeAlias = ExportUserDataRequest  # noqa: Y015
+
+@_typing.final
+class ExportUserDataResponse(_message.Message):
+    """A piece of what is kept of a user."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USER_FIELD_NUMBER: _builtins.int
+    GOAL_FIELD_NUMBER: _builtins.int
+    THREAD_FIELD_NUMBER: _builtins.int
+    TURN_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    ATTACHMENT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def user(self) -> Global___ExportedUser:
+        """The user. Sent first; nothing is sent for an unknown one."""
+
+    @_builtins.property
+    def goal(self) -> Global___ExportedGoal:
+        """A goal."""
+
+    @_builtins.property
+    def thread(self) -> _resources_pb2.Thread:
+        """A thread. Its turns follow, then its messages."""
+
+    @_builtins.property
+    def turn(self) -> Global___ExportedTurn:
+        """A turn."""
+
+    @_builtins.property
+    def message(self) -> Global___ExportedMessage:
+        """A line of the transcript."""
+
+    @_builtins.property
+    def attachment(self) -> Global___AttachmentPiece:
+        """A piece of an image or a file."""
+
+    def __init__(
+        self,
+        *,
+        user: Global___ExportedUser | None = ...,
+        goal: Global___ExportedGoal | None = ...,
+        thread: _resources_pb2.Thread | None = ...,
+        turn: Global___ExportedTurn | None = ...,
+        message: Global___ExportedMessage | None = ...,
+        attachment: Global___AttachmentPiece | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attachment", b"attachment", "goal", b"goal", "message", b"message", "piece", b"piece", "thread", b"thread", "turn", b"turn", "user", b"user"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attachment", b"attachment", "goal", b"goal", "message", b"message", "piece", b"piece", "thread", b"thread", "turn", b"turn", "user", b"user"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_piece: _TypeAlias = _typing.Literal["user", "goal", "thread", "turn", "message", "attachment"]  # noqa: Y015
+    _WhichOneofArgType_piece: _TypeAlias = _typing.Literal["piece", b"piece"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_piece) -> _WhichOneofReturnType_piece | None: ...
+
+Global___ExportUserDataResponse: _TypeAlias = ExportUserDataResponse  # noqa: Y015
+
+@_typing.final
+class ExportedUser(_message.Message):
+    """What is known of a user."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    CREATED_AT_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """The calling product's own reference."""
+    @_builtins.property
+    def created_at(self) -> _timestamp_pb2.Timestamp:
+        """When the user first appeared."""
+
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        created_at: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "id", b"id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportedUser: _TypeAlias = ExportedUser  # noqa: Y015
+
+@_typing.final
+class ExportedGoal(_message.Message):
+    """A goal of a user."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    DOMAIN_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    COMMITMENT_FIELD_NUMBER: _builtins.int
+    DUE_FIELD_NUMBER: _builtins.int
+    CREATED_AT_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """Its id."""
+    domain: _resources_pb2.Domain.ValueType
+    """What it is about."""
+    text: _builtins.str
+    """What the user wants."""
+    commitment: _builtins.str
+    """The next step that the user commits to; may be empty."""
+    due: _builtins.str
+    """The day on which it is due, YYYY-MM-DD; may be empty."""
+    @_builtins.property
+    def created_at(self) -> _timestamp_pb2.Timestamp:
+        """When it was set."""
+
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        domain: _resources_pb2.Domain.ValueType = ...,
+        text: _builtins.str = ...,
+        commitment: _builtins.str = ...,
+        due: _builtins.str = ...,
+        created_at: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["commitment", b"commitment", "created_at", b"created_at", "domain", b"domain", "due", b"due", "id", b"id", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportedGoal: _TypeAlias = ExportedGoal  # noqa: Y015
+
+@_typing.final
+class ExportedTurn(_message.Message):
+    """A turn of a thread."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TURN_FIELD_NUMBER: _builtins.int
+    WAITING_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def turn(self) -> _resources_pb2.Turn:
+        """The turn."""
+
+    @_builtins.property
+    def waiting(self) -> _containers.RepeatedCompositeFieldContainer[_resources_pb2.ContentPart]:
+        """Its message, where that is not in the transcript yet: images and files
+        without their bytes.
+        """
+
+    def __init__(
+        self,
+        *,
+        turn: _resources_pb2.Turn | None = ...,
+        waiting: _abc.Iterable[_resources_pb2.ContentPart] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["turn", b"turn"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["turn", b"turn", "waiting", b"waiting"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportedTurn: _TypeAlias = ExportedTurn  # noqa: Y015
+
+@_typing.final
+class ExportedMessage(_message.Message):
+    """A line of a thread's transcript."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    TOOL_CALL_FIELD_NUMBER: _builtins.int
+    TOOL_RESULT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def message(self) -> _resources_pb2.Message:
+        """The message: images and files without their bytes."""
+
+    @_builtins.property
+    def tool_call(self) -> _resources_pb2.ToolCall:
+        """Of a `ROLE_TOOL` message: the call."""
+
+    @_builtins.property
+    def tool_result(self) -> _resources_pb2.ToolResult:
+        """Of a `ROLE_TOOL` message: its answer."""
+
+    def __init__(
+        self,
+        *,
+        message: _resources_pb2.Message | None = ...,
+        tool_call: _resources_pb2.ToolCall | None = ...,
+        tool_result: _resources_pb2.ToolResult | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "tool_call", b"tool_call", "tool_result", b"tool_result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "tool_call", b"tool_call", "tool_result", b"tool_result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportedMessage: _TypeAlias = ExportedMessage  # noqa: Y015
+
+@_typing.final
+class AttachmentPiece(_message.Message):
+    """Bytes of an image or a file."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TURN_ID_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    SIZE_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    turn_id: _builtins.str
+    """The turn in whose user message it is."""
+    number: _builtins.int
+    """The place of its part in the message's content, from 0."""
+    offset: _builtins.int
+    """Where these bytes begin."""
+    size: _builtins.int
+    """Bytes of the whole."""
+    data: _builtins.bytes
+    """At most 512 KiB."""
+    def __init__(
+        self,
+        *,
+        turn_id: _builtins.str = ...,
+        number: _builtins.int = ...,
+        offset: _builtins.int = ...,
+        size: _builtins.int = ...,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "number", b"number", "offset", b"offset", "size", b"size", "turn_id", b"turn_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AttachmentPiece: _TypeAlias = AttachmentPiece  # noqa: Y015
+
+@_typing.final
+class EraseUserRequest(_message.Message):
+    """Whom to erase."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USER_ID_FIELD_NUMBER: _builtins.int
+    DRY_RUN_FIELD_NUMBER: _builtins.int
+    user_id: _builtins.str
+    """Required."""
+    dry_run: _builtins.bool
+    """Change nothing: the receipt has no id and says what would be erased."""
+    def __init__(
+        self,
+        *,
+        user_id: _builtins.str = ...,
+        dry_run: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dry_run", b"dry_run", "user_id", b"user_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EraseUserRequest: _TypeAlias = EraseUserRequest  # noqa: Y015
+
+@_typing.final
+class EraseUserResponse(_message.Message):
+    """The user is gone."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RECEIPT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def receipt(self) -> Global___ErasureReceipt:
+        """What was erased."""
+
+    def __init__(
+        self,
+        *,
+        receipt: Global___ErasureReceipt | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["receipt", b"receipt"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["receipt", b"receipt"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EraseUserResponse: _TypeAlias = EraseUserResponse  # noqa: Y015
+
+@_typing.final
+class ErasureReceipt(_message.Message):
+    """What an erasure did. It names nobody."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    USER_HASH_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    REQUESTED_AT_FIELD_NUMBER: _builtins.int
+    FINISHED_AT_FIELD_NUMBER: _builtins.int
+    ERASED_FIELD_NUMBER: _builtins.int
+    COPIES_LEFT_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """Its id; empty in a dry run."""
+    user_hash: _builtins.str
+    """SHA-256, in hexadecimal, of the id, a colon and the user's id: whoever knows
+    both can tell whose receipt it is.
+    """
+    state: Global___ErasureState.ValueType
+    """How far it has come."""
+    copies_left: _builtins.int
+    """Objects that the provider still has of it."""
+    @_builtins.property
+    def requested_at(self) -> _timestamp_pb2.Timestamp:
+        """When it was asked for."""
+
+    @_builtins.property
+    def finished_at(self) -> _timestamp_pb2.Timestamp:
+        """When nothing was left here."""
+
+    @_builtins.property
+    def erased(self) -> Global___ErasedCounts:
+        """What was erased here."""
+
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        user_hash: _builtins.str = ...,
+        state: Global___ErasureState.ValueType = ...,
+        requested_at: _timestamp_pb2.Timestamp | None = ...,
+        finished_at: _timestamp_pb2.Timestamp | None = ...,
+        erased: Global___ErasedCounts | None = ...,
+        copies_left: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["erased", b"erased", "finished_at", b"finished_at", "requested_at", b"requested_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["copies_left", b"copies_left", "erased", b"erased", "finished_at", b"finished_at", "id", b"id", "requested_at", b"requested_at", "state", b"state", "user_hash", b"user_hash"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ErasureReceipt: _TypeAlias = ErasureReceipt  # noqa: Y015
+
+@_typing.final
+class ErasedCounts(_message.Message):
+    """How much was erased here, or would be."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    THREADS_FIELD_NUMBER: _builtins.int
+    TURNS_FIELD_NUMBER: _builtins.int
+    MESSAGES_FIELD_NUMBER: _builtins.int
+    ATTACHMENTS_FIELD_NUMBER: _builtins.int
+    GOALS_FIELD_NUMBER: _builtins.int
+    threads: _builtins.int
+    """Threads."""
+    turns: _builtins.int
+    """Turns."""
+    messages: _builtins.int
+    """Messages of transcripts."""
+    attachments: _builtins.int
+    """Images and files."""
+    goals: _builtins.int
+    """Goals."""
+    def __init__(
+        self,
+        *,
+        threads: _builtins.int = ...,
+        turns: _builtins.int = ...,
+        messages: _builtins.int = ...,
+        attachments: _builtins.int = ...,
+        goals: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attachments", b"attachments", "goals", b"goals", "messages", b"messages", "threads", b"threads", "turns", b"turns"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ErasedCounts: _TypeAlias = ErasedCounts  # noqa: Y015
 
 @_typing.final
 class GetUsageRequest(_message.Message):

@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class UserServiceStub:
-    """What belongs to a user as a whole.
+    """What concerns a user as a whole. A user of whom nothing is known looks like
+    one of whom nothing is left.
     """
 
     def __init__(self, channel):
@@ -35,6 +36,16 @@ class UserServiceStub:
         Args:
             channel: A grpc.Channel.
         """
+        self.ExportUserData = channel.unary_stream(
+                '/vidacoach.agents.v1.UserService/ExportUserData',
+                request_serializer=vidacoach_dot_agents_dot_v1_dot_user__service__pb2.ExportUserDataRequest.SerializeToString,
+                response_deserializer=vidacoach_dot_agents_dot_v1_dot_user__service__pb2.ExportUserDataResponse.FromString,
+                _registered_method=True)
+        self.EraseUser = channel.unary_unary(
+                '/vidacoach.agents.v1.UserService/EraseUser',
+                request_serializer=vidacoach_dot_agents_dot_v1_dot_user__service__pb2.EraseUserRequest.SerializeToString,
+                response_deserializer=vidacoach_dot_agents_dot_v1_dot_user__service__pb2.EraseUserResponse.FromString,
+                _registered_method=True)
         self.GetUsage = channel.unary_unary(
                 '/vidacoach.agents.v1.UserService/GetUsage',
                 request_serializer=vidacoach_dot_agents_dot_v1_dot_user__service__pb2.GetUsageRequest.SerializeToString,
@@ -43,8 +54,44 @@ class UserServiceStub:
 
 
 class UserServiceServicer:
-    """What belongs to a user as a whole.
+    """What concerns a user as a whole. A user of whom nothing is known looks like
+    one of whom nothing is left.
     """
+
+    def ExportUserData(self, request, context):
+        """Streams all that is kept of a user: the user, goals, and each thread with
+        its turns and messages. Every response is below 1 MiB; the bytes of images
+        and files come in pieces behind what they are attached to.
+
+        What changes meanwhile is in the export as it was before or after. At most two
+        at a time for a user: RESOURCE_EXHAUSTED `QUOTA_EXCEEDED` beyond that. Who
+        takes nothing for a minute is ended UNAVAILABLE `OVERLOADED`, as are calls
+        while too many export at once: begin again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EraseUser(self, request, context):
+        """Erases a user for good: goals, threads, messages with what is attached to
+        them, turns, what they had written, and request ids. There is no way back.
+
+        It goes on to its end whoever calls and leaves, and on another replica where
+        this one dies. Turns that are running or waiting stop, as with
+        `DeleteThread`. Messages that are accepted for the user meanwhile are erased
+        with the rest, or begin anew after it: stop sending them first.
+
+        Once this is answered, nothing of the user can be read any more. What the
+        provider keeps is deleted afterwards, object by object, and tried again until
+        it is gone; the receipt's `copies_left` says how many are left.
+
+        May be repeated: an erasure under way is joined, and a user of whom nothing
+        is left gets a receipt of nothing. FAILED_PRECONDITION `LEGAL_HOLD` while the
+        user's data must be kept.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
 
     def GetUsage(self, request, context):
         """What a user's turns have cost, by day, agent and model, and how the user
@@ -60,6 +107,16 @@ class UserServiceServicer:
 
 def add_UserServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
+            'ExportUserData': grpc.unary_stream_rpc_method_handler(
+                    servicer.ExportUserData,
+                    request_deserializer=vidacoach_dot_agents_dot_v1_dot_user__service__pb2.ExportUserDataRequest.FromString,
+                    response_serializer=vidacoach_dot_agents_dot_v1_dot_user__service__pb2.ExportUserDataResponse.SerializeToString,
+            ),
+            'EraseUser': grpc.unary_unary_rpc_method_handler(
+                    servicer.EraseUser,
+                    request_deserializer=vidacoach_dot_agents_dot_v1_dot_user__service__pb2.EraseUserRequest.FromString,
+                    response_serializer=vidacoach_dot_agents_dot_v1_dot_user__service__pb2.EraseUserResponse.SerializeToString,
+            ),
             'GetUsage': grpc.unary_unary_rpc_method_handler(
                     servicer.GetUsage,
                     request_deserializer=vidacoach_dot_agents_dot_v1_dot_user__service__pb2.GetUsageRequest.FromString,
@@ -74,8 +131,63 @@ def add_UserServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class UserService:
-    """What belongs to a user as a whole.
+    """What concerns a user as a whole. A user of whom nothing is known looks like
+    one of whom nothing is left.
     """
+
+    @staticmethod
+    def ExportUserData(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/vidacoach.agents.v1.UserService/ExportUserData',
+            vidacoach_dot_agents_dot_v1_dot_user__service__pb2.ExportUserDataRequest.SerializeToString,
+            vidacoach_dot_agents_dot_v1_dot_user__service__pb2.ExportUserDataResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EraseUser(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vidacoach.agents.v1.UserService/EraseUser',
+            vidacoach_dot_agents_dot_v1_dot_user__service__pb2.EraseUserRequest.SerializeToString,
+            vidacoach_dot_agents_dot_v1_dot_user__service__pb2.EraseUserResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
 
     @staticmethod
     def GetUsage(request,

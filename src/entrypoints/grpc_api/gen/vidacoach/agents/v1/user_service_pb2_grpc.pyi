@@ -27,12 +27,41 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class UserServiceStub:
-    """What belongs to a user as a whole."""
+    """What concerns a user as a whole. A user of whom nothing is known looks like
+    one of whom nothing is left.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> UserServiceAsyncStub: ...
+    ExportUserData: _grpc.UnaryStreamMultiCallable[_user_service_pb2.ExportUserDataRequest, _user_service_pb2.ExportUserDataResponse]
+    """Streams all that is kept of a user: the user, goals, and each thread with
+    its turns and messages. Every response is below 1 MiB; the bytes of images
+    and files come in pieces behind what they are attached to.
+
+    What changes meanwhile is in the export as it was before or after. At most two
+    at a time for a user: RESOURCE_EXHAUSTED `QUOTA_EXCEEDED` beyond that. Who
+    takes nothing for a minute is ended UNAVAILABLE `OVERLOADED`, as are calls
+    while too many export at once: begin again.
+    """
+    EraseUser: _grpc.UnaryUnaryMultiCallable[_user_service_pb2.EraseUserRequest, _user_service_pb2.EraseUserResponse]
+    """Erases a user for good: goals, threads, messages with what is attached to
+    them, turns, what they had written, and request ids. There is no way back.
+
+    It goes on to its end whoever calls and leaves, and on another replica where
+    this one dies. Turns that are running or waiting stop, as with
+    `DeleteThread`. Messages that are accepted for the user meanwhile are erased
+    with the rest, or begin anew after it: stop sending them first.
+
+    Once this is answered, nothing of the user can be read any more. What the
+    provider keeps is deleted afterwards, object by object, and tried again until
+    it is gone; the receipt's `copies_left` says how many are left.
+
+    May be repeated: an erasure under way is joined, and a user of whom nothing
+    is left gets a receipt of nothing. FAILED_PRECONDITION `LEGAL_HOLD` while the
+    user's data must be kept.
+    """
     GetUsage: _grpc.UnaryUnaryMultiCallable[_user_service_pb2.GetUsageRequest, _user_service_pb2.GetUsageResponse]
     """What a user's turns have cost, by day, agent and model, and how the user
     stands to the quotas of today. A user who has never written has no days.
@@ -43,9 +72,38 @@ class UserServiceStub:
 
 @_typing.type_check_only
 class UserServiceAsyncStub(UserServiceStub):
-    """What belongs to a user as a whole."""
+    """What concerns a user as a whole. A user of whom nothing is known looks like
+    one of whom nothing is left.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
+    ExportUserData: _aio.UnaryStreamMultiCallable[_user_service_pb2.ExportUserDataRequest, _user_service_pb2.ExportUserDataResponse]  # type: ignore[assignment]
+    """Streams all that is kept of a user: the user, goals, and each thread with
+    its turns and messages. Every response is below 1 MiB; the bytes of images
+    and files come in pieces behind what they are attached to.
+
+    What changes meanwhile is in the export as it was before or after. At most two
+    at a time for a user: RESOURCE_EXHAUSTED `QUOTA_EXCEEDED` beyond that. Who
+    takes nothing for a minute is ended UNAVAILABLE `OVERLOADED`, as are calls
+    while too many export at once: begin again.
+    """
+    EraseUser: _aio.UnaryUnaryMultiCallable[_user_service_pb2.EraseUserRequest, _user_service_pb2.EraseUserResponse]  # type: ignore[assignment]
+    """Erases a user for good: goals, threads, messages with what is attached to
+    them, turns, what they had written, and request ids. There is no way back.
+
+    It goes on to its end whoever calls and leaves, and on another replica where
+    this one dies. Turns that are running or waiting stop, as with
+    `DeleteThread`. Messages that are accepted for the user meanwhile are erased
+    with the rest, or begin anew after it: stop sending them first.
+
+    Once this is answered, nothing of the user can be read any more. What the
+    provider keeps is deleted afterwards, object by object, and tried again until
+    it is gone; the receipt's `copies_left` says how many are left.
+
+    May be repeated: an erasure under way is joined, and a user of whom nothing
+    is left gets a receipt of nothing. FAILED_PRECONDITION `LEGAL_HOLD` while the
+    user's data must be kept.
+    """
     GetUsage: _aio.UnaryUnaryMultiCallable[_user_service_pb2.GetUsageRequest, _user_service_pb2.GetUsageResponse]  # type: ignore[assignment]
     """What a user's turns have cost, by day, agent and model, and how the user
     stands to the quotas of today. A user who has never written has no days.
@@ -55,7 +113,48 @@ class UserServiceAsyncStub(UserServiceStub):
     """
 
 class UserServiceServicer(metaclass=_abc_1.ABCMeta):
-    """What belongs to a user as a whole."""
+    """What concerns a user as a whole. A user of whom nothing is known looks like
+    one of whom nothing is left.
+    """
+
+    @_abc_1.abstractmethod
+    def ExportUserData(
+        self,
+        request: _user_service_pb2.ExportUserDataRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_user_service_pb2.ExportUserDataResponse], _abc.AsyncIterator[_user_service_pb2.ExportUserDataResponse]]:
+        """Streams all that is kept of a user: the user, goals, and each thread with
+        its turns and messages. Every response is below 1 MiB; the bytes of images
+        and files come in pieces behind what they are attached to.
+
+        What changes meanwhile is in the export as it was before or after. At most two
+        at a time for a user: RESOURCE_EXHAUSTED `QUOTA_EXCEEDED` beyond that. Who
+        takes nothing for a minute is ended UNAVAILABLE `OVERLOADED`, as are calls
+        while too many export at once: begin again.
+        """
+
+    @_abc_1.abstractmethod
+    def EraseUser(
+        self,
+        request: _user_service_pb2.EraseUserRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_user_service_pb2.EraseUserResponse, _abc.Awaitable[_user_service_pb2.EraseUserResponse]]:
+        """Erases a user for good: goals, threads, messages with what is attached to
+        them, turns, what they had written, and request ids. There is no way back.
+
+        It goes on to its end whoever calls and leaves, and on another replica where
+        this one dies. Turns that are running or waiting stop, as with
+        `DeleteThread`. Messages that are accepted for the user meanwhile are erased
+        with the rest, or begin anew after it: stop sending them first.
+
+        Once this is answered, nothing of the user can be read any more. What the
+        provider keeps is deleted afterwards, object by object, and tried again until
+        it is gone; the receipt's `copies_left` says how many are left.
+
+        May be repeated: an erasure under way is joined, and a user of whom nothing
+        is left gets a receipt of nothing. FAILED_PRECONDITION `LEGAL_HOLD` while the
+        user's data must be kept.
+        """
 
     @_abc_1.abstractmethod
     def GetUsage(

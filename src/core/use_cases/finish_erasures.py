@@ -1,0 +1,117 @@
+"""What follows an erasure, in the background of every process: the store's files, the provider, and what others
+have left.
+
+Copies at a provider are worked off one by one. Whoever takes some is given them for a time; nobody has to be told
+if that process dies. Nothing is given up: what fails is tried again, less and less often, and can be seen.
+"""
+
+import asyncio
+import contextlib
+import logging
+import random
+
+from core.model.erasure import Copy
+from core.model.errors import StoreUnavailable
+from core.ports.provider_copies import CopyStays, ProviderCopies
+from core.ports.store import Store
+from core.use_cases.erase_user import EraseUser
+from core.use_cases.patience import patiently
+
+_log = logging.getLogger(__name__)
+
+_PERIOD = 5.0
+"""Seconds between two looks at what is due."""
+_AT_ONCE = 8
+"""Copies that are worked on at the same time."""
+_TAKEN_FOR = 120.0
+"""Seconds for which a process is given a copy."""
+_LONGEST = 100.0
+"""Seconds that one try may take: a conversation of many items goes on where the last one stopped."""
+_FIRST_WAIT, _LONGEST_WAIT = 5.0, 3_600.0
+_PURGE_AGAIN = 0.2
+_SHORTEST_PAUSE = 1.0
+"""Seconds between two looks that were asked for: many deletions share what follows them."""
+
+
+class FinishErasures:
+    """Works off what erasures leave to be done, from `start` to `stop`.
+
+    `copies` are the provider's; `wanted` is set by whoever erases something.
+    """
+
+    def __init__(
+        self, *, store: Store, copies: ProviderCopies, erase_user: EraseUser, wanted: asyncio.Event
+    ) -> None:
+        self._store = store
+        self._copies = copies
+        self._erase_user = erase_user
+        self._random = random.Random()  # noqa: S311 - spreads load, guards nothing
+        self._wanted = wanted
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begins, with what an earlier process may have left."""
+        self._wanted.set()
+        self._task = asyncio.create_task(self._work(), name="finish-erasures")
+
+    async def stop(self) -> None:
+        """Stops. What was under way is taken up again by whoever comes next."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _work(self) -> None:
+        while True:
+            was_wanted = self._wanted.is_set()
+            self._wanted.clear()
+            try:
+                if was_wanted:
+                    await self._purge()
+                await self._erase_user.go_on()
+                await self._erase_copies()
+            except StoreUnavailable:
+                _log.debug("the store does not answer")
+                self._wanted.set()
+            except Exception:  # noqa: BLE001 - whatever it is, the next look may succeed, and must be made
+                _log.exception("erasures can't be finished")
+            await asyncio.sleep(_SHORTEST_PAUSE)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_PERIOD):
+                    await self._wanted.wait()
+
+    async def _purge(self) -> None:
+        while True:  # readers are done in a moment, and nobody says when
+            if await self._store.purge():
+                return
+            await asyncio.sleep(_PURGE_AGAIN)
+
+    async def _erase_copies(self) -> None:
+        """Erases what is due at the provider. What others have taken comes up again if they fail."""
+        provider = self._copies.provider
+        while await self._store.read(lambda tx: tx.copies.any_due(provider)):
+            taken = await self._store.write(lambda tx: tx.copies.claim(provider, _AT_ONCE, _TAKEN_FOR))
+            if not taken:
+                return
+            async with asyncio.TaskGroup() as group:
+                for copy in taken:
+                    group.create_task(self._erase(copy), name=f"erase-{copy.ref}")
+
+    async def _erase(self, copy: Copy) -> None:
+        wait = min(_LONGEST_WAIT, _FIRST_WAIT * 2 ** min(copy.tries - 1, 20))
+        try:
+            async with asyncio.timeout(_LONGEST):
+                await self._copies.erase(copy.ref)
+        except TimeoutError:
+            reason = "took too long"
+        except CopyStays as stays:
+            reason = stays.reason
+            wait = _LONGEST_WAIT if stays.refused else max(wait, stays.retry_after or 0.0)
+        except Exception as error:  # noqa: BLE001 - one that breaks must not keep the others from being erased
+            _log.error("copy %s of thread %s can't be erased", copy.ref, copy.thread_id, exc_info=error)
+            reason = type(error).__name__
+        else:
+            await patiently(lambda: self._store.write(lambda tx: tx.copies.erased(copy)))
+            return
+        _log.warning("copy %s of thread %s is still there: %s", copy.ref, copy.thread_id, reason)
+        seconds = wait * self._random.uniform(0.75, 1.25)
+        await patiently(lambda: self._store.write(lambda tx: tx.copies.stays(copy, reason, seconds)))

@@ -1,0 +1,386 @@
+"""What erasure promises, on every store."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import datetime, timedelta
+
+import pytest
+
+from adapters.system import Ids
+from core.model.agent import Domain
+from core.model.erasure import Copy, Counts, Receipt, user_hash
+from core.model.errors import InvalidField, LeaseLost, LegalHold, ThreadNotFound, TurnNotFound
+from core.model.events import TextDelta
+from core.model.goal import Goal
+from core.model.message import TextPart
+from core.model.thread import ProviderState, Thread, Tombstone
+from core.model.turn import TurnState
+from core.ports.agent import Begun, StateChanged, Stored
+from core.ports.provider_copies import CopyStays, ProviderCopies
+from core.ports.store import Conflict, Store, Transaction
+from core.ports.turns import LogAppend
+from core.use_cases import finish_erasures
+from core.use_cases.accept_message import IncomingMessage
+from core.use_cases.claim_turn import require_claim
+from core.use_cases.clean_up_threads import Cleanup, CleanUpThreads
+from core.use_cases.delete_thread import DeleteThread
+from core.use_cases.erase_user import EraseUser
+from core.use_cases.finish_erasures import FinishErasures
+from core.use_cases.hold_user import HoldUser
+from doubles import CATALOG, DONE, Gate, ManualClock, ScriptedAgent, service
+from harness import until
+from records import IDS, a_line, a_thread, a_turn, request
+
+OLD = timedelta(days=100)
+LEFT_AFTER = timedelta(seconds=30)
+
+
+async def with_thread(store: Store, user: str = "ada", age: timedelta = OLD, **changes: object) -> Thread:
+    """A thread of one turn that has ended, with a message and a copy at the provider."""
+    now = await store.read(lambda tx: tx.now())
+    thread = a_thread(user, last_message_at=now - age, created_at=now - age, **changes)
+    turn = a_turn(thread, state=TurnState.COMPLETED)
+
+    def change(tx: Transaction) -> None:
+        for agent in CATALOG.agents():
+            tx.agents.publish(agent)
+        tx.users.ensure(user, now)
+        tx.threads.add(thread)
+        tx.turns.add(turn, request(user))
+        tx.messages.append(thread.id, [a_line(turn, created_at=now - age)])
+        tx.copies.keep(thread.id, "p", [f"of {thread.id}"])
+
+    await store.write(change)
+    return thread
+
+
+def eraser(store: Store) -> EraseUser:
+    """Erases users beside nothing that runs."""
+    return EraseUser(store=store, ids=IDS, gone=lambda _: None, erased=lambda: None)
+
+
+async def nothing_left(store: Store) -> None:
+    """Waits until nothing is to be erased at a provider."""
+    while await store.read(lambda tx: tx.copies.count_left()):  # noqa: ASYNC110 - no event of ours
+        await asyncio.sleep(0)
+
+
+def a_goal(user: str, number: int = 1) -> Goal:
+    now = datetime.fromisoformat("2026-01-01T00:00:00+00:00")
+    return Goal(
+        id=f"goal-{user}-{number}",
+        user_id=user,
+        domain=Domain.CAREER,
+        text="t",
+        commitment="",
+        due=None,
+        created_at=now,
+    )
+
+
+# Users
+
+
+async def test_a_user_goes_with_everything_and_nobody_else_does(store: Store) -> None:
+    threads = [await with_thread(store) for _ in range(3)]
+    eves = await with_thread(store, "eve")
+    await store.write(lambda tx: [tx.goals.add(a_goal(user), user) for user in ("ada", "eve")])
+    assert await store.read(lambda tx: tx.users.belongings("ada")) == (
+        Counts(threads=3, turns=3, messages=3, goals=1),
+        3,
+    )
+    receipt = await eraser(store)("ada")
+    assert receipt.erased == Counts(threads=3, turns=3, messages=3, goals=1)
+    assert (receipt.copies_left, receipt.state) == (3, "at_provider")
+    assert receipt.user_hash == user_hash(receipt.id, "ada") != user_hash(IDS.new(), "ada")
+    assert await store.read(lambda tx: tx.users.get("ada")) is None
+    assert await store.read(lambda tx: tx.users.belongings("ada")) == (Counts(), 0)
+    graves = [await store.read(lambda tx, t=thread: tx.threads.tombstone(t.id)) for thread in threads]  # type: ignore[misc]
+    assert {grave.erasure_id for grave in graves if grave is not None} == {receipt.id}
+    assert await store.read(lambda tx: tx.users.belongings("eve")) == (
+        Counts(threads=1, turns=1, messages=1, goals=1),
+        1,
+    )
+    assert await store.read(lambda tx: tx.threads.tombstone(eves.id)) is None
+    again = await eraser(store)("ada")
+    assert (again.id != receipt.id, again.erased, again.state) == (True, Counts(), "done")
+    assert [each.id for each in await store.read(lambda tx: tx.erasures.newest(9))] == [again.id, receipt.id]
+
+
+async def test_an_erasure_under_way_is_joined_and_gone_on_with(store: Store, clock: ManualClock) -> None:
+    first, second = [await with_thread(store) for _ in range(2)]
+    erase = eraser(store)
+    begun = IDS.new()
+
+    def begin(tx: Transaction) -> str:
+        return tx.erasures.open(begun, "ada", tx.now() - LEFT_AFTER).id
+
+    assert await store.write(begin) == begun
+    assert (await store.write(lambda tx: tx.erasures.open(IDS.new(), "ada", tx.now()))).id == begun
+    assert [each.id for each in await store.read(lambda tx: tx.erasures.left(tx.now(), 9))] == [begun]
+    assert await store.read(lambda tx: tx.erasures.left(tx.now() - timedelta(days=1), 9)) == []
+    # One thread went before the process did.
+    await store.write(lambda tx: tx.threads.delete(first.id, tx.now(), erasure_id=begun))
+    await store.write(lambda tx: tx.erasures.note(begun, Counts(threads=1), tx.now() - 2 * LEFT_AFTER))
+    await erase.go_on()
+    receipt = await store.read(lambda tx: tx.erasures.find(begun))
+    assert receipt is not None
+    assert receipt.erased == Counts(threads=2, turns=1, messages=1)
+    assert receipt.state == "at_provider"
+    assert await store.read(lambda tx: tx.threads.find(second.id)) is None
+    assert await store.read(lambda tx: tx.erasures.left(tx.now(), 9)) == []
+
+
+async def test_who_is_at_an_erasure_is_left_alone(store: Store) -> None:
+    await with_thread(store)
+    await store.write(lambda tx: tx.erasures.open(IDS.new(), "ada", tx.now()))
+    await eraser(store).go_on()
+    assert (await store.read(lambda tx: tx.users.belongings("ada")))[0].threads == 1
+
+
+async def test_a_user_with_belongings_cannot_be_removed(store: Store) -> None:
+    await with_thread(store)
+    with pytest.raises(Conflict):
+        await store.write(lambda tx: tx.users.remove("ada"))
+    assert await store.read(lambda tx: tx.users.get("ada")) is not None
+
+
+async def test_messages_that_come_meanwhile_are_erased_or_begin_anew(store: Store) -> None:
+    async with service(store, ScriptedAgent()) as it:
+        erase = EraseUser(store=store, ids=Ids(), gone=it.engine.gone, erased=lambda: None)
+        accepted: list[str] = []
+
+        async def talk() -> None:
+            for number in range(30):
+                accepted.append((await it.accept(_message(str(number)))).turn.thread_id)
+                await asyncio.sleep(0)
+
+        talking = asyncio.create_task(talk())
+        receipts = [await erase("ada") for _ in range(3)]
+        await talking
+        left = await store.read(lambda tx: tx.threads.ids_of("ada", "", 100))
+        assert set(left) <= set(accepted)
+        assert len(left) + sum(receipt.erased.threads for receipt in receipts) == 30
+        last = await erase("ada")
+        assert last.erased.threads == len(left)
+        assert await store.read(lambda tx: tx.users.get("ada")) is None
+        await until(lambda: not it.engine._running)
+
+
+def _message(text: str) -> IncomingMessage:
+    return IncomingMessage(user_id="ada", content=(TextPart(text),))
+
+
+async def test_a_zombie_brings_nothing_back(store: Store) -> None:
+    """Whoever had a turn when its thread was erased can write nothing of it, by any way there is."""
+    gate = Gate()
+    state = StateChanged(ProviderState(provider="scripted", conversation_id="late-conversation"))
+    agent = ScriptedAgent(["half", gate, Stored("late-response"), state, " more", DONE])
+    async with service(store, agent) as it:
+        turn_id = await it.say()
+        await it.stream(turn_id, "half")
+        turn = await store.read(lambda tx: tx.turns.find(turn_id))
+        assert turn is not None
+        # The owner does not hear of it.
+        await EraseUser(store=store, ids=Ids(), gone=lambda _: None, erased=lambda: None)("ada")
+        gate.open()
+        await until(lambda: not it.engine._running and not it.engine._aside)
+        left = await store.read(lambda tx: tx.copies.left(9))
+        assert {copy.ref for copy in left} == {"late-response", "late-conversation"}  # found, and to be erased
+        append = LogAppend(turn.id, turn.epoch, turn.last_position + 4, (TextDelta("late"),))
+        assert not (await store.write(lambda tx: tx.log.append([append]))).accepted
+        with pytest.raises((LeaseLost, TurnNotFound)):
+            await store.write(lambda tx: require_claim(tx, turn.id, turn.epoch))
+        with pytest.raises(ThreadNotFound):
+            await it.say(thread_id=turn.thread_id)
+        assert await store.read(lambda tx: tx.threads.find(turn.thread_id)) is None
+        assert await store.read(lambda tx: tx.users.get("ada")) is None
+        assert await store.read(lambda tx: tx.users.belongings("ada")) == (Counts(), 0)
+
+
+async def test_what_is_noted_of_an_erased_thread_is_due_at_once(store: Store) -> None:
+    thread = await with_thread(store)
+    await store.write(lambda tx: tx.copies.keep(thread.id, "p", ["conv_1", "resp_1", "conv_1"]))
+    assert not await store.read(lambda tx: tx.copies.any_due("p"))
+    await store.write(lambda tx: tx.threads.delete(thread.id, tx.now(), in_use=True))
+    assert not await store.read(lambda tx: tx.copies.any_due("p"))  # the provider has a moment to notice
+    assert await store.read(lambda tx: tx.copies.count_left()) == 3
+    await store.write(lambda tx: tx.copies.keep(thread.id, "p", ["resp_1", "resp_late"]))
+    taken = await store.write(lambda tx: tx.copies.claim("p", 9, 60))
+    assert [(copy.ref, copy.tries) for copy in taken] == [("resp_late", 1)]
+    assert not await store.read(lambda tx: tx.copies.any_due("p"))
+    assert await store.write(lambda tx: tx.copies.claim("p", 9, 60)) == []
+    await store.write(lambda tx: tx.copies.stays(taken[0], "500", -1))
+    (again,) = await store.write(lambda tx: tx.copies.claim("p", 9, 60))
+    assert again == replace(taken[0], tries=2, reason="500")
+    assert (await store.read(lambda tx: tx.copies.left(1))) == [again]
+    await store.write(lambda tx: tx.copies.erased(again))
+    assert await store.read(lambda tx: tx.copies.count_left()) == 3
+    alive = await with_thread(store)
+    await store.write(lambda tx: tx.copies.keep(alive.id, "p", ["stray"], erase=True))
+    assert [copy.ref for copy in await store.write(lambda tx: tx.copies.claim("p", 9, 60))] == ["stray"]
+    assert not await store.read(lambda tx: tx.copies.any_due("another"))
+
+
+# Legal hold
+
+
+async def test_a_hold_keeps_everything_until_it_is_released(store: Store) -> None:
+    thread = await with_thread(store)
+    hold, erase = HoldUser(store), eraser(store)
+    delete = DeleteThread(store=store, gone=lambda _: None, erased=lambda: None)
+    await hold("ada", hold=True)
+    since = await store.read(lambda tx: tx.users.get("ada"))
+    await hold("ada", hold=True)
+    assert await store.read(lambda tx: tx.users.get("ada")) == since
+    for refused in (erase("ada"), erase("ada", dry_run=True), delete("ada", thread.id)):
+        with pytest.raises(LegalHold):
+            await refused
+    report = await CleanUpThreads(store)(Cleanup(ttl_days=1, delete_after_days=2))
+    assert (report.deleted, report.held) == (0, 1)
+    assert await store.read(lambda tx: tx.erasures.newest(9)) == []
+    with pytest.raises(ThreadNotFound):
+        await delete("eve", thread.id)
+    await hold("ada", hold=False)
+    assert (await erase("ada")).erased.threads == 1
+    await hold("nobody", hold=True)  # may come
+    with pytest.raises(LegalHold):
+        await erase("nobody")
+
+
+async def test_an_erasure_that_meets_a_hold_goes_on_when_it_is_released(store: Store) -> None:
+    await with_thread(store)
+    begun = IDS.new()
+    await store.write(lambda tx: tx.erasures.open(begun, "ada", tx.now() - 2 * LEFT_AFTER))
+    await HoldUser(store)("ada", hold=True)
+    erase = eraser(store)
+    await erase.go_on()
+
+    async def receipt() -> Receipt:
+        found = await store.read(lambda tx: tx.erasures.find(begun))
+        assert found is not None
+        return found
+
+    assert (await receipt()).state == "held"
+    await HoldUser(store)("ada", hold=False)
+    assert (await receipt()).state == "running"
+    await erase.go_on()
+    assert (await receipt()).state == "at_provider"
+
+
+# Retention
+
+
+@pytest.mark.parametrize("batch_size", [None, 1])
+async def test_exactly_what_is_forgotten_is_erased(store: Store, batch_size: int | None) -> None:
+    def days(number: float) -> timedelta:
+        return timedelta(days=number)
+
+    due = [await with_thread(store, age=days(61)) for _ in range(20)]
+    kept = [await with_thread(store, age=days(age)) for age in (0, 29, 31, 59)]
+    busy = await with_thread(store, age=days(300))
+    health = await with_thread(store, age=days(300), domain=Domain.HEALTH, agent_id="health-v1")
+    held = await with_thread(store, "eve", age=days(300))
+    await HoldUser(store)("eve", hold=True)
+    await store.write(lambda tx: tx.turns.add(a_turn(busy), request(), owner="x"))
+    erased = 0
+
+    def told() -> None:
+        nonlocal erased
+        erased += 1
+
+    cleanup = CleanUpThreads(store, erased=told)
+    wanted = Cleanup(ttl_days=30, delete_after_days=60, batch_size=batch_size, domain=Domain.CAREER)
+    plan = await cleanup(replace(wanted, dry_run=True))
+    assert (plan.deleted, plan.held, erased) == (20, 1, 0)
+    report = await cleanup(wanted)
+    assert (report.deleted, report.held, erased) == (20, 1, 1)
+    left = [
+        thread_id
+        for user in ("ada", "eve")
+        for thread_id in await store.read(lambda tx, u=user: tx.threads.ids_of(u, "", 100))  # type: ignore[misc]
+    ]
+    assert sorted(left) == sorted(thread.id for thread in (*kept, busy, health, held))
+    assert await store.read(lambda tx: tx.copies.count_left()) == 20
+    grave = await store.read(lambda tx: tx.threads.tombstone(due[0].id))
+    assert isinstance(grave, Tombstone)
+    assert grave.erasure_id == ""
+    again = await cleanup(wanted)
+    assert (again.deleted, again.held, erased) == (0, 1, 1)
+
+
+async def test_nothing_is_erased_unasked_or_before_it_has_expired(store: Store) -> None:
+    await with_thread(store)
+    assert (await CleanUpThreads(store)(Cleanup(ttl_days=0))).deleted == 0
+    for ttl, after in ((30, 29), (0, 0), (1, 40_000)):
+        with pytest.raises(InvalidField) as refused:
+            await CleanUpThreads(store)(Cleanup(ttl_days=ttl, delete_after_days=after))
+        assert refused.value.field == "delete_after_days"
+
+
+# What providers keep
+
+
+class Shelf(ProviderCopies):
+    """A provider that refuses as a test says, and notes what it was asked for."""
+
+    def __init__(self, *refusals: Exception) -> None:
+        self.refusals = list(refusals)
+        self.asked: list[str] = []
+
+    @property
+    def provider(self) -> str:
+        return "p"
+
+    async def erase(self, ref: str) -> None:
+        self.asked.append(ref)
+        if self.refusals:
+            raise self.refusals.pop(0)
+
+
+async def test_nothing_is_given_up(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_FIRST_WAIT", "_LONGEST_WAIT"):
+        monkeypatch.setattr(finish_erasures, name, -1.0)  # due again at once, on any clock
+    monkeypatch.setattr(finish_erasures, "_SHORTEST_PAUSE", 0.0)
+    thread = await with_thread(store)
+    shelf = Shelf(CopyStays("500"), CopyStays("401", refused=True), RuntimeError("broken"), TimeoutError())
+    wanted = asyncio.Event()
+    finish = FinishErasures(store=store, copies=shelf, erase_user=eraser(store), wanted=wanted)
+    await eraser(store)("ada")
+    finish.start()
+    try:
+        await nothing_left(store)
+    finally:
+        await finish.stop()
+    assert shelf.asked == [f"of {thread.id}"] * 5
+
+
+async def test_two_processes_do_not_take_the_same(store: Store) -> None:
+    thread = await with_thread(store)
+    await store.write(lambda tx: tx.copies.keep(thread.id, "p", [f"r{number:02}" for number in range(30)]))
+    await store.write(lambda tx: tx.threads.delete(thread.id, tx.now()))
+    shelf = Shelf()
+    workers = [
+        FinishErasures(store=store, copies=shelf, erase_user=eraser(store), wanted=asyncio.Event())
+        for _ in range(3)
+    ]
+    for worker in workers:
+        worker.start()
+    await nothing_left(store)
+    for worker in workers:
+        await worker.stop()
+    assert len(shelf.asked) == len(set(shelf.asked)) == 31
+
+
+async def test_every_round_at_the_provider_is_on_record_before_its_turn_has_ended(store: Store) -> None:
+    conversation = StateChanged(ProviderState(provider="scripted", conversation_id="c"))
+    agent = ScriptedAgent([conversation, Stored("r1"), "a", DONE], [Begun("r2"), Stored("r3"), "b", DONE])
+    async with service(store, agent) as it:
+        for _ in range(2):
+            turn_id = await it.say()
+            await it.events(turn_id)
+            await it.delete("ada", (await it.threads.turn("ada", turn_id))[0].thread_id)
+        left: Sequence[Copy] = await store.read(lambda tx: tx.copies.left(9))
+        assert sorted(copy.ref for copy in left) == ["c", "r1", "r2", "r3"]
+        assert {copy.provider for copy in left} == {"scripted"}
