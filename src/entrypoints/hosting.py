@@ -47,7 +47,7 @@ async def hosted(
             servers.append(admin)
         if listen is not None:
             host = listen.rpartition(":")[0]
-            public = container.server(reflected=reflected(settings, host))
+            public = container.server(reflected=reflected(settings, host), channelz=settings.channelz)
             address = f"{host}:{await public.start(listen)}"
             servers.append(public)
 

@@ -11,6 +11,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from core.ports.system import Ids
+from core.ports.telemetry import UNMEASURED, Telemetry
 from entrypoints.grpc_api.connections import close_connections
 from entrypoints.grpc_api.gen.vidacoach.admin.v1 import admin_service_pb2
 from entrypoints.grpc_api.gen.vidacoach.admin.v1.admin_service_pb2_grpc import add_AdminServiceServicer_to_server
@@ -65,13 +66,16 @@ class Server:
         ids: Ids,
         bounds: Bounds,
         reflected: bool,
+        channelz: bool = False,
         admin: AdminService | None = None,
+        telemetry: Telemetry = UNMEASURED,
     ) -> None:
-        self._guard = Guard(ids, bounds.calls)
+        self._guard = Guard(ids, bounds.calls, telemetry)
         self._address: int | Path | None = None
         self._server = grpc.aio.server(
             interceptors=[self._guard],
             options=[
+                ("grpc.enable_channelz", int(channelz)),
                 ("grpc.so_reuseport", 0),  # two servers would share a port in silence
                 ("grpc.max_receive_message_length", bounds.request_bytes),
                 ("grpc.max_metadata_size", _HEADERS),
@@ -106,6 +110,10 @@ class Server:
         if reflected:
             shown = [*names, health.SERVICE_NAME, reflection.SERVICE_NAME]
             reflection.enable_server_reflection(shown, self._server)
+        if channelz:
+            from grpc_channelz.v1.channelz import add_channelz_servicer
+
+            add_channelz_servicer(self._server)
 
     async def start(self, address: str) -> int:
         """Listens on HOST:PORT and says SERVING; returns the port. Raises OSError if it can't listen there."""
