@@ -96,7 +96,8 @@ fmt: $(VENV)/dev.stamp ## format the code
 
 lock: $(VENV)/dev.stamp ## pin the dependencies anew, with hashes and without index addresses
 	@$(BIN)/python -m uv --version >/dev/null 2>&1 || $(PYTHON) -m pip --python $(BIN)/python install -q uv
-	@for set in "requirements.lock --extra build" "requirements-dev.lock --extra build --extra dev"; do \
+	@for set in "requirements.lock --extra build --extra otel" \
+		"requirements-dev.lock --extra build --extra otel --extra dev"; do \
 		$(BIN)/python -m uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header \
 			--no-annotate --no-emit-index-url pyproject.toml -o $$set; done
 	@$(BIN)/python -m uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header \

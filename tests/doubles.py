@@ -16,6 +16,7 @@ from core.model.turn import Usage
 from core.ports.agent import Agent, AgentEvent, AgentFailed, JsonAnswer, JsonRequest, ReplyRequest, RoundFinished
 from core.ports.store import Store, Transaction
 from core.ports.system import Clock
+from core.ports.telemetry import UNMEASURED, Telemetry
 from core.ports.tools import ToolContext, ToolOutput, Tools, ToolSpec
 from core.use_cases.accept_message import AcceptMessage, IncomingMessage
 from core.use_cases.cancel_turn import CancelTurn
@@ -219,6 +220,7 @@ async def service(
     limits: TurnLimits | None = None,
     *,
     lease: float | None = None,
+    telemetry: Telemetry = UNMEASURED,
 ) -> AsyncIterator[Service]:
     """A running core on a store; whatever still runs at the end is given up.
 
@@ -234,20 +236,23 @@ async def service(
     definitions = Definitions(CATALOG)
     engine = TurnEngine(
         store=store,
-        agent=agent,
-        tools=tools,
+        agent=telemetry.agent(agent),
+        tools=telemetry.tools(tools),
         feeds=feeds,
         ids=ids,
         definitions=definitions,
         owner=ids.new(),
         limits=limits or TurnLimits(),
+        telemetry=telemetry,
     )
     recover = RecoverTurns(
         store=store, engine=engine, feeds=feeds, ids=ids, lease=lease or 15.0, alone=lease is None
     )
     engine.start()
     await recover.start()
-    accept = AcceptMessage(store=store, engine=engine, catalog=CATALOG, definitions=definitions, ids=ids)
+    accept = AcceptMessage(
+        store=store, engine=engine, catalog=CATALOG, definitions=definitions, ids=ids, telemetry=telemetry
+    )
     it = Service(
         store=store,
         agent=agent,

@@ -18,6 +18,7 @@ from core.ports.provider_copies import ProviderCopies
 from core.ports.store import Store, Transaction
 from core.ports.system import Clock as ClockPort
 from core.ports.system import Ids as IdsPort
+from core.ports.telemetry import UNMEASURED, Telemetry, Vitals
 from core.ports.tools import Tools
 from core.use_cases.accept_message import AcceptMessage
 from core.use_cases.cancel_turn import CancelTurn
@@ -38,6 +39,7 @@ from core.use_cases.report_usage import ReportUsage
 from core.use_cases.turn_engine import TurnEngine, TurnLimits
 from core.use_cases.turn_feed import TurnFeeds
 from entrypoints.settings import Provider, Settings, SettingsError
+from entrypoints.telemetry import measuring
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
@@ -73,7 +75,7 @@ def _client(settings: Settings) -> "AsyncOpenAI":
     return make_client(key, settings.openai_base_url, max_connections=settings.max_turns + 10)
 
 
-def _agent(settings: Settings, client: "Callable[[], AsyncOpenAI]") -> Agent:
+def _agent(settings: Settings, client: "Callable[[], AsyncOpenAI]", telemetry: Telemetry) -> Agent:
     if settings.provider is Provider.PRACTICE:
         from adapters.practice.agent import PracticeAgent
 
@@ -89,6 +91,7 @@ def _agent(settings: Settings, client: "Callable[[], AsyncOpenAI]") -> Agent:
         state_mode=settings.openai_state.value,
         background=settings.openai_background,
         context_tokens=settings.openai_context_tokens,
+        telemetry=telemetry,
     )
 
 
@@ -131,6 +134,14 @@ def _prices(settings: Settings) -> PriceList:
         return load_prices(settings.prices)
     except PricesError as error:
         raise SettingsError([f"VIDA_PRICES: {fault}" for fault in error.faults]) from error
+
+
+def _measured_agent(telemetry: Telemetry, agent: Agent) -> Agent:
+    return telemetry.agent(agent)
+
+
+def _measured_tools(telemetry: Telemetry, tools: Tools) -> Tools:
+    return telemetry.tools(tools)
 
 
 def _limits(settings: Settings) -> TurnLimits:
@@ -222,9 +233,11 @@ def _server(
     users: "UserService",
     ids: IdsPort,
     access: "Access",
+    telemetry: Telemetry,
     admin: "AdminService | None" = None,
     encrypted: bool = True,
     reflected: bool = True,
+    channelz: bool = False,
 ) -> "Server":
     from entrypoints.grpc_api.server import Bounds, Server
     from entrypoints.identity import credentials
@@ -246,7 +259,9 @@ def _server(
         reflected=reflected,
         access=access,
         credentials=credentials(settings) if encrypted else None,
+        channelz=channelz,
         admin=admin,
+        telemetry=telemetry,
     )
 
 
@@ -257,10 +272,11 @@ class Container(containers.DeclarativeContainer):
     clock = providers.Singleton(Clock)
     ids = providers.Singleton(Ids)
     owner = providers.Singleton(lambda ids: ids.new(), ids)
-    store = providers.Singleton(SqlStore, settings.provided.database, clock)
+    telemetry: providers.Provider[Telemetry] = providers.Dependency(default=UNMEASURED)
+    store = providers.Singleton(SqlStore, settings.provided.database, clock, telemetry=telemetry)
     catalog = providers.Singleton(_catalog, settings)
     client = providers.Singleton(_client, settings)
-    agent = providers.Singleton(_agent, settings, client.provider)
+    agent = providers.Singleton(_agent, settings, client.provider, telemetry)
     watch = providers.Singleton(_watch, settings, client, catalog, clock)
     tools = providers.Singleton(_tools, settings, store, ids)
     quotas = providers.Singleton(_quotas, settings)
@@ -270,13 +286,14 @@ class Container(containers.DeclarativeContainer):
     engine = providers.Singleton(
         TurnEngine,
         store=store,
-        agent=agent,
-        tools=tools,
+        agent=providers.Callable(_measured_agent, telemetry, agent),
+        tools=providers.Callable(_measured_tools, telemetry, tools),
         feeds=feeds,
         ids=ids,
         definitions=definitions,
         owner=owner,
         limits=providers.Factory(_limits, settings),
+        telemetry=telemetry,
     )
     recover = providers.Singleton(_recover, settings, store, engine, feeds, ids)
     accept = providers.Singleton(
@@ -287,6 +304,7 @@ class Container(containers.DeclarativeContainer):
         definitions=definitions,
         ids=ids,
         quotas=quotas,
+        telemetry=telemetry,
     )
     follow = providers.Singleton(FollowTurn, store, feeds)
     cancel = providers.Singleton(CancelTurn, store=store, engine=engine, ids=ids)
@@ -324,7 +342,16 @@ class Container(containers.DeclarativeContainer):
     user_service = providers.Singleton(_user_service, export_user, erase_user, usage)
     admin_service = providers.Singleton(_admin_service, cleanup, settings, hold_user, erasures, report_usage)
     access = providers.Singleton(_access, settings)
-    server = providers.Factory(_server, settings, agent_service, thread_service, user_service, ids, access=access)
+    server = providers.Factory(
+        _server,
+        settings,
+        agent_service,
+        thread_service,
+        user_service,
+        ids,
+        access=access,
+        telemetry=telemetry,
+    )
 
 
 @asynccontextmanager
@@ -340,12 +367,13 @@ async def opened(settings: Settings) -> AsyncIterator[Container]:
 async def running(settings: Settings, *, watching: bool = False) -> AsyncIterator[Container]:
     """The whole service, ready for messages: agents published, turns claimed that wait for a process.
 
-    `watching` has it ask every day how long the provider's models stay.
+    `watching` has it ask every day how long the provider's models stay, and measure where that is configured.
     On leaving, turns that still run are given up: they wait for another process, or end INTERRUPTED. Raises
     SettingsError and StoreUnavailable.
     """
-    container = Container(settings=settings)
     async with AsyncExitStack() as stack:
+        telemetry = await stack.enter_async_context(measuring(settings)) if watching else UNMEASURED
+        container = Container(settings=settings, telemetry=telemetry)
         stack.push_async_callback(container.store().aclose)
         catalog = _checked(container)
         stack.push_async_callback(container.agent().aclose)
@@ -358,10 +386,21 @@ async def running(settings: Settings, *, watching: bool = False) -> AsyncIterato
         stack.push_async_callback(container.erase_user().settle)
         stack.push_async_callback(container.finish_erasures().stop)
         container.finish_erasures().start()
+        await stack.enter_async_context(telemetry.watching(lambda: _vitals(container)))
         if watching and settings.provider is Provider.OPENAI:
             stack.push_async_callback(container.watch().stop)
             container.watch().start()
         yield container
+
+
+def _vitals(container: Container) -> Vitals:
+    feeds: TurnFeeds = container.feeds()
+    return Vitals(
+        running=container.engine().running,
+        followers=feeds.followers(),
+        lag=feeds.lag(),
+        refusing=container.agent().refusal() is not None,
+    )
 
 
 def _checked(container: Container) -> Catalog:

@@ -52,6 +52,7 @@ async def hosted(
             stack.push_async_callback(access.aclose)
             public = container.server(
                 reflected=reflected(settings, host),
+                channelz=settings.channelz,
                 admin=container.admin_service() if access.administered else None,
             )
             address = f"{host}:{await public.start(listen)}"

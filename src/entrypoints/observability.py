@@ -8,6 +8,7 @@ import traceback
 from types import TracebackType
 from typing import Any
 
+from core.model.trail import Trail, trail
 from entrypoints.settings import LogFormat, Settings
 
 _log = logging.getLogger(__name__)
@@ -16,15 +17,17 @@ _ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None] | tup
 
 
 class PlainFormatter(logging.Formatter):
-    """One line of text. Of an exception only types and places: its message may quote what a user wrote."""
+    """One line of text, with the ids of what it is about. Of an exception only types and places: its message may
+    quote what a user wrote."""
 
     def __init__(self) -> None:
-        super().__init__("%(asctime)s %(levelname)s %(name)s %(message)s")
+        super().__init__("%(asctime)s %(levelname)s %(name)s %(message)s%(trail)s")
 
     def format(self, record: logging.LogRecord) -> str:
         """The record as a line. What another handler has made of its exception is not used."""
         record = logging.makeLogRecord(record.__dict__)
         record.exc_text = None
+        record.trail = "".join(f" {name}={value}" for name, value in _ids(trail()))
         return super().format(record)
 
     def formatException(self, ei: _ExcInfo) -> str:  # noqa: N802 - the library's name
@@ -51,14 +54,31 @@ class JsonFormatter(PlainFormatter):
             "level": record.levelname,
             "logger": record.name,
             "message": record.getMessage(),
+            **dict(_ids(trail())),
         }
         if record.exc_info:
             fields["exception"] = self.formatException(record.exc_info)
         return json.dumps(fields, ensure_ascii=False)
 
 
-_QUIET = ("openai", "httpx2", "aiohttp", "asyncio", "sqlalchemy", "alembic", "grpc", "hpack")
-"""Libraries whose debug lines quote requests and values: they never get below WARNING."""
+_OURS = ("core", "adapters", "entrypoints")
+"""Whose lines are heard from the level that is set."""
+
+
+def _is_heard(record: logging.LogRecord) -> bool:
+    """Below WARNING libraries quote requests, values and keys, and some set their own level: nothing less is heard
+    of whoever is not ours."""
+    return record.levelno >= logging.WARNING or record.name.partition(".")[0] in _OURS
+
+
+def _ids(trail: Trail) -> list[tuple[str, str]]:
+    ids = (
+        ("request_id", trail.request_id),
+        ("caller", trail.caller),
+        ("turn_id", trail.turn_id),
+        ("thread_id", trail.thread_id),
+    )
+    return [(name, value) for name, value in ids if value]
 
 
 def log_loop_errors(loop: asyncio.AbstractEventLoop) -> None:
@@ -75,6 +95,8 @@ def set_up_logging(settings: Settings) -> None:
     logging.raiseExceptions = False  # a record that can't be formatted would be printed with its arguments
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if settings.log_format is LogFormat.JSON else PlainFormatter())
-    logging.basicConfig(level=settings.log_level.value.upper(), handlers=[handler], force=True)
-    for name in _QUIET:
-        logging.getLogger(name).setLevel(logging.WARNING)
+    handler.addFilter(_is_heard)
+    level = logging.getLevelNamesMapping()[settings.log_level.value.upper()]
+    logging.basicConfig(level=max(level, logging.WARNING), handlers=[handler], force=True)
+    for name in _OURS:
+        logging.getLogger(name).setLevel(level)

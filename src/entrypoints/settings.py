@@ -45,6 +45,19 @@ class LogLevel(StrEnum):
     ERROR = "error"
 
 
+class OtelExporter(StrEnum):
+    """Where OpenTelemetry's data goes."""
+
+    OTLP = "otlp"
+    NONE = "none"
+
+
+class OtlpProtocol(StrEnum):
+    """How a collector is spoken to."""
+
+    GRPC = "grpc"
+
+
 class StateMode(StrEnum):
     """Where the provider finds the conversation."""
 
@@ -145,6 +158,18 @@ class Settings(BaseSettings):
         "VIDA_AUTH_ALGORITHMS", "signatures that tokens may have", frozenset({"RS256", "ES256", "EdDSA"})
     )
     auth_policy: Path | None = _setting("VIDA_AUTH_POLICY", "file: what each caller may do, TOML", None)
+    channelz: bool = _setting("VIDA_CHANNELZ", "gRPC's own view of its connections; on loopback only", False)
+    metrics_listen: str | None = _setting("VIDA_METRICS_LISTEN", "address of the Prometheus page", None)
+    otel_endpoint: str | None = _setting("OTEL_EXPORTER_OTLP_ENDPOINT", "collector of traces and metrics", None)
+    otel_protocol: OtlpProtocol = _setting(
+        "OTEL_EXPORTER_OTLP_PROTOCOL", "how the collector is spoken to", OtlpProtocol.GRPC
+    )
+    otel_service_name: str = _setting(
+        "OTEL_SERVICE_NAME", "what the service is called there", "vida-coach", min_length=1
+    )
+    otel_traces: OtelExporter = _setting("OTEL_TRACES_EXPORTER", "whether traces go there", OtelExporter.OTLP)
+    otel_metrics: OtelExporter = _setting("OTEL_METRICS_EXPORTER", "whether metrics go there", OtelExporter.OTLP)
+    otel_disabled: bool = _setting("OTEL_SDK_DISABLED", "nothing is measured, whatever else is set", False)
     log_format: LogFormat = _setting("VIDA_LOG_FORMAT", "how log lines look", LogFormat.TEXT)
     log_level: LogLevel = _setting("VIDA_LOG_LEVEL", "what is logged", LogLevel.INFO)
 
@@ -162,9 +187,9 @@ class Settings(BaseSettings):
             raise ValueError("must name a file")
         return SecretStr(value)
 
-    @field_validator("openai_base_url")
+    @field_validator("openai_base_url", "otel_endpoint")
     @classmethod
-    def _check_base_url(cls, url: str | None) -> str | None:
+    def _check_http_url(cls, url: str | None) -> str | None:
         parts = urlsplit(url) if url is not None else None
         if parts is not None and (parts.scheme not in ("http", "https") or not parts.hostname):
             raise ValueError("must begin with http:// or https:// and name a host")
@@ -177,9 +202,11 @@ class Settings(BaseSettings):
             raise ValueError("must be printable ASCII without spaces")
         return key
 
-    @field_validator("listen")
+    @field_validator("listen", "metrics_listen")
     @classmethod
-    def _check_listen(cls, listen: str) -> str:
+    def _check_listen(cls, listen: str | None) -> str | None:
+        if listen is None:
+            return None
         host, colon, port = listen.rpartition(":")
         if not colon or not host or not port.isdecimal() or int(port) > 65_535:
             raise ValueError("must be HOST:PORT")
@@ -230,6 +257,19 @@ class Settings(BaseSettings):
     def database(self) -> str:
         """The database's URL. It may hold a password."""
         return self.database_url.get_secret_value()
+
+    @property
+    def measured(self) -> bool:
+        """Whether metrics or traces go anywhere."""
+        return not self.otel_disabled and bool(self.otel_endpoint or self.metrics_listen)
+
+    @property
+    def metrics_address(self) -> tuple[str, int] | None:
+        """Host and port of the Prometheus page."""
+        if self.metrics_listen is None:
+            return None
+        host, _, port = self.metrics_listen.rpartition(":")
+        return host.strip("[]"), int(port)
 
     @property
     def drain(self) -> float:

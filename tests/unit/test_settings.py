@@ -5,7 +5,17 @@ from pathlib import Path
 import pytest
 
 import adapters.openai
-from entrypoints.settings import LogFormat, LogLevel, Provider, Settings, SettingsError, StateMode, load_settings
+from entrypoints.settings import (
+    LogFormat,
+    LogLevel,
+    OtelExporter,
+    OtlpProtocol,
+    Provider,
+    Settings,
+    SettingsError,
+    StateMode,
+    load_settings,
+)
 
 SECRET = "canary-4711"
 
@@ -43,6 +53,16 @@ def test_defaults(tmp_path: Path) -> None:
         "quota_tokens": None,
         "prices": None,
         "reflection": None,
+        "channelz": False,
+        "metrics_listen": None,
+        "metrics_address": None,
+        "otel_endpoint": None,
+        "otel_protocol": OtlpProtocol.GRPC,
+        "otel_service_name": "vida-coach",
+        "otel_traces": OtelExporter.OTLP,
+        "otel_metrics": OtelExporter.OTLP,
+        "otel_disabled": False,
+        "measured": False,
         "log_format": LogFormat.TEXT,
         "log_level": LogLevel.INFO,
     }
@@ -117,6 +137,13 @@ BAD = {
     "VIDA_REFLECTION": ["maybe", SECRET],
     "VIDA_AUTH_ALGORITHMS": ["HS256", "none", "RS256,HS256", "RS256,", SECRET],
     "VIDA_AUTH_JWKS": [f"http://issuer.example/{SECRET}", f"ftp://127.0.0.1/{SECRET}", "https://"],
+    "VIDA_CHANNELZ": ["maybe", SECRET],
+    "VIDA_METRICS_LISTEN": ["9464", ":9464", "host:65536", SECRET],
+    "OTEL_EXPORTER_OTLP_ENDPOINT": ["localhost:4317", "http://", f"ftp://{SECRET}@host"],
+    "OTEL_EXPORTER_OTLP_PROTOCOL": ["http/protobuf", SECRET],
+    "OTEL_TRACES_EXPORTER": ["console", SECRET],
+    "OTEL_METRICS_EXPORTER": ["prometheus", SECRET],
+    "OTEL_SDK_DISABLED": ["maybe", SECRET],
     "VIDA_LOG_FORMAT": ["xml", SECRET],
     "VIDA_LOG_LEVEL": ["trace", SECRET],
 }
@@ -264,10 +291,35 @@ def test_what_follows_from_settings(
     assert (settings.listen, settings.drain) == (listen, expected)
 
 
+@pytest.mark.parametrize(
+    ("environment", "measured"),
+    [
+        ({"VIDA_METRICS_LISTEN": "[::1]:0"}, True),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "https://collector:4317"}, True),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": ""}, False),
+        ({"OTEL_SERVICE_NAME": "coach"}, False),
+        ({"VIDA_METRICS_LISTEN": "[::1]:0", "OTEL_SDK_DISABLED": "true"}, False),
+    ],
+    ids=str,
+)
+def test_it_is_measured_where_that_goes_anywhere(
+    environment: dict[str, str], measured: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    settings = load_settings()
+    assert settings.measured is measured
+    assert settings.metrics_address == (("::1", 0) if "VIDA_METRICS_LISTEN" in environment else None)
+
+
 def test_settings_never_change() -> None:
     with pytest.raises(ValueError):
         load_settings().listen = "x"
-    assert {str(field.validation_alias)[:5] for field in Settings.model_fields.values()} == {"OPENA", "VIDA_"}
+    assert {str(field.validation_alias)[:5] for field in Settings.model_fields.values()} == {
+        "OPENA",
+        "VIDA_",
+        "OTEL_",
+    }
 
 
 def test_the_adapter_knows_every_state_mode() -> None:

@@ -41,6 +41,7 @@ from core.ports.agent import (
     RoundFinished,
     Stored,
 )
+from core.ports.telemetry import UNMEASURED, Telemetry
 from core.ports.tools import ToolSpec
 
 T = TypeVar("T")
@@ -85,6 +86,7 @@ class OpenAIAgent(Agent):
         sleep: Sleep = asyncio.sleep,
         clock: Clock = loop_time,
         chance: random.Random | None = None,
+        telemetry: Telemetry = UNMEASURED,
     ) -> None:
         self._client = client
         self._model = model
@@ -94,6 +96,7 @@ class OpenAIAgent(Agent):
             raise ValueError("what is to be resumed must be stored")
         self._background = background
         self._context_tokens = context_tokens
+        self._telemetry = telemetry
         self._policy = Policy(sleep, clock, chance or random.Random())  # noqa: S311 - spreads load, guards nothing
         self._responses = Responses(client, Silence(first_event, idle, last_event), self._policy)
 
@@ -136,6 +139,7 @@ class OpenAIAgent(Agent):
                     self._policy.breaker.failed()
                 if visible or not await self._worth_another_try(fault, memory, patience):
                     raise
+                self._telemetry.retried(PROVIDER, fault.reason)
                 resume = None
             else:
                 return
@@ -264,6 +268,7 @@ class OpenAIAgent(Agent):
                     self._policy.breaker.failed()
                 if not await patience.wait(fault):
                     raise
+                self._telemetry.retried(PROVIDER, fault.reason)
             else:
                 self._policy.breaker.succeeded()
                 return answer

@@ -30,6 +30,7 @@ from core.model.errors import StoreUnavailable
 from core.ports import store
 from core.ports.store import Transaction
 from core.ports.system import Clock
+from core.ports.telemetry import UNMEASURED, Telemetry
 
 T = TypeVar("T")
 
@@ -40,7 +41,9 @@ _PATIENCE = 12.0
 class SqlStore(store.Store):
     """The record on SQLite or PostgreSQL. One instance for each process and database."""
 
-    def __init__(self, url: str, clock: Clock, *, patience: float = _PATIENCE) -> None:
+    def __init__(
+        self, url: str, clock: Clock, *, patience: float = _PATIENCE, telemetry: Telemetry = UNMEASURED
+    ) -> None:
         """`patience`: after so many seconds a server that does not answer counts as gone."""
         self._url = url
         self._name = secrets.token_hex(8)
@@ -55,6 +58,7 @@ class SqlStore(store.Store):
             SqlTransaction(Session(self._engine, BEGIN_WRITING[dialect], clock)),
             ThreadDesk() if is_embedded(url) else LoopDesk(),
             self._name,
+            telemetry,
         )
         self._reading = deque(
             SqlTransaction(Session(self._readers, BEGIN_READING[dialect], clock)) for _ in range(READERS)

@@ -19,6 +19,7 @@ from adapters.sql.notifications import announce
 from adapters.sql.transaction import SqlTransaction
 from core.model.errors import StoreBusy, StoreUnavailable
 from core.ports.store import Conflict, Transaction
+from core.ports.telemetry import UNMEASURED, Telemetry
 
 _MAX_GROUP = 256
 _MAX_TRIES = 3
@@ -168,7 +169,10 @@ class LoopDesk(Desk):
 class Writer:
     """Runs jobs one group after another until the last one. `name` is under which others hear of its changes."""
 
-    def __init__(self, transaction: SqlTransaction, desk: Desk, name: str) -> None:
+    def __init__(
+        self, transaction: SqlTransaction, desk: Desk, name: str, telemetry: Telemetry = UNMEASURED
+    ) -> None:
+        self._telemetry = telemetry
         self._transaction = transaction
         self._session = transaction.session
         self._desk = desk
@@ -286,6 +290,7 @@ class Writer:
     def _attempt(self, group: Sequence[Job], *, hopeful: bool = True) -> int:
         """Runs jobs in one transaction, as many as there is time for; returns how many."""
         self._session.hopeful = hopeful
+        begun = self._telemetry.time()
         try:
             done = self._session.transact(lambda: self._run_all(group))
             if self._session.is_server:
@@ -301,6 +306,7 @@ class Writer:
             for job in group:
                 job.error, job.again = StoreFaultError(type(error).__name__), False
         else:
+            self._telemetry.committed(done, self._telemetry.time() - begun)
             return done
         return len(group)
 

@@ -31,6 +31,7 @@ from core.model.turn import BusyPolicy, Turn, TurnReason, TurnState, Usage
 from core.model.user import check_user_id
 from core.ports.store import Store, Transaction
 from core.ports.system import Ids
+from core.ports.telemetry import UNMEASURED, Telemetry
 from core.ports.threads import NewMessage
 from core.ports.turns import RequestKey
 from core.use_cases.claim_turn import ClaimedTurn
@@ -131,6 +132,7 @@ class AcceptMessage:
         definitions: Definitions,
         ids: Ids,
         quotas: Quotas = UNLIMITED,
+        telemetry: Telemetry = UNMEASURED,
     ) -> None:
         self._store = store
         self._engine = engine
@@ -138,6 +140,7 @@ class AcceptMessage:
         self._definitions = definitions
         self._ids = ids
         self._quotas = quotas
+        self._telemetry = telemetry
         self._detached: Detached[Accepted] = Detached()
 
     async def __call__(self, message: IncomingMessage) -> Accepted:
@@ -146,17 +149,22 @@ class AcceptMessage:
         Cancelling the caller does not undo or stop anything. Raises the errors of contract's accept path. After
         StoreUnavailable it is unknown whether the message is on record; if it is, its turn is found and run.
         """
-        if data_of(message.content):
-            message = await asyncio.to_thread(message.checked)  # too much to look through in the event loop
-        else:
-            message = message.checked()
-        return await self._detached.run(self._accept(message))
+        try:
+            if data_of(message.content):
+                message = await asyncio.to_thread(message.checked)  # too much to look through in the event loop
+            else:
+                message = message.checked()
+            return await self._detached.run(self._accept(message))
+        except CoreError as error:
+            self._telemetry.refused(type(error))
+            raise
 
     async def settle(self) -> None:
         """Waits for messages that are being accepted."""
         await self._detached.settle()
 
     async def _accept(self, message: IncomingMessage) -> Accepted:
+        begun = self._telemetry.time()
         refusal = self._engine.reserve(message.user_id)
         turn_id = self._ids.new()
         recorded: _Recorded | None = None
@@ -173,6 +181,7 @@ class AcceptMessage:
                 if refusal is not None:
                     self._engine.reserve_anyway(message.user_id)
                 self._engine.run(recorded.claimed)
+        self._telemetry.accepted(recorded.turn, self._telemetry.time() - begun, attached=recorded.attached)
         return Accepted(recorded.turn, recorded.attached)
 
     def _record(

@@ -40,6 +40,7 @@ class FollowTurn:
         feed = None
         # No wait of any length is open across a `yield`: whoever closes this generator does so from elsewhere.
         with self._feeds.news(turn_id) as news:
+            news.position = position
             while True:
                 if feed is None or feed.closed:
                     feed = self._feeds.get(turn_id)
@@ -54,6 +55,7 @@ class FollowTurn:
                     if isinstance(entry.event, TurnFinished):
                         return
                     position = entry.position
+                news.position = position
                 if ended:
                     return
                 if feed is not None:

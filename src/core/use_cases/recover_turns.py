@@ -8,6 +8,7 @@ import random
 from collections.abc import Mapping, Sequence
 
 from core.model.errors import StoreBusy, StoreUnavailable
+from core.model.trail import on_turn
 from core.model.turn import Turn, TurnReason
 from core.ports.store import UNCLAIMED, Store, Transaction
 from core.ports.system import Ids
@@ -199,6 +200,7 @@ class RecoverTurns:
                     raise outcome
 
     async def _claim(self, turn: Turn, why: Why) -> None:
+        on_turn(turn)
         refusal = self._engine.reserve(turn.user_id)
         if refusal is not None and why is Why.WAITING:
             return

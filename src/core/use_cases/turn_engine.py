@@ -20,10 +20,12 @@ from core.model.errors import (
     TurnNotFound,
 )
 from core.model.events import TurnEvent, TurnFinished
+from core.model.trail import on_turn
 from core.model.turn import Turn, TurnReason, TurnState
 from core.ports.agent import Agent
 from core.ports.store import Store, Transaction
 from core.ports.system import Ids
+from core.ports.telemetry import UNMEASURED, Telemetry
 from core.ports.tools import Tools
 from core.use_cases.claim_turn import MAX_ATTEMPTS, Claimant, ClaimedTurn, release_turn
 from core.use_cases.definitions import Definitions
@@ -71,13 +73,15 @@ class TurnEngine:
         definitions: Definitions,
         owner: str,
         limits: TurnLimits,
+        telemetry: Telemetry = UNMEASURED,
     ) -> None:
         self._store = store
         self._agent = agent
         self._tools = tools
         self._feeds = feeds
         self._ids = ids
-        self._writer = TurnLogWriter(store)
+        self._telemetry = telemetry
+        self._writer = TurnLogWriter(store, telemetry)
         self._writing: asyncio.Task[None] | None = None
         self._running: dict[str, _Run] = {}
         self._decided: dict[tuple[str, int], _Decided] = {}
@@ -155,6 +159,11 @@ class TurnEngine:
         """Whether a turn runs here or is being accepted here."""
         return turn_id in self._running or turn_id in self._expected
 
+    @property
+    def running(self) -> int:
+        """How many turns run here."""
+        return len(self._running)
+
     def held(self) -> dict[str, int]:
         """Ids and epochs of the turns that run here."""
         return {turn_id: run.claimed.turn.epoch for turn_id, run in self._running.items()}
@@ -176,6 +185,7 @@ class TurnEngine:
         if earlier := self._running.get(turn.id):
             # A claim of a turn that still runs here: the older epoch can write nothing, and is stopped.
             earlier.task.cancel()
+        self._telemetry.began(turn)
         feed = self._feeds.open(turn.id, claimed.log)
         log = self._writer.open(turn, feed)
         task = asyncio.create_task(self._run(claimed, log), name=f"turn-{turn.id}")
@@ -185,6 +195,7 @@ class TurnEngine:
         def forget(task: asyncio.Task[None]) -> None:
             _retrieve(task)
             self._writer.close(log)
+            self._telemetry.left(turn)
             if self._running.get(turn.id) is run:
                 self._feeds.drop(turn.id)
                 del self._running[turn.id]
@@ -206,7 +217,10 @@ class TurnEngine:
         """Takes notice of an ending: the next turn of the thread may be claimed, and nobody reads on."""
         if ended.next_id is not None:
             self.waiting.set()
-        if not ended.already and ended.turn.state is not TurnState.COMPLETED:
+        if ended.already:
+            return
+        self._telemetry.ended(ended.turn)
+        if ended.turn.state is not TurnState.COMPLETED:
             self.stop_reply(ended.turn)
 
     def stop_reply(self, turn: Turn) -> None:
@@ -298,15 +312,22 @@ class TurnEngine:
 
     async def _release(self, turn: Turn, decided: "_Decided | None") -> None:
         """Ends a turn as it was to end, or gives it up."""
+        on_turn(turn)
+        ended: Ended | None
         if decided is None:
-            await patiently(
+            ended = await patiently(
                 lambda: self._store.write(lambda tx: release_turn(tx, self._ids, turn, self.claimant)),
             )
-            return
-        try:
-            await self._end(turn.id, decided.ending, epoch=turn.epoch, tail=decided.tail)
-        except (LeaseLost, TurnNotFound):
-            _log.warning("turn %s is no longer ours", turn.id)
+        else:
+            try:
+                ended = await self._end(turn.id, decided.ending, epoch=turn.epoch, tail=decided.tail)
+            except (LeaseLost, TurnNotFound):
+                _log.warning("turn %s is no longer ours", turn.id)
+                return
+        if ended is None:
+            self._telemetry.handed_over(turn)
+        elif not ended.already:
+            self._telemetry.ended(ended.turn)
 
     def _is_idempotent(self, definition: AgentDefinition, name: str) -> bool:
         if name not in definition.tools:
@@ -316,6 +337,7 @@ class TurnEngine:
 
     async def _run(self, claimed: ClaimedTurn, log: OpenLog) -> None:
         turn = claimed.turn
+        on_turn(turn)
         try:
             try:
                 ending = await self._replies.write(claimed, log)

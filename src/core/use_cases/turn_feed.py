@@ -44,6 +44,11 @@ class TurnFeed:
         return [entry.event for entry in self._entries]
 
     @property
+    def position(self) -> int:
+        """Where the committed events end."""
+        return self._positions[-1]
+
+    @property
     def ended(self) -> bool:
         """Whether the turn's last event has been published."""
         return isinstance(self._entries[-1].event, TurnFinished)
@@ -68,6 +73,8 @@ class News:
 
     def __init__(self) -> None:
         self._heard = asyncio.Event()
+        self.position = 0
+        """Up to where whoever waits has read."""
 
     def tell(self) -> None:
         """Wakes whoever waits."""
@@ -121,6 +128,22 @@ class TurnFeeds:
         """Passes on that a turn may have changed, to those first who came first."""
         for news in self._waiting.get(turn_id, ()):
             news.tell()
+
+    def followers(self) -> int:
+        """How many follow turns in this process."""
+        return sum(map(len, self._waiting.values()))
+
+    def lag(self) -> int:
+        """How many positions of a turn that runs here wait for the follower who is the farthest behind."""
+        return max(
+            (
+                feed.position - news.position
+                for turn_id, waiting in self._waiting.items()
+                if (feed := self._feeds.get(turn_id)) is not None
+                for news in waiting
+            ),
+            default=0,
+        )
 
     def tell_all(self) -> None:
         """Passes on that any turn may have changed."""

@@ -15,6 +15,7 @@ from core.model.errors import LeaseLost, StoreUnavailable
 from core.model.events import LogEntry, TextDelta, TurnEvent, extent, merged, place
 from core.model.turn import Turn, TurnState
 from core.ports.store import Store, Transaction
+from core.ports.telemetry import UNMEASURED, Telemetry
 from core.ports.turns import Appended, LogAppend
 from core.use_cases.turn_feed import TurnFeed
 
@@ -34,7 +35,7 @@ _BUSY_WAIT = 0.02
 class OpenLog:
     """The end of one running turn's log, held by the turn's engine task alone."""
 
-    def __init__(self, writer: "TurnLogWriter", turn: Turn, feed: TurnFeed) -> None:
+    def __init__(self, writer: "TurnLogWriter", turn: Turn, feed: TurnFeed, telemetry: Telemetry) -> None:
         self.turn_id = turn.id
         self.epoch = turn.epoch
         self.position = turn.last_position
@@ -46,6 +47,10 @@ class OpenLog:
         self._writer = writer
         self._feed = feed
         self._spoken = False
+        self._unheard = True
+        self._turn = turn
+        self._telemetry = telemetry
+        self._begun = telemetry.time()
         self._asked = -math.inf
         self._landed = asyncio.Event()
         self.silent = True
@@ -102,6 +107,9 @@ class OpenLog:
         entries: list[LogEntry] = place(events, self.position)
         self.position = entries[-1].position
         self._feed.publish(entries)
+        if self._unheard and self._spoken:
+            self._unheard = False
+            self._telemetry.spoke(self._turn, self._telemetry.time() - self._begun)
 
     def launch(self) -> LogAppend:
         """Takes everything pending as one append."""
@@ -127,8 +135,9 @@ class OpenLog:
 class TurnLogWriter:
     """Commits the events of all running turns of the process. `run` must be running."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, telemetry: Telemetry = UNMEASURED) -> None:
         self._store = store
+        self._telemetry = telemetry
         self._dirty: dict[str, OpenLog] = {}
         self._work = asyncio.Event()
         self._urgent = asyncio.Event()
@@ -143,7 +152,7 @@ class TurnLogWriter:
     def open(self, turn: Turn, feed: TurnFeed) -> OpenLog:
         """Opens a turn's log for the process that has claimed it."""
         self._live += 1
-        return OpenLog(self, turn, feed)
+        return OpenLog(self, turn, feed, self._telemetry)
 
     def close(self, log: OpenLog) -> None:
         """Ends a turn's part in the groups."""

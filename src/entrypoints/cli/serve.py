@@ -68,6 +68,14 @@ def run(options: argparse.Namespace) -> int:
                     USAGE,
                 )
             print(f"vida-coach: warning: {host} is not a loopback address and {danger}", file=sys.stderr)
+        if settings.channelz and not is_loopback(host):
+            raise SettingsError(["VIDA_CHANNELZ: is for loopback addresses: it names everyone who is connected"])
+        if settings.metrics_address and not is_loopback(settings.metrics_address[0]) and not options.insecure:
+            raise Failure(
+                "VIDA_METRICS_LISTEN is not a loopback address: anyone who reaches it could read the metrics. Use "
+                "127.0.0.1, or --insecure behind a firewall.",
+                USAGE,
+            )
         set_up_logging(settings)
         _raise_file_limit(settings)
         uvloop.run(_serve(settings, listen))

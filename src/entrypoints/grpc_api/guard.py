@@ -3,14 +3,18 @@ never as an exception's text."""
 
 import asyncio
 import logging
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import grpc
 from grpc_health.v1 import health
 
 from core.model.errors import CoreError, Overloaded
+from core.model.trail import Trail, begin_trail, trail
 from core.ports.system import Ids
+from core.ports.telemetry import UNMEASURED, Telemetry
 from entrypoints.grpc_api.access import Access, Admission
 from entrypoints.grpc_api.call import Call
 from entrypoints.grpc_api.errors import MalformedRequest, refuse, refuse_unforeseen
@@ -22,6 +26,8 @@ _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
 _HEALTH = f"/{health.SERVICE_NAME}/"
+
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}", re.ASCII)
 
 _PEER_GONE = "ExecuteBatchError"
 """What the library raises, without a public name, where a write finds nobody."""
@@ -35,15 +41,16 @@ _UNDECODABLE = _Undecodable()
 
 
 class Guard(grpc.aio.ServerInterceptor):
-    """Wraps the handlers of every service, health and reflection included.
+    """Wraps the handlers of every service, health and reflection included. Gives each call its request id.
 
     Of those that are no health checks, `most` calls are let through at a time; more raise Overloaded.
     """
 
-    def __init__(self, ids: Ids, most: int, access: Access) -> None:
+    def __init__(self, ids: Ids, most: int, access: Access, telemetry: Telemetry = UNMEASURED) -> None:
         self._ids = ids
         self._most = most
         self._access = access
+        self._telemetry = telemetry
         self._calls = 0
         self.idle = asyncio.Event()
         """Set while there is no call whose status has not been sent."""
@@ -54,7 +61,8 @@ class Guard(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[_Handler]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> _Handler:
-        """Returns the method's handler, guarded."""
+        """Returns the method's handler, guarded. What is set here holds for all of the call."""
+        begin_trail(Trail(request_id=self._ids.new(), traceparent=_traceparent(handler_call_details)))
         handler = await continuation(handler_call_details)
         if handler is None:
             return None  # an unknown method: the library answers UNIMPLEMENTED
@@ -75,45 +83,55 @@ class Guard(grpc.aio.ServerInterceptor):
 
     def _coroutine(self, method: str, behavior: Any) -> Any:
         async def guarded(request: Any, context: _Context) -> Any:
-            self._count(context)
+            fate = self._begin(method, context)
             try:
-                self._keep_bound(method)
-                admission = await self._access.admit(method, context)
+                admission = await self._admitted(method, context)
                 if request is _UNDECODABLE:
                     raise MalformedRequest
                 admission.check(request)
-                return await behavior(request, Call(context, admission.caller))
+                response = await behavior(request, Call(context, admission.caller))
             except Exception as error:  # noqa: BLE001 - the last line of defence
                 await self._refuse(method, context, error)
+            else:
+                fate.answered = True
+                return response
 
         return guarded
 
     def _streams(self, method: str, behavior: Any) -> Any:
         async def guarded(request: Any, context: _Context) -> AsyncIterator[Any]:
-            self._count(context)
+            fate = self._begin(method, context)
             try:
-                self._keep_bound(method)
-                admission = await self._access.admit(method, context)
+                admission = await self._admitted(method, context)
                 async for response in behavior(_checked(request, admission), Call(context, admission.caller)):
                     yield response
+                fate.answered = True
             except Exception as error:  # noqa: BLE001 - the last line of defence
                 await self._refuse(method, context, error)
 
         return guarded
 
-    def _count(self, context: _Context) -> None:
+    def _begin(self, method: str, context: _Context) -> "_Fate":
+        fate = _Fate()
+        begun = self._telemetry.time()
+
         def done(_: _Context) -> None:
             self._calls -= 1
             if not self._calls:
                 self.idle.set()
+            self._telemetry.called(method, fate.status(context), self._telemetry.time() - begun)
 
         self._calls += 1
         self.idle.clear()
         context.add_done_callback(done)  # type: ignore[arg-type] # the stubs ask for a class of their own
+        return fate
 
-    def _keep_bound(self, method: str) -> None:
+    async def _admitted(self, method: str, context: _Context) -> Admission:
         if self._calls > self._most and not method.startswith(_HEALTH):
             raise Overloaded
+        admission = await self._access.admit(method, context)
+        begin_trail(replace(trail(), caller=admission.caller))
+        return admission
 
     async def _refuse(self, method: str, context: _Context, error: Exception) -> None:
         if isinstance(error, grpc.aio.AbortError):
@@ -123,9 +141,33 @@ class Guard(grpc.aio.ServerInterceptor):
             return
         if isinstance(error, CoreError):
             await refuse(context, error)
-        request_id = self._ids.new()
+        request_id = trail().request_id
         _log.error("%s failed, request %s", method, request_id, exc_info=error)
         await refuse_unforeseen(context, request_id)
+
+
+class _Fate:
+    """What becomes of a call. `answered` says that its handler has come to its end."""
+
+    __slots__ = ("answered",)
+
+    def __init__(self) -> None:
+        self.answered = False
+
+    def status(self, context: _Context) -> str:
+        """The name of the status of a call that has ended; one that was left is CANCELLED."""
+        code = context.code()
+        if code is None or code == grpc.StatusCode.OK:
+            return "OK" if self.answered else "CANCELLED"
+        return code.name if isinstance(code, grpc.StatusCode) else str(code)
+
+
+def _traceparent(details: grpc.HandlerCallDetails) -> str:
+    """The W3C trace that the caller says the call belongs to; empty where it says nothing of that form."""
+    for name, value in details.invocation_metadata or ():
+        if name == "traceparent" and isinstance(value, str) and _TRACEPARENT.fullmatch(value):
+            return value
+    return ""
 
 
 async def _checked(requests: Any, admission: Admission) -> AsyncIterator[Any]:

@@ -11,6 +11,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from core.ports.system import Ids
+from core.ports.telemetry import UNMEASURED, Telemetry
 from entrypoints.grpc_api.access import Access
 from entrypoints.grpc_api.connections import close_connections
 from entrypoints.grpc_api.gen.vidacoach.admin.v1 import admin_service_pb2
@@ -71,14 +72,17 @@ class Server:
         reflected: bool,
         access: Access,
         credentials: grpc.ServerCredentials | None = None,
+        channelz: bool = False,
         admin: AdminService | None = None,
+        telemetry: Telemetry = UNMEASURED,
     ) -> None:
-        self._guard = Guard(ids, bounds.calls, access)
+        self._guard = Guard(ids, bounds.calls, access, telemetry)
         self._credentials = credentials
         self._address: int | Path | None = None
         self._server = grpc.aio.server(
             interceptors=[self._guard],
             options=[
+                ("grpc.enable_channelz", int(channelz)),
                 ("grpc.so_reuseport", 0),  # two servers would share a port in silence
                 ("grpc.max_receive_message_length", bounds.request_bytes),
                 ("grpc.max_metadata_size", _HEADERS),
@@ -115,6 +119,10 @@ class Server:
         if reflected:
             shown = [*names, health.SERVICE_NAME, reflection.SERVICE_NAME]
             reflection.enable_server_reflection(shown, self._server)
+        if channelz:
+            from grpc_channelz.v1.channelz import add_channelz_servicer
+
+            add_channelz_servicer(self._server)
 
     async def start(self, address: str) -> int:
         """Listens on HOST:PORT and says SERVING; returns the port. Raises OSError if it can't listen there."""

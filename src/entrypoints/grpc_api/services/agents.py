@@ -10,6 +10,7 @@ import grpc
 from core.model.agent import Catalog
 from core.model.errors import Overloaded
 from core.model.events import LogEntry, TurnFinished
+from core.model.trail import on_turn
 from core.model.user import check_user_id
 from core.ports.agent import Agent
 from core.use_cases.accept_message import AcceptMessage
@@ -109,6 +110,7 @@ class AgentService(AgentServiceServicer):
         """Accept, then follow from 0."""
         with self._streams.place(request.user_id):
             accepted = await self._accept(mapping.incoming_message(request, context.caller))
+            on_turn(accepted.turn)
 
             async def write(entry: LogEntry) -> None:
                 await context.write(api.ChatResponse(event=mapping.to_event(entry), attached=accepted.attached))
@@ -121,6 +123,7 @@ class AgentService(AgentServiceServicer):
         """Accept, then follow to the end without a word."""
         with self._streams.place(request.user_id):
             accepted = await self._accept(mapping.incoming_message(request, context.caller))
+            on_turn(accepted.turn)
             response = api.SendMessageResponse(attached=accepted.attached)
 
             async def keep(entry: LogEntry) -> None:
@@ -136,7 +139,7 @@ class AgentService(AgentServiceServicer):
         """Replay, then live."""
         check_user_id(request.user_id)
         turn_id = mapping.id_of(request.turn_id, "turn_id")
-        await self._follow.find(request.user_id, turn_id, request.after_position)
+        on_turn(await self._follow.find(request.user_id, turn_id, request.after_position))
 
         async def write(entry: LogEntry) -> None:
             await context.write(api.FollowTurnResponse(event=mapping.to_event(entry)))

@@ -1,0 +1,138 @@
+"""Metrics and spans of moments that a service seldom meets, from moments told by hand."""
+
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+from adapters.telemetry import Moments
+from core.model.errors import Overloaded
+from core.model.trail import Trail, begin_trail
+from core.model.turn import Turn, TurnReason, TurnState, Usage
+
+ACCEPTED = datetime(2026, 11, 23, 6, tzinfo=UTC)
+
+
+class Lab:
+    """Moments, and what they have come to."""
+
+    def __init__(self) -> None:
+        self._reader = InMemoryMetricReader()
+        self._exporter = InMemorySpanExporter()
+        tracers = TracerProvider(shutdown_on_exit=False)
+        tracers.add_span_processor(SimpleSpanProcessor(self._exporter))
+        self.moments = Moments(MeterProvider([self._reader], shutdown_on_exit=False), tracers)
+
+    @property
+    def spans(self) -> list[Any]:
+        """The spans that have ended."""
+        return list(self._exporter.get_finished_spans())
+
+    def points(self, name: str) -> list[tuple[dict[str, Any], float]]:
+        """Attributes and sums of a metric."""
+        data: Any = self._reader.get_metrics_data()
+        return [
+            (dict(point.attributes), point.sum if hasattr(point, "sum") else point.value)
+            for resource in data.resource_metrics
+            for scope in resource.scope_metrics
+            for metric in scope.metrics
+            if metric.name == name
+            for point in metric.data.data_points
+        ]
+
+
+@pytest.fixture
+def lab() -> Lab:
+    return Lab()
+
+
+def turn(epoch: int = 1, **changes: Any) -> Turn:
+    """A turn that was claimed two seconds after it was accepted."""
+    claimed = Turn(
+        id="turn-1",
+        thread_id="thread-1",
+        user_id="user-1",
+        agent_id="career-v1",
+        state=TurnState.RUNNING,
+        attempt=1,
+        epoch=epoch,
+        last_position=1,
+        usage=Usage(),
+        reason=None,
+        model="m",
+        provider="p",
+        accepted_at=ACCEPTED,
+        claimed_at=ACCEPTED + timedelta(seconds=2),
+    )
+    return replace(claimed, **changes)
+
+
+def test_a_wait_is_that_for_the_first_claim_and_later_claims_are_taken_over(lab: Lab) -> None:
+    lab.moments.began(turn())
+    assert lab.points("vida.turn.queue_wait") == [({}, 2.0)]
+    assert lab.points("vida.turns.taken_over") == [({}, 0)]
+    lab.moments.left(turn())
+    lab.moments.began(turn(epoch=3))
+    assert lab.points("vida.turn.queue_wait") == [({}, 2.0)]
+    assert lab.points("vida.turns.taken_over") == [({}, 1)]
+
+
+def test_a_turn_that_is_claimed_anew_while_it_runs_here_has_a_span_for_each_claim(lab: Lab) -> None:
+    lab.moments.began(turn())
+    lab.moments.began(turn(epoch=2))
+    assert [span.attributes["vida.turn.epoch"] for span in lab.spans] == [1]
+    lab.moments.left(turn())  # the older claim's, which comes late
+    assert len(lab.spans) == 1
+    lab.moments.tool("turn-1", "note", 0.5, "")
+    lab.moments.left(turn(epoch=2))
+    _, tool, second = lab.spans
+    assert second.attributes["vida.turn.epoch"] == 2
+    assert tool.parent.span_id == second.context.span_id
+    assert tool.end_time - tool.start_time == 500_000_000
+
+
+def test_an_ending_elsewhere_is_counted_and_makes_no_span(lab: Lab) -> None:
+    ended = turn(
+        state=TurnState.INCOMPLETE,
+        reason=TurnReason.INTERRUPTED,
+        finished_at=ACCEPTED + timedelta(seconds=7),
+    )
+    lab.moments.ended(ended)
+    expected = {"vida.turn.state": "incomplete", "error.type": "INTERRUPTED"}
+    assert lab.points("vida.turn.duration") == [(expected, 7.0)]
+    assert lab.spans == []
+    lab.moments.round("turn-1", provider="p", model="m", seconds=1.0, first=None, usage=None, fault="LEFT")
+    assert [span.parent for span in lab.spans] == [None]
+
+
+def test_a_clock_that_was_set_back_makes_no_negative_times(lab: Lab) -> None:
+    before = ACCEPTED - timedelta(seconds=3)
+    lab.moments.began(turn(claimed_at=before))
+    lab.moments.ended(turn(state=TurnState.COMPLETED, finished_at=before))
+    assert lab.points("vida.turn.queue_wait") == [({}, 0)]
+    assert [value for _, value in lab.points("vida.turn.duration")] == [0]
+
+
+def test_refusals_and_hand_overs_are_counted(lab: Lab) -> None:
+    lab.moments.refused(Overloaded)
+    lab.moments.handed_over(turn())
+    lab.moments.retried("p", TurnReason.PROVIDER_STALLED)
+    assert lab.points("vida.accept.refusals") == [({"error.type": "OVERLOADED"}, 1)]
+    assert lab.points("vida.turns.handed_over") == [({}, 1)]
+    assert lab.points("vida.provider.retries") == [
+        ({"gen_ai.provider.name": "p", "error.type": "PROVIDER_STALLED"}, 1)
+    ]
+
+
+async def test_a_trace_that_can_not_be_one_is_left_alone(lab: Lab) -> None:
+    for traceparent in ("", f"00-{'0' * 32}-{'0' * 16}-01", f"ff-{'1' * 32}-{'1' * 16}-01"):
+        begin_trail(Trail(traceparent=traceparent))
+        lab.moments.began(turn())
+        lab.moments.left(turn())
+        assert lab.spans[-1].parent is None
