@@ -16,6 +16,7 @@ LONG = {
     "test_a_claim_by_recovery",
     "test_a_stop_without_a_database",
     "test_nobody_waits_for_slow_readers",
+    "test_what_was_acknowledged_before_a_backup_is_in_it",
 }
 """Tests that a tiny run does without."""
 

@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from entrypoints.cli import chat, cleanup, doctor, migrate, serve, usage, users
+from entrypoints.cli import backup, chat, cleanup, doctor, migrate, serve, usage, users
 from entrypoints.cli.failure import Failure
 
 
@@ -16,7 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog="With nothing configured, `vida-coach chat` talks to the practice coach: no key, no network.",
     )
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (chat, serve, cleanup, users, usage, doctor, migrate):
+    for command in (chat, serve, cleanup, users, usage, doctor, migrate, backup):
         command.add(subparsers)
     options = parser.parse_args(arguments)
     try:

@@ -1,0 +1,165 @@
+"""Copies of an embedded database: whole, of one moment, and put back without losing what was there."""
+
+import json
+import os
+import sqlite3
+import stat
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapters.sql import backup
+from adapters.sql.errors import UnreadableDatabaseError
+from entrypoints.cli.main import main
+from entrypoints.ownership import Ownership
+
+
+def quiet(done: int, of: int) -> None:
+    """Progress that nobody looks at."""
+
+
+def execute(file: Path, statement: str, *values: Any) -> list[Any]:
+    """Runs a statement."""
+    with closing(sqlite3.connect(file, isolation_level=None)) as connection:
+        return connection.execute(statement, values).fetchall()
+
+
+@pytest.fixture
+def database(sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A database that the commands find."""
+    monkeypatch.setenv("VIDA_DATABASE_URL", sqlite_url)
+    return Path(sqlite_url.removeprefix("sqlite:///"))
+
+
+def users(file: Path) -> list[str]:
+    """The users in a database."""
+    return [user for (user,) in execute(file, "SELECT id FROM users ORDER BY id")]
+
+
+def add(file: Path, *names: str) -> None:
+    """Adds users."""
+    for name in names:
+        execute(file, "INSERT INTO users (id, created_at) VALUES (?, '2026-01-01')", name)
+
+
+def test_a_copy_is_of_one_moment_while_others_write(database: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy.db"
+    with closing(sqlite3.connect(database, isolation_level=None)) as writer:
+        writer.execute("PRAGMA journal_mode=WAL")
+        writer.execute("CREATE TABLE filling (data)")
+        for _ in range(3_000):
+            writer.execute("INSERT INTO filling VALUES (zeroblob(10000))")
+        writer.execute("INSERT INTO users (id, created_at) VALUES ('ada', '2026-01-01')")
+        told: list[tuple[int, int]] = []
+
+        def write(done: int, of: int) -> None:
+            told.append((done, of))
+            writer.execute("INSERT INTO users (id, created_at) VALUES (?, '2026-01-01')", [f"late{len(told)}"])
+
+        size = backup.back_up(database, copy, write)
+    assert len(told) > 2, "nobody wrote meanwhile"
+    assert told[-1] == (size, size)
+    assert users(copy) == ["ada"]
+    assert len(users(database)) == 1 + len(told)
+    assert stat.S_IMODE(copy.stat().st_mode) == 0o600
+    assert size == copy.stat().st_size
+    assert [file.name for file in tmp_path.glob("*copy*")] == ["copy.db"]
+
+
+def test_a_copy_takes_no_files_place(database: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy = tmp_path / "copy.db"
+    copy.write_text("precious")
+    assert main(["backup", str(copy)]) == 1
+    assert "there is such a file" in capsys.readouterr().err
+    assert copy.read_text() == "precious"
+
+
+def test_a_copy_that_fails_leaves_nothing(database: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copies"
+    folder.mkdir()
+
+    def full(_: int, __: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        backup.back_up(database, folder / "copy.db", full)
+    assert not list(folder.iterdir())
+
+
+def test_a_damaged_copy_is_not_called_one(database: Path, tmp_path: Path) -> None:
+    with closing(sqlite3.connect(database, isolation_level=None)) as connection:
+        connection.execute("PRAGMA journal_mode=DELETE")
+        connection.execute("CREATE TABLE filling (data)")
+        connection.execute("INSERT INTO filling VALUES (zeroblob(100000))")
+    with database.open("r+b") as file:
+        file.seek(-60_000, os.SEEK_END)
+        file.write(os.urandom(30_000))
+    with pytest.raises((backup.DamagedBackupError, UnreadableDatabaseError)):
+        backup.back_up(database, tmp_path / "copy.db", quiet)
+    assert not (tmp_path / "copy.db").exists()
+
+
+def test_a_restore_brings_back_what_was_there_and_keeps_what_is(
+    database: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "copy.db"
+    add(database, "ada")
+    assert main(["backup", str(copy), "--format", "json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert made.items() >= {"file": str(copy), "bytes": copy.stat().st_size}.items()
+    writer = sqlite3.connect(database, isolation_level=None)  # its log stays, as a killed process leaves it
+    writer.execute("PRAGMA journal_mode=WAL")
+    writer.execute("INSERT INTO users (id, created_at) VALUES ('eve', '2026-01-01')")
+    assert main(["restore", str(copy), "--format", "json"]) == 0
+    moved = [Path(name) for name in json.loads(capsys.readouterr().out)["moved"]]
+    assert users(database) == ["ada"]
+    assert users(copy) == ["ada"]
+    (before,) = [file for file in moved if file.name == "record.db.replaced-1"]
+    assert users(before) == ["ada", "eve"]
+    writer.close()
+    assert main(["restore", str(copy)]) == 0
+    assert "record.db.replaced-2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("what", ["nothing", "junk", "empty", "newer"])
+def test_what_is_no_copy_is_not_restored(
+    database: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str
+) -> None:
+    copy = tmp_path / "copy.db"
+    add(database, "ada")
+    match what:
+        case "junk":
+            copy.write_bytes(b"SQLite format 3\0" + os.urandom(9_000))
+        case "empty":
+            execute(copy, "CREATE TABLE another (id)")
+        case "newer":
+            backup.back_up(database, copy, quiet)
+            execute(copy, "UPDATE alembic_version SET version_num = '9999'")
+    assert main(["restore", str(copy)]) == 1
+    said = {"nothing": "no such file", "newer": "newer than this version"}
+    assert said.get(what, "is no database, or a damaged one") in capsys.readouterr().err
+    assert users(database) == ["ada"]
+    assert not list(tmp_path.glob("*.replaced-*"))
+
+
+def test_nothing_is_restored_under_an_owner(
+    database: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "copy.db"
+    backup.back_up(database, copy, quiet)
+    add(database, "eve")
+    with Ownership(database, "serve"):
+        assert main(["restore", str(copy)]) == 1
+    assert "in use by `vida-coach serve`" in capsys.readouterr().err
+    assert users(database) == ["eve"]
+
+
+@pytest.mark.parametrize("command", ["backup", "restore"])
+def test_a_servers_database_has_tools_of_its_own(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("VIDA_DATABASE_URL", "postgresql://nowhere/vida")
+    assert main([command, "copy"]) == 2
+    assert "pg_dump" in capsys.readouterr().err
