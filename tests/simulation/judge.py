@@ -124,7 +124,7 @@ class Judge:
             new = tables.turns.get(turn_id)
             if new is None:
                 self._deleted(turn_id, tables)
-                if not old.state.is_terminal:  # else its owner hears of the ending, or has
+                if old is None or not old.state.is_terminal:  # else its owner hears of the ending, or has
                     self.seen[turn_id].changed_by = view
             elif old is None:
                 self._accepted(view, new, tables)
