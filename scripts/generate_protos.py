@@ -1,4 +1,4 @@
-"""Generates the Python code of the API from proto/ into src/entrypoints/grpc_api/gen.
+"""Generates from proto/ the Python code of the API, in src/entrypoints/grpc_api/gen, and its page, docs/api.md.
 
     python scripts/generate_protos.py           write it
     python scripts/generate_protos.py --check   exit 1 if what is there differs
@@ -16,21 +16,27 @@ import tempfile
 from pathlib import Path
 
 import grpc_tools
+from api_docs import page
+from google.protobuf.descriptor_pb2 import FileDescriptorSet
 from grpc_tools import protoc
 
 ROOT = Path(__file__).resolve().parent.parent
 PROTO = ROOT / "proto"
 TARGET = ROOT / "src" / "entrypoints" / "grpc_api" / "gen"
+PAGE = ROOT / "docs" / "api.md"
 PACKAGE = "entrypoints.grpc_api.gen"
 
 
-def generate(target: Path) -> None:
-    """Writes the generated packages below `target`, which must be empty."""
+def generate(target: Path) -> str:
+    """Writes the generated packages below `target`, which must be empty; returns the page."""
     files = sorted(str(path.relative_to(PROTO)) for path in PROTO.rglob("*.proto"))
     well_known = Path(grpc_tools.__file__).parent / "_proto"
     plugins = Path(sysconfig.get_path("scripts"))
+    described = target / "described"
     arguments = [
         "protoc",
+        "--include_source_info",
+        f"--descriptor_set_out={described}",
         f"-I{PROTO}",
         f"-I{well_known}",
         f"--plugin=protoc-gen-mypy={plugins / 'protoc-gen-mypy'}",
@@ -43,6 +49,8 @@ def generate(target: Path) -> None:
     ]
     if protoc.main(arguments) != 0:
         sys.exit("protoc failed")
+    text = page(FileDescriptorSet.FromString(described.read_bytes()))
+    described.unlink()
     for path in sorted(target.rglob("*_pb2_grpc.py*")):
         if not re.search(r"^class \w+Stub", path.read_text(), re.MULTILINE):
             path.unlink()  # a file without a service
@@ -53,6 +61,7 @@ def generate(target: Path) -> None:
         )
     for folder in [target, *(path for path in target.rglob("*") if path.is_dir())]:
         (folder / "__init__.py").write_text('"""Generated from proto/. Never edited."""\n')
+    return text
 
 
 def differences(left: Path, right: Path) -> list[str]:
@@ -73,14 +82,17 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         fresh = Path(folder) / "gen"
         fresh.mkdir()
-        generate(fresh)
+        text = generate(fresh)
         stale = differences(TARGET, fresh) if TARGET.exists() else ["everything"]
+        if not PAGE.exists() or PAGE.read_text() != text:
+            stale.append(PAGE.name)
         if check:
             if stale:
                 print("stale generated code, run `make proto`:", *stale, sep="\n  ", file=sys.stderr)
             return 1 if stale else 0
         shutil.rmtree(TARGET, ignore_errors=True)
         shutil.copytree(fresh, TARGET)
+        PAGE.write_text(text)
     print(f"{len(stale)} files changed")
     return 0
 
