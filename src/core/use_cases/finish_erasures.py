@@ -28,7 +28,6 @@ _TAKEN_FOR = 120.0
 _LONGEST = 100.0
 """Seconds that one try may take: a conversation of many items goes on where the last one stopped."""
 _FIRST_WAIT, _LONGEST_WAIT = 5.0, 3_600.0
-_PURGE_AGAIN = 0.2
 _SHORTEST_PAUSE = 1.0
 """Seconds between two looks that were asked for: many deletions share what follows them."""
 
@@ -65,8 +64,8 @@ class FinishErasures:
             was_wanted = self._wanted.is_set()
             self._wanted.clear()
             try:
-                if was_wanted:
-                    await self._purge()
+                if was_wanted and not await self._store.purge():
+                    self._wanted.set()  # somebody still reads what was there before
                 await self._erase_user.go_on()
                 await self._erase_copies()
             except StoreUnavailable:
@@ -78,12 +77,6 @@ class FinishErasures:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_PERIOD):
                     await self._wanted.wait()
-
-    async def _purge(self) -> None:
-        while True:  # readers are done in a moment, and nobody says when
-            if await self._store.purge():
-                return
-            await asyncio.sleep(_PURGE_AGAIN)
 
     async def _erase_copies(self) -> None:
         """Erases what is due at the provider. What others have taken comes up again if they fail."""
