@@ -1,6 +1,7 @@
 """The `vida-coach` command."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -10,6 +11,8 @@ from entrypoints.cli.failure import Failure
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line; returns the exit code: 0 done, 1 failed, 2 usage, 75 try again later."""
+    # gRPC's own lines have no level, form or place of ours; what matters reaches callers as statuses.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     parser = argparse.ArgumentParser(
         prog="vida-coach",
         description="Coaching agents over gRPC: durable, resumable, streamed conversations on plain SQL.",

@@ -1,8 +1,7 @@
 """Connections of a server that stops. The library has no way to close them first, and needs one.
 
 A call that arrives while the library's server stops is reset as CANCELLED, which tells a client that it asked for
-it itself. Where the connection is closed before, the same call ends UNAVAILABLE: try again, elsewhere. What is
-left of it are connections that are made in the very moment of the stop.
+it itself. Where the connection is closed before, the same call ends UNAVAILABLE: try again, elsewhere.
 """
 
 import os
@@ -12,11 +11,15 @@ from pathlib import Path
 
 
 def close_connections(address: int | Path) -> None:
-    """Closes what was accepted on a TCP port or a Unix socket of this process."""
-    for found in _sockets(address):
-        with found, suppress(OSError):  # the peer was faster
-            if not found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-                found.shutdown(socket.SHUT_RDWR)
+    """Lets nobody connect to a TCP port or a Unix socket of this process, and closes what was accepted there.
+
+    The library complains about that on stderr, unless GRPC_VERBOSITY says that it is not to.
+    """
+    for listening in (True, False):
+        for found in _sockets(address):
+            with found, suppress(OSError):  # the peer was faster
+                if bool(found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)) is listening:
+                    found.shutdown(socket.SHUT_RDWR)
 
 
 def _sockets(address: int | Path) -> list[socket.socket]:
