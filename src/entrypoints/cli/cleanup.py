@@ -86,7 +86,7 @@ def run(options: argparse.Namespace) -> int:
         except CleanupRunning as error:
             raise Failure("another cleanup is running: try again when it is done", TRY_LATER) from error
     if options.format == "json":
-        print(json.dumps(_as_json(report)))
+        print(json.dumps(_as_json(report, erasing=options.delete_after_days is not None)))
     else:
         verb = "would expire" if report.dry_run else "expired"
         print(
@@ -105,16 +105,16 @@ def _progress() -> Progress:
     return lambda expired, batches: print(f"{expired} threads expired in {batches} batches …", file=sys.stderr)
 
 
-def _as_json(report: "CleanupReport") -> dict[str, object]:
-    return {
+def _as_json(report: "CleanupReport", *, erasing: bool) -> dict[str, object]:
+    shown: dict[str, object] = {
         "cutoff": report.cutoff.isoformat(),
         "dry_run": report.dry_run,
         "expired": report.expired,
         "deleted": report.deleted,
-        "held": report.held,
         "batches": report.batches,
         "seconds": report.seconds,
     }
+    return {**shown, "held": report.held} if erasing else shown
 
 
 def _clean_up(settings: "Settings", cleanup: "Cleanup", progress: Progress) -> "CleanupReport":

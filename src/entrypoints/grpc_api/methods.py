@@ -25,7 +25,9 @@ class Need(Enum):
 _API: tuple[Any, ...] = (agent_service_pb2, thread_service_pb2, user_service_pb2)
 _WITHOUT_USER = frozenset({"AgentService/ListAgents"})
 _ALIKE = "AgentService/ListAgents"
-"""Whoever may see the agents may see the API's description."""
+"""Whoever may see the agents may see the API's description, and channelz where that is on."""
+_CHANNELZ = "/grpc.channelz.v1.Channelz/"
+"""Its descriptors are in a package that is there only where it is wanted."""
 
 
 def _full(service: Any, method: Any) -> str:
@@ -56,7 +58,7 @@ TABLE = _table()
 
 def need_of(method: str) -> tuple[Need, str] | None:
     """What `/package.Service/Method` needs, and `Service/Method` as a policy names it; None: refuse it."""
-    return TABLE.get(method)
+    return (Need.CALLER, _ALIKE) if method.startswith(_CHANNELZ) else TABLE.get(method)
 
 
 def named_methods() -> frozenset[str]:
