@@ -31,6 +31,7 @@ LICENCES = {
     "ISC",
     "LGPL-3.0-only",  # psycopg: used as a library, unchanged
     "MIT",
+    "MIT-0",
     "MIT License",
     "Mozilla Public License 2.0 (MPL 2.0)",
     "PSF-2.0",
