@@ -613,7 +613,7 @@ class Client:
                     self.judge.now = asyncio.get_running_loop().time()
                     self.judge.delivered(turn_id, entry)
                     arrived.put_nowait(entry)
-                    if slow:
+                    if slow and not self.scenario.database.calm:
                         await asyncio.sleep(0.7)
 
         def ended(task: "asyncio.Task[None]") -> None:
