@@ -19,7 +19,7 @@ import yaml
 from pydantic import SecretStr
 
 import http2
-from adapters.sql.engines import READERS
+from adapters.sql.engines import READERS, SESSION_SETTINGS
 from entrypoints.cli.main import command_line
 from entrypoints.cli.serve import _FILES_BESIDE_TURNS
 from entrypoints.container import _stream_seconds
@@ -225,6 +225,11 @@ def test_kubernetes_gets_every_file() -> None:
     assert {*every["resources"], "kustomization.yaml"} == {path.name for path in DEPLOY.glob("kubernetes/*")}
     images = {container["image"] for pod in pods() for container in containers(pod)}
     assert {each["name"] for each in every["images"]} == images
+
+
+def test_a_pooler_is_told_what_sessions_ask_for() -> None:
+    page = (ROOT / "docs" / "scale-out.md").read_text(encoding="utf-8")
+    assert dict(re.findall(r"^ALTER ROLE \w+ SET (\w+) = '(\w+)';$", page, re.MULTILINE)) == SESSION_SETTINGS
 
 
 async def test_a_process_has_as_many_connections_to_postgresql_as_is_said(
