@@ -204,6 +204,7 @@ def test_no_pod_may_do_what_it_need_not() -> None:
     assert SecretStr.__name__ in str(names["VIDA_DATABASE_URL"])
     assert not secret & set(kubernetes("ConfigMap")[0]["data"])
     for pod in pods():
+        assert pod["enableServiceLinks"] is False  # VIDA_COACH_PORT and its like would be refused
         assert pod["securityContext"]["runAsNonRoot"]
         assert f"{pod['securityContext']['runAsUser']}:10001" == instructions("USER")[-1]
         for container in containers(pod):
