@@ -62,7 +62,7 @@ def kubernetes(kind: str) -> list[dict[str, Any]]:
 
 def unit(name: str) -> configparser.ConfigParser:
     """A unit of systemd."""
-    parsed = configparser.ConfigParser(interpolation=None, delimiters="=", comment_prefixes="#")
+    parsed = configparser.ConfigParser(strict=False, interpolation=None, delimiters="=", comment_prefixes="#")
     parsed.optionxform = str  # type: ignore[assignment,method-assign]
     parsed.read_string(text(f"systemd/{name}"))
     return parsed
@@ -106,7 +106,7 @@ def seconds(words: str) -> float:
 
 def test_every_setting_that_is_named_is_one() -> None:
     known = {str(field.validation_alias) for field in Settings.model_fields.values()}
-    named = {name for path in FILES for name in re.findall(r"\b(?:VIDA|OPENAI)_[A-Z_]+\b", path.read_text())}
+    named = {name for path in FILES for name in re.findall(r"\b(?:VIDA|OPENAI|OTEL)_[A-Z_]+\b", path.read_text())}
     assert "VIDA_DATABASE_URL" in named
     assert named <= known
 
@@ -159,7 +159,10 @@ def test_there_is_one_port(defaults: Settings) -> None:
     ports += compose()["proxy"]["ports"][0].split(":")[1:]
     ports += [each["port"] for service in kubernetes("Service") for each in service["spec"]["ports"]]
     (serving,) = kubernetes("Deployment")[0]["spec"]["template"]["spec"]["containers"]
-    ports += [each["containerPort"] for each in serving["ports"]]
+    listening = {each["name"]: each["containerPort"] for each in serving["ports"]}
+    ports.append(listening.pop("grpc"))
+    assert Settings(**settings["data"]).metrics_address == ("0.0.0.0", listening.pop("metrics"))
+    assert not listening
     probes = [serving[name] for name in ("startupProbe", "readinessProbe", "livenessProbe")]
     ports += [probe["grpc"]["port"] for probe in probes]
     assert {int(each) for each in ports} == {port}

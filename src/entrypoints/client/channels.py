@@ -25,9 +25,7 @@ BALANCED: Option = (
 address that says SERVING, so none to a process that drains or is gone."""
 
 
-def connect(
-    target: str, *options: Option, credentials: grpc.ChannelCredentials | None = None
-) -> grpc.Channel:
+def connect(target: str, *options: Option, credentials: grpc.ChannelCredentials | None = None) -> grpc.Channel:
     """A channel to `HOST:PORT` or `unix:PATH` that finds a restarted service soon. Use as a context manager.
 
     Without credentials (see `tls`) it speaks in the clear.
