@@ -16,6 +16,7 @@ from typing import Any
 import psycopg
 import pytest
 import yaml
+from grpc_health.v1 import health_pb2
 from pydantic import SecretStr
 
 import http2
@@ -146,6 +147,9 @@ def test_the_proxy_asks_for_the_health_of_each_replica() -> None:
         http2.frame(http2.DATA, http2.END_STREAM, 1, http2.message(b"")),
     ]
     assert bytes.fromhex(sent) == b"".join(asked)
+    serving = health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)
+    (expected,) = re.findall(r"tcp-check expect binary (\w+)", text("haproxy.cfg"))
+    assert bytes.fromhex(expected) == http2.message(serving.SerializeToString())
     assert re.findall(r"\$\{REPLICA_\w-(.*):\d+\}", text("haproxy.cfg")) == ["replica-a", "replica-b"]
     assert {"replica-a", "replica-b"} < set(compose())
 
