@@ -4,8 +4,8 @@ import asyncio
 import random
 import time
 import uuid
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,17 +101,41 @@ async def stubs(address: str) -> AsyncIterator[tuple[Any, Any]]:
         yield AgentServiceStub(channel), ThreadServiceStub(channel)
 
 
+@dataclass(frozen=True)
+class Way:
+    """How clients reach the servers, and how they are told that it broke."""
+
+    stubs: Callable[[str], AbstractAsyncContextManager[tuple[Any, Any]]] = stubs
+    broken: frozenset[grpc.StatusCode] = frozenset()
+    """Codes that mean so where they come without a reason. UNAVAILABLE always does."""
+
+    def broke(self, error: grpc.aio.AioRpcError) -> bool:
+        """Whether it says that the way broke, or that the service can't be asked now."""
+        code = error.code()
+        nameless = detail(error, error_details_pb2.ErrorInfo) is None
+        return code is grpc.StatusCode.UNAVAILABLE or (code in self.broken and nameless)
+
+
 def why(error: grpc.aio.AioRpcError) -> str:
     """The machine-readable reason of an error; of one that is not the product's, the code's name."""
     info = detail(error, error_details_pb2.ErrorInfo)
     return str(info.reason) if info is not None else error.code().name
 
 
+STRAIGHT = Way()
+
+
 class Client:
     """Talks to whichever server of a cluster answers. One message at a time."""
 
     def __init__(
-        self, cluster: Cluster, chance: random.Random, *, at: str = "", call_timeout: float = DEADLINE
+        self,
+        cluster: Cluster,
+        chance: random.Random,
+        *,
+        at: str = "",
+        call_timeout: float = DEADLINE,
+        way: Way = STRAIGHT,
     ) -> None:
         """With `at` it stays with that address.
 
@@ -121,6 +145,7 @@ class Client:
         self._at = at
         self._chance = chance
         self._call_timeout = call_timeout
+        self._way = way
         self.address = ""
 
     async def chat(self, told: Told) -> Told:
@@ -139,7 +164,7 @@ class Client:
 
     async def _once(self, told: Told) -> None:
         broken_at = time.monotonic() if told.cuts else None
-        async with stubs(self.address) as (agents, _):
+        async with self._way.stubs(self.address) as (agents, _):
             if told.turn_id:
                 call = agents.FollowTurn(
                     api.FollowTurnRequest(user_id=told.user, turn_id=told.turn_id, after_position=told.position),
@@ -154,9 +179,8 @@ class Client:
                         broken_at = None
                     told.take(response.event)
             except grpc.aio.AioRpcError as error:
-                code = error.code()
-                timed_out = code is grpc.StatusCode.DEADLINE_EXCEEDED and self._call_timeout < DEADLINE
-                if code is not grpc.StatusCode.UNAVAILABLE and not timed_out:
+                late = error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+                if not self._way.broke(error) and not (late and self._call_timeout < DEADLINE):
                     raise
                 told.refusals.append(why(error))
                 if told.finished is not None:

@@ -21,10 +21,12 @@ class Cluster:
         self.servers: list[ServerProcess] = []
         self.addresses: list[str] = []
 
-    async def start(self, database_url: str, point: str = "", **settings: str) -> ServerProcess:
+    async def start(
+        self, database_url: str, point: str = "", listen: str = "127.0.0.1:0", **settings: str
+    ) -> ServerProcess:
         """Starts one more server. One that is killed at its point before it listens is not among the addresses."""
         defaults = {"VIDA_DATABASE_URL": database_url, "VIDA_LEASE": str(LEASE), "VIDA_TURN_BUDGET": str(BUDGET)}
-        server = await start(self.folder, point, **{**defaults, **settings})
+        server = await start(self.folder, point, listen, **{**defaults, **settings})
         self.servers.append(server)
         if server.address:
             self.addresses.append(server.address)

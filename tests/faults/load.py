@@ -9,7 +9,7 @@ import grpc
 
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import agent_service_pb2 as api
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import resources_pb2 as pb
-from faults.client import Client, Told, stubs
+from faults.client import STRAIGHT, Client, Told, Way
 from faults.cluster import DEADLINE, Cluster
 from faults.figures import FIGURES
 from harness import until
@@ -39,7 +39,7 @@ def streamed_message(chance: random.Random) -> str:
 
 
 class Load:
-    """Eight clients. `begin`, do harm, then `finish`: each sees its last turn to the end, whatever it takes."""
+    """Clients. `begin`, do harm, then `finish`: each sees its last turn to the end, whatever it takes."""
 
     def __init__(
         self,
@@ -49,13 +49,16 @@ class Load:
         message: Callable[[random.Random], str] = some_message,
         *,
         call_timeout: float = DEADLINE,
+        clients: int = CLIENTS,
+        way: Way = STRAIGHT,
     ) -> None:
         self._suite = suite
         self._cluster = cluster
         self._chance = chance
         self._message = message
         self._timeout = call_timeout
-        self._threads = {f"{suite}-{uuid4().hex[:6]}-{number}": "" for number in range(CLIENTS)}
+        self._way = way
+        self._threads = {f"{suite}-{uuid4().hex[:6]}-{number}": "" for number in range(clients)}
         self._tasks: list[asyncio.Task[None]] = []
         self._over = False
         self.tolds: list[Told] = []
@@ -88,8 +91,11 @@ class Load:
                 raise outcome
         return self.tolds
 
+    def _client(self) -> Client:
+        return Client(self._cluster, self._chance, call_timeout=self._timeout, way=self._way)
+
     async def _talk(self, user: str) -> None:
-        client = Client(self._cluster, self._chance, call_timeout=self._timeout)
+        client = self._client()
         while not self._over:
             told = Told(user, self._message(self._chance), self._threads[user])
             self.tolds.append(told)
@@ -109,7 +115,7 @@ class Load:
         if what == "interrupt":
             told.asked_to_end = "INTERRUPTED"
         self.tolds.append(second)
-        chat = asyncio.create_task(Client(self._cluster, self._chance, call_timeout=self._timeout).chat(second))
+        chat = asyncio.create_task(self._client().chat(second))
         if what == "wait in vain":
             await until(lambda: second.turn_id or chat.done())
             second.asked_to_end = "CANCELLED_BY_CALLER"
@@ -123,12 +129,12 @@ class Load:
             if not address:
                 await self._back_off()
                 continue
-            async with stubs(address) as (agents, _):
+            async with self._way.stubs(address) as (agents, _):
                 request = api.CancelTurnRequest(user_id=told.user, turn_id=told.turn_id)
                 try:
                     await agents.CancelTurn(request, timeout=self._timeout)
                 except grpc.aio.AioRpcError as error:
-                    if error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+                    if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED and not self._way.broke(error):
                         raise
                     await self._back_off()
                 else:

@@ -87,7 +87,7 @@ class ServerProcess:
         return await self.gone()
 
 
-async def start(folder: Path, point: str = "", **settings: str) -> ServerProcess:
+async def start(folder: Path, point: str = "", listen: str = "127.0.0.1:0", **settings: str) -> ServerProcess:
     """Starts a server and waits until it says where it listens. Its log lines go to `folder`/log.
 
     With `point` it kills itself there; one that does so before it listens has the address "".
@@ -96,7 +96,7 @@ async def start(folder: Path, point: str = "", **settings: str) -> ServerProcess
     faulty = {"FAULT_FOLDER": str(folder), "FAULT_POINT": point, "PYTHONPATH": pythonpath()}
     with (folder / "log").open("ab") as sink:
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "faults.points", "serve", "--listen", "127.0.0.1:0"),
+            *(sys.executable, "-m", "faults.points", "serve", "--listen", listen),
             stdout=asyncio.subprocess.PIPE,
             stderr=sink,
             env={**environ, **faulty, **settings},

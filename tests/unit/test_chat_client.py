@@ -177,7 +177,7 @@ def test_every_message_has_a_request_id_of_its_own(other: OtherSide, client: Coa
         Reading(client.say(words))
         request, call = other.stream("Chat")
         ids.add(request.request_id)
-        end(call, grpc.StatusCode.INTERNAL)
+        end(call, grpc.StatusCode.INVALID_ARGUMENT)
     assert len(ids) == 2
 
 
@@ -224,6 +224,27 @@ def test_a_stream_that_ends_before_its_turn_is_resumed(other: OtherSide, client:
         call.send_response(response)
     end(call)
     assert isinstance(reading.next(), pb.TurnFinished)
+
+
+@pytest.mark.parametrize("code", [grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL])
+def test_what_a_proxy_makes_of_a_dead_server_is_a_lost_connection(
+    other: OtherSide, client: CoachClient, code: grpc.StatusCode
+) -> None:
+    reading = Reading(client.say("Hello"))
+    _, call = other.stream("Chat")
+    for response in chatted(STARTED):
+        call.send_response(response)
+    assert isinstance(reading.next(), pb.TurnStarted)
+    end(call, code, "Stream removed")
+    lost = reading.next()
+    assert isinstance(lost, Resuming)
+    assert lost.cause.code is code
+    _, call = other.stream("FollowTurn")
+    end(call, code, "Something went wrong in the service.", error_info("INTERNAL"))
+    with pytest.raises(ServiceError) as last_word:
+        reading.next()
+    assert last_word.value.reason == "INTERNAL"
+    assert not isinstance(last_word.value, ConnectionLost)
 
 
 def test_an_acceptance_that_failed_is_repeated_with_the_same_request_id(
@@ -320,7 +341,7 @@ def test_a_message_that_never_arrived_can_be_sent_again_with_its_request_id(othe
     assert (lost.value.turn_id, lost.value.request_id) == ("", first.request_id)
     Reading(client.say("Hello", request_id=lost.value.request_id))
     second, call = other.stream("Chat")
-    end(call, grpc.StatusCode.INTERNAL)
+    end(call, grpc.StatusCode.INVALID_ARGUMENT)
     assert second == first
 
 
@@ -358,8 +379,8 @@ def test_a_status_without_details_and_one_with_senseless_details_are_readable(
     reading = Reading(client.say("Hello"))
     _, call = other.stream("Chat")
     lie = status_pb2.Status(code=5, message="other").SerializeToString()
-    call.terminate((("grpc-status-details-bin", lie),), grpc.StatusCode.INTERNAL, "Oh.")
-    with pytest.raises(ServiceError, match=r"Oh\. \[INTERNAL\]"):
+    call.terminate((("grpc-status-details-bin", lie),), grpc.StatusCode.PERMISSION_DENIED, "Oh.")
+    with pytest.raises(ServiceError, match=r"Oh\. \[PERMISSION_DENIED\]"):
         reading.next()
 
 

@@ -15,6 +15,14 @@ BUSY_TIMEOUT = 5000
 BEGIN_WRITING = {"sqlite": "BEGIN IMMEDIATE", "postgresql": "BEGIN ISOLATION LEVEL READ COMMITTED"}
 BEGIN_READING = {"sqlite": "BEGIN", "postgresql": "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"}
 _HEADER = b"SQLite format 3\0"
+SESSION_SETTINGS = {
+    "statement_timeout": "10000",
+    "lock_timeout": "5",
+    "timezone": "UTC",
+    "idle_in_transaction_session_timeout": "15000",
+    "synchronous_commit": "on",
+}
+"""Of PostgreSQL sessions that write and read; times in milliseconds."""
 _POOL_TIMEOUT = 5.0
 _CONNECT_TIMEOUT = 5
 _KEEPALIVES = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3}
@@ -137,8 +145,7 @@ def _postgresql(url: URL, pool_size: int) -> Engine:
             "connect_timeout": _CONNECT_TIMEOUT,
             **_KEEPALIVES,
             "tcp_user_timeout": 10_000,
-            "options": "-c statement_timeout=10000 -c lock_timeout=5 -c timezone=UTC"
-            " -c idle_in_transaction_session_timeout=15000 -c synchronous_commit=on",
+            "options": " ".join(f"-c {name}={value}" for name, value in SESSION_SETTINGS.items()),
         },
     )
 

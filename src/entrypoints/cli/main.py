@@ -9,10 +9,8 @@ from entrypoints.cli import backup, chat, cleanup, doctor, migrate, serve, usage
 from entrypoints.cli.failure import Failure
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command line; returns the exit code: 0 done, 1 failed, 2 usage, 75 try again later."""
-    # gRPC's own lines have no level, form or place of ours; what matters reaches callers as statuses.
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+def command_line() -> argparse.ArgumentParser:
+    """What it understands."""
     parser = argparse.ArgumentParser(
         prog="vida-coach",
         description="Coaching agents over gRPC: durable, resumable, streamed conversations on plain SQL.",
@@ -21,7 +19,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in (chat, serve, cleanup, users, usage, doctor, migrate, backup):
         command.add(subparsers)
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command line; returns the exit code: 0 done, 1 failed, 2 usage, 75 try again later."""
+    # gRPC's own lines have no level, form or place of ours; what matters reaches callers as statuses.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    options = command_line().parse_args(arguments)
     try:
         code: int = options.run(options)
     except Failure as failure:

@@ -19,13 +19,14 @@ that no text is lost or shown twice. `pb` is `entrypoints.grpc_api.gen.vidacoach
 """
 
 from entrypoints.client.aio import AsyncCoachClient, AsyncReply
-from entrypoints.client.channels import connect, connect_async, is_serving
+from entrypoints.client.channels import BALANCED, connect, connect_async, is_serving
 from entrypoints.client.credentials import TokenFile, tls
 from entrypoints.client.errors import ConnectionLost, ServiceError
 from entrypoints.client.rules import Event, Patience, Resuming
 from entrypoints.client.sync import CoachClient, Reply
 
 __all__ = [
+    "BALANCED",
     "AsyncCoachClient",
     "AsyncReply",
     "CoachClient",

@@ -3,7 +3,9 @@
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
+Option = tuple[str, int | str]
+
+CHANNEL_OPTIONS: tuple[Option, ...] = (
     # A peer that is gone without a word is noticed within 25 s. The service allows a ping every 10 s.
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 5_000),
@@ -15,10 +17,15 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", 32 * 2**20),
 )
 
+BALANCED: Option = (
+    "grpc.service_config",
+    '{"loadBalancingConfig": [{"round_robin": {}}], "healthCheckConfig": {"serviceName": ""}}',
+)
+"""For targets of several addresses (`dns:///NAME:PORT`, `ipv4:HOST:PORT,HOST:PORT`): each call goes to the next
+address that says SERVING, so none to a process that drains or is gone."""
 
-def connect(
-    target: str, *options: tuple[str, int], credentials: grpc.ChannelCredentials | None = None
-) -> grpc.Channel:
+
+def connect(target: str, *options: Option, credentials: grpc.ChannelCredentials | None = None) -> grpc.Channel:
     """A channel to `HOST:PORT` or `unix:PATH` that finds a restarted service soon. Use as a context manager.
 
     Without credentials (see `tls`) it speaks in the clear.
@@ -30,7 +37,7 @@ def connect(
 
 
 def connect_async(
-    target: str, *options: tuple[str, int], credentials: grpc.ChannelCredentials | None = None
+    target: str, *options: Option, credentials: grpc.ChannelCredentials | None = None
 ) -> grpc.aio.Channel:
     """The same for asyncio: use it with `async with`, in the loop that made it."""
     chosen = [*CHANNEL_OPTIONS, *options]

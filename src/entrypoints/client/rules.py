@@ -146,7 +146,7 @@ class Repeats:
     def wait(self, error: ServiceError, now: float) -> float:
         """Seconds before the next call. Raises the error if there is to be none."""
         wait = self._patience.wait(self._failures, error.retry_after)
-        if error.code is not grpc.StatusCode.UNAVAILABLE or now + wait >= self._deadline:
+        if not _is_lost(error) or now + wait >= self._deadline:
             raise error
         self._failures += 1
         return wait
@@ -157,7 +157,14 @@ class Repeats:
 
 
 def _means_resume(error: ServiceError) -> bool:
-    """UNAVAILABLE always does. So does a deadline, which is our own: the service's errors have reasons."""
-    return error.code is grpc.StatusCode.UNAVAILABLE or (
-        error.code is grpc.StatusCode.DEADLINE_EXCEEDED and not error.reason
-    )
+    """A lost connection does. So does a deadline, which is our own: the service's errors have reasons."""
+    return _is_lost(error) or (error.code is grpc.StatusCode.DEADLINE_EXCEEDED and not error.reason)
+
+
+_BROKEN_BY_PROXIES = frozenset({grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL})
+"""What is made of a stream whose server died behind a proxy: HAProxy ends it without a status, nginx resets it."""
+
+
+def _is_lost(error: ServiceError) -> bool:
+    """UNAVAILABLE says so, and where nobody has given a reason, what proxies make of it."""
+    return error.code is grpc.StatusCode.UNAVAILABLE or (error.code in _BROKEN_BY_PROXIES and not error.reason)
