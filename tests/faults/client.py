@@ -224,7 +224,14 @@ async def insist(agents: Any, request: api.SendMessageRequest) -> api.SendMessag
 
 
 async def follow(address: str, told: Told, after: int) -> list[pb.TurnEvent]:
-    """Follows a turn from a position to its end."""
+    """Follows a turn from a position to its end; from there again where that is refused UNAVAILABLE."""
+    until = time.monotonic() + DEADLINE
     async with stubs(address) as (agents, _):
         request = api.FollowTurnRequest(user_id=told.user, turn_id=told.turn_id, after_position=after)
-        return [response.event async for response in agents.FollowTurn(request, timeout=DEADLINE)]
+        while True:
+            try:
+                return [response.event async for response in agents.FollowTurn(request, timeout=DEADLINE)]
+            except grpc.aio.AioRpcError as error:
+                if error.code() is not grpc.StatusCode.UNAVAILABLE or time.monotonic() > until:
+                    raise
+                await asyncio.sleep(AGAIN)

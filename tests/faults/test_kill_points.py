@@ -117,8 +117,12 @@ async def test_a_turn(case: Case, database_url: str, cluster: Cluster) -> None:
             case.reason,
             case.attempt,
         )
-        assert len(told.cuts) == 1
-        assert case.cut in (None, told.cuts[0])
+        # A process that is short of time may refuse besides: it does not know whether its lease still holds.
+        by_the_kill = [
+            cut for cut, why in zip(told.cuts, told.refusals, strict=False) if why != "STORE_UNAVAILABLE"
+        ]
+        assert len(by_the_kill) == 1
+        assert case.cut in (None, by_the_kill[0])
         whole = expected(told.message)
         assert told.text == (whole if case.state == COMPLETED else _first_words(whole, case.words))
         lines = Effects(cluster.folder / "effects").lines(f"{told.turn_id}:")
