@@ -6,7 +6,7 @@ BENCH_VENV := .bench-venv
 AUDIT_VENV := .audit-venv
 export PYTHONDONTWRITEBYTECODE := 1
 
-.PHONY: help chat test faults-small faults faults-kill faults-others faults-simulated bench bench-quick bench-gate audit check lint types proto proto-check fmt lock clean
+.PHONY: help chat test faults-small faults faults-kill faults-others faults-simulated soak bench bench-quick bench-gate audit check lint types proto proto-check fmt lock clean
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
@@ -43,6 +43,9 @@ faults-others: $(VENV)/dev.stamp
 
 faults-simulated: $(VENV)/dev.stamp
 	@VIDA_TEST_SIZE=large nice $(BIN)/python -m pytest -q -s tests/simulation tests/integration/test_openai_streams.py
+
+soak: $(VENV)/dev.stamp ## 100,000 turns, and what is left of them
+	@VIDA_TEST_SIZE=large $(BIN)/python -m pytest -q -s tests/faults/test_soak.py
 
 # What the service is compared with and does not need itself. Where it can't be installed the bench says why.
 $(BENCH_VENV)/bench.stamp: bench/requirements.lock

@@ -17,6 +17,7 @@ LONG = {
     "test_a_stop_without_a_database",
     "test_nobody_waits_for_slow_readers",
     "test_what_was_acknowledged_before_a_backup_is_in_it",
+    "test_what_turns_take_is_given_back",
     "test_kills_behind_a_proxy",
     "test_a_proxy_sends_nothing_to_a_replica_that_drains",
 }
