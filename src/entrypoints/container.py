@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 from dependency_injector import containers, providers
@@ -13,6 +14,7 @@ from adapters.system import Clock, Ids
 from core.model.agent import DEFAULT_MODEL, Catalog
 from core.model.ledger import Quotas
 from core.model.price import PriceList
+from core.model.turn import Turn
 from core.ports.agent import Agent
 from core.ports.provider_copies import ProviderCopies
 from core.ports.store import Store, Transaction
@@ -25,17 +27,22 @@ from core.use_cases.cancel_turn import CancelTurn
 from core.use_cases.clean_up_threads import CleanUpThreads
 from core.use_cases.definitions import Definitions
 from core.use_cases.delete_thread import DeleteThread
+from core.use_cases.end_turn import Ended
 from core.use_cases.erase_user import EraseUser
 from core.use_cases.export_user import ExportUser
 from core.use_cases.finish_erasures import FinishErasures
 from core.use_cases.follow_turn import FollowTurn
 from core.use_cases.hold_user import HoldUser
+from core.use_cases.oversee import Oversee
 from core.use_cases.places import Places
+from core.use_cases.publish_agents import PublishAgents
 from core.use_cases.read_erasures import ReadErasures
 from core.use_cases.read_threads import ReadThreads
 from core.use_cases.read_usage import ReadUsage
+from core.use_cases.reconcile_thread import ReconcileThread
 from core.use_cases.recover_turns import RecoverTurns
 from core.use_cases.report_usage import ReportUsage
+from core.use_cases.settle_turn import SettleTurn
 from core.use_cases.turn_engine import TurnEngine, TurnLimits
 from core.use_cases.turn_feed import TurnFeeds
 from entrypoints.settings import Provider, Settings, SettingsError
@@ -212,12 +219,40 @@ def _user_service(export: ExportUser, erase: EraseUser, usage: ReadUsage) -> "Us
     return UserService(export, erase, usage)
 
 
+def _settled(engine: TurnEngine, ended: Ended) -> None:
+    """Has the engine take notice of a turn that an operator ended."""
+    engine.abandon(ended.turn.id)
+    engine.ended(ended)
+
+
+def _oversee(settings: Settings, store: Store, alone: bool) -> Oversee:
+    return Oversee(store, budget=settings.turn_budget, lease=settings.lease, alone=alone)
+
+
 def _admin_service(
-    cleanup: CleanUpThreads, settings: Settings, hold: HoldUser, erasures: ReadErasures, usage: ReportUsage
+    settings: Settings,
+    cleanup: CleanUpThreads,
+    hold: HoldUser,
+    erasures: ReadErasures,
+    usage: ReportUsage,
+    oversee: Oversee,
+    settle: SettleTurn,
+    agents: PublishAgents,
+    reconcile: ReconcileThread,
 ) -> "AdminService":
     from entrypoints.grpc_api.services.admin import AdminService
 
-    return AdminService(cleanup, settings.openai_thread_ttl, hold, erasures, usage)
+    return AdminService(
+        cleanup=cleanup,
+        ttl_days=settings.openai_thread_ttl,
+        hold=hold,
+        erasures=erasures,
+        usage=usage,
+        oversee=oversee,
+        settle=settle,
+        agents=agents,
+        reconcile=reconcile,
+    )
 
 
 def _access(settings: Settings) -> "Access":
@@ -308,24 +343,21 @@ class Container(containers.DeclarativeContainer):
     )
     follow = providers.Singleton(FollowTurn, store, feeds)
     cancel = providers.Singleton(CancelTurn, store=store, engine=engine, ids=ids)
+    gone: providers.Provider[Callable[[Turn], object]] = providers.Dependency(default=engine.provided.gone)
+    took: providers.Provider[Callable[[Ended], object]] = providers.Dependency(
+        default=providers.Callable(partial, _settled, engine)
+    )
+    alone: providers.Provider[bool] = providers.Dependency(instance_of=bool, default=False)
     copies = providers.Singleton(_copies, settings, client.provider)
     erased = providers.Singleton(asyncio.Event)
-    delete = providers.Singleton(DeleteThread, store=store, gone=engine.provided.gone, erased=erased.provided.set)
+    delete = providers.Singleton(DeleteThread, store=store, gone=gone, erased=erased.provided.set)
     erase_user = providers.Singleton(
         EraseUser,
         store=store,
         ids=ids,
-        gone=engine.provided.gone,
+        gone=gone,
         erased=erased.provided.set,
         left_after=providers.Callable(_left_after, settings),
-    )
-    erase_user_apart = providers.Factory(
-        # Other processes hear of their turns from the store.
-        EraseUser,
-        store=store,
-        ids=ids,
-        gone=providers.Object(lambda _: None),
-        erased=erased.provided.set,
     )
     finish_erasures = providers.Singleton(
         FinishErasures, store=store, copies=copies, erase_user=erase_user, wanted=erased
@@ -340,7 +372,22 @@ class Container(containers.DeclarativeContainer):
     agent_service = providers.Singleton(_agent_service, settings, accept, follow, cancel, threads, catalog, agent)
     thread_service = providers.Singleton(_thread_service, threads, delete)
     user_service = providers.Singleton(_user_service, export_user, erase_user, usage)
-    admin_service = providers.Singleton(_admin_service, cleanup, settings, hold_user, erasures, report_usage)
+    oversee = providers.Singleton(_oversee, settings, store, alone)
+    settle = providers.Singleton(SettleTurn, store=store, ids=ids, took=took, alone=alone)
+    publish_agents = providers.Singleton(PublishAgents, store)
+    reconcile = providers.Singleton(ReconcileThread, store, agent.provider)
+    admin_service = providers.Singleton(
+        _admin_service,
+        settings,
+        cleanup,
+        hold_user,
+        erasures,
+        report_usage,
+        oversee,
+        settle,
+        publish_agents,
+        reconcile,
+    )
     access = providers.Singleton(_access, settings)
     server = providers.Factory(
         _server,
@@ -355,11 +402,21 @@ class Container(containers.DeclarativeContainer):
 
 
 @asynccontextmanager
-async def opened(settings: Settings) -> AsyncIterator[Container]:
-    """The parts that need the record alone, for commands. The schema must be current."""
-    container = Container(settings=settings)
+async def opened(settings: Settings, *, replying: bool = False) -> AsyncIterator[Container]:
+    """The parts that need the record alone, for commands; with `replying` the agent too. The schema must be
+    current."""
+    container = Container(
+        settings=settings,
+        # No turn runs here; other processes hear of theirs from the store.
+        gone=providers.Object(lambda _: None),
+        took=providers.Object(lambda _: None),
+        # On an embedded database there are no others: whoever holds a turn is gone.
+        alone=is_embedded(settings.database),
+    )
     async with AsyncExitStack() as stack:
         stack.push_async_callback(container.store().aclose)
+        if replying:
+            stack.push_async_callback(container.agent().aclose)
         yield container
 
 

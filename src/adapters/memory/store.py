@@ -1,5 +1,6 @@
 """A store without a database. It forgets everything with its process and is durable for no one."""
 
+from collections import Counter
 from collections.abc import (
     AsyncIterator,
     Callable,
@@ -154,6 +155,9 @@ class AgentVersions(_Repository, agents.AgentVersions):
     def get(self, agent_id: str) -> AgentDefinition | None:
         return self._tables.agents.get(agent_id)
 
+    def all(self) -> Sequence[AgentDefinition]:
+        return sorted(self._tables.agents.values(), key=lambda one: (one.slug, -one.version))
+
 
 class Threads(_Repository, threads.Threads):
     """Threads."""
@@ -235,6 +239,19 @@ class Threads(_Repository, threads.Threads):
             and (before is None or _key(thread) < (before.last_message_at, before.id))
         ]
         return sorted(found, key=_key, reverse=True)[:limit]
+
+    def newest(
+        self, user_id: str, domain: Domain | None, states: frozenset[ThreadState], limit: int
+    ) -> Sequence[Thread]:
+        found = [
+            thread
+            for thread in self._tables.threads.values()
+            if user_id in ("", thread.user_id) and domain in (None, thread.domain) and thread.state in states
+        ]
+        return sorted(found, key=lambda thread: thread.id, reverse=True)[:limit]
+
+    def pinned(self) -> Mapping[str, int]:
+        return Counter(thread.agent_id for thread in self._tables.threads.values())
 
     def describe(self, thread_id: str, *, title: str | None, metadata: Mapping[str, str] | None) -> None:
         thread = self._tables.threads[thread_id]
@@ -426,6 +443,10 @@ class Turns(_Repository, turns.Turns):
         turns = [self._tables.turns[turn_id] for turn_id in self._of(thread_id) if turn_id in self._tables.claims]
         return sorted(turns, key=lambda turn: (turn.state not in _AT_WORK, self._tables.claims[turn.id].place))
 
+    def open(self, user_id: str, after: str, limit: int) -> Sequence[Turn]:
+        turns = (self._tables.turns[turn_id] for turn_id in sorted(self._tables.claims) if turn_id > after)
+        return [turn for turn in turns if user_id in ("", turn.user_id)][:limit]
+
     def of_thread(self, thread_id: str, after: str, limit: int) -> Sequence[Turn]:
         found = sorted(turn_id for turn_id in self._of(thread_id) if turn_id > after)
         return [self._tables.turns[turn_id] for turn_id in found[:limit]]
@@ -440,7 +461,7 @@ class Turns(_Repository, turns.Turns):
     def holder(self, turn_id: str) -> Holder:
         claim = self._tables.claims.get(turn_id)
         owner = claim.owner if claim is not None else ""
-        return Holder(owner, self._leases.alive(owner))
+        return Holder(owner, self._leases.alive(owner), self._tables.leases.get(owner))
 
     def held_by(self, owner: str) -> Mapping[str, int]:
         return {turn.id: turn.epoch for turn in self._at_work() if self._tables.claims[turn.id].owner == owner}

@@ -34,11 +34,14 @@ from core.ports.agent import (
     AgentEvent,
     Begun,
     CannotResume,
+    CopyFound,
     JsonAnswer,
     JsonRequest,
     ReplyRequest,
     Resumption,
     RoundFinished,
+    Standing,
+    StateChanged,
     Stored,
 )
 from core.ports.telemetry import UNMEASURED, Telemetry
@@ -143,6 +146,21 @@ class OpenAIAgent(Agent):
                 resume = None
             else:
                 return
+
+    async def reconcile(
+        self, request: ReplyRequest, *, dry_run: bool
+    ) -> AsyncGenerator[CopyFound | StateChanged, None]:
+        memory = self._memory(request)
+        if not isinstance(memory, ConversationMemory):  # the others say what is missing with every request
+            yield CopyFound(Standing.NO_COPY)
+            return
+        found = await memory.compare()
+        yield found
+        if dry_run or found.standing is Standing.NO_COPY:
+            return
+        async with aclosing(memory.prepare()) as changes:
+            async for change in changes:
+                yield change
 
     async def stop(self, handle: str) -> None:
         await self._responses.stop(handle)

@@ -1,11 +1,11 @@
 """How the model is reminded of a thread: the state modes, behind one interface."""
 
 from abc import abstractmethod
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import replace
 from enum import StrEnum
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 from openai import AsyncOpenAI, omit
 from openai.types.responses import ResponseInputItemParam
@@ -13,13 +13,15 @@ from openai.types.responses import ResponseInputItemParam
 from adapters.openai.context import Context
 from adapters.openai.errors import Exchange, ProviderFault, Remedy, translated
 from adapters.openai.items import aside, history_items, labels, output_items
-from adapters.openai.repair import MAX_ITEMS, PAGE, Repair, repair
+from adapters.openai.repair import MAX_ITEMS, PAGE, Repair, orphaned_calls, repair
 from adapters.openai.stream import decoded
 from core.model.thread import UNSYNCED, ProviderState
 from core.model.turn import TurnReason
-from core.ports.agent import ReplyRequest, StateChanged
+from core.ports.agent import CopyFound, ReplyRequest, Standing, StateChanged
 
 PROVIDER = "openai"
+
+_GONE = frozenset({404, 410})
 
 
 class StateMode(StrEnum):
@@ -101,6 +103,25 @@ class ConversationMemory(Memory):
         async for changed in self._build():
             yield changed
 
+    async def compare(self) -> CopyFound:
+        """How the conversation stands to the transcript, whatever is known of it. Fails with ProviderFault."""
+        known = self._state.conversation_id
+        if known is None:
+            return CopyFound(Standing.NO_COPY)
+        self.doubt()
+        try:
+            newest, is_all = await self._newest(known)
+        except ProviderFault as fault:
+            if fault.status in _GONE:
+                return CopyFound(Standing.GONE)
+            raise
+        todo = await self._compared(newest, is_all=is_all)
+        orphaned = orphaned_calls(newest)
+        if todo is None:
+            return CopyFound(Standing.UNKNOWN, orphaned_calls=orphaned)
+        standing = Standing.OUT_OF_STEP if todo.add or todo.delete else Standing.IN_STEP
+        return CopyFound(standing, len(todo.add), len(todo.delete), orphaned)
+
     async def _build(self) -> AsyncGenerator[StateChanged, None]:
         self._built = True
         items = await self._context.items()
@@ -125,7 +146,8 @@ class ConversationMemory(Memory):
     async def _repaired(self, conversation: str) -> bool:
         """Brings a conversation into step with the transcript. False where it must be built anew."""
         try:
-            todo = await self._look(conversation)
+            newest, is_all = await self._newest(conversation)
+            todo = await self._compared(newest, is_all=is_all)
             if todo is None:
                 return False
             items = self._client.conversations.items
@@ -141,19 +163,24 @@ class ConversationMemory(Memory):
             return False
         return True
 
-    async def _look(self, conversation: str) -> Repair | None:
+    async def _newest(self, conversation: str) -> tuple[Sequence[Mapping[str, Any]], bool]:
+        """Its newest items, oldest first, and whether they are all. None can be read where the server lists
+        something else."""
         with translated(Exchange()):
             raw = self._client.conversations.items.with_raw_response
             found = await raw.list(conversation, order="desc", limit=PAGE)
         listed = decoded(found.content) or {}
         newest = listed.get("data")
         if not isinstance(newest, list) or not all(isinstance(item, dict) for item in newest):
-            return None
+            return (), False
+        return newest[::-1], listed.get("has_more") is False
+
+    async def _compared(self, newest: Sequence[Mapping[str, Any]], *, is_all: bool) -> Repair | None:
         lines = await self._context.lines()
         compare = partial(
             repair,
-            newest[::-1],
-            is_all=listed.get("has_more") is False,
+            newest,
+            is_all=is_all,
             lines=lines,
             synced_to=self._state.synced_to,
             begins_at=self._state.begins_at,

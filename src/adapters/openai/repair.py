@@ -87,6 +87,13 @@ def repair(
     return Repair(delete[::-1], add)
 
 
+def orphaned_calls(newest: Iterable[Mapping[str, Any]]) -> int:
+    """How many calls of tools among some items have no answer there."""
+    items = list(newest)
+    answered = {item.get("call_id") for item in items if item.get("type") == "function_call_output"}
+    return sum(item.get("type") == "function_call" and item.get("call_id") not in answered for item in items)
+
+
 def _same(copy: Iterable[_Question], record: Iterable[_Question]) -> int:
     count = 0
     for theirs, ours in zip(copy, record, strict=False):

@@ -10,10 +10,12 @@ from core.ports.agent import (
     Agent,
     AgentEvent,
     AgentFailed,
+    CopyFound,
     JsonAnswer,
     JsonRequest,
     ReplyRequest,
     RoundFinished,
+    StateChanged,
 )
 
 if TYPE_CHECKING:
@@ -71,6 +73,14 @@ class MeasuredAgent(Agent):
                 usage=usage,
                 fault=fault,
             )
+
+    async def reconcile(
+        self, request: ReplyRequest, *, dry_run: bool
+    ) -> AsyncGenerator[CopyFound | StateChanged, None]:
+        """Not measured: it is no round."""
+        async with aclosing(self._agent.reconcile(request, dry_run=dry_run)) as steps:
+            async for step in steps:
+                yield step
 
     async def stop(self, handle: str) -> None:
         await self._agent.stop(handle)

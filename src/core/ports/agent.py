@@ -4,6 +4,7 @@ import math
 from abc import abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Generic, Protocol, TypeVar
 
 from core.model.agent import AgentDefinition, Domain
@@ -110,6 +111,31 @@ class RoundFinished:
     copy: ProviderState | None = None
 
 
+class Standing(StrEnum):
+    """How the provider's copy of a thread stands to the transcript."""
+
+    NO_COPY = "NO_COPY"
+    """There is none, or none that could be out of step."""
+    IN_STEP = "IN_STEP"
+    OUT_OF_STEP = "OUT_OF_STEP"
+    """So little that it can be repaired."""
+    UNKNOWN = "UNKNOWN"
+    """They differ by too much, or too little of it can be read, to repair it."""
+    GONE = "GONE"
+    """The provider does not know it any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class CopyFound:
+    """What the provider's copy lacks (`behind`) and has too much (`ahead`), in its own items, where it is
+    OUT_OF_STEP; and the calls of tools in it that nobody has answered."""
+
+    standing: Standing
+    behind: int = 0
+    ahead: int = 0
+    orphaned_calls: int = 0
+
+
 AgentEvent = TextDelta | ToolCalled | Begun | Stored | StateChanged | RoundFinished
 
 
@@ -184,6 +210,18 @@ class Agent(Protocol):
     async def stop(self, handle: str) -> None:
         """Stops a round that was `Begun` and that nobody will read. Never fails: what can't be stopped ends by
         itself."""
+
+    async def reconcile(
+        self, request: ReplyRequest, *, dry_run: bool
+    ) -> AsyncGenerator[CopyFound | StateChanged, None]:
+        """Looks at the provider's copy of the thread before the request's message, whatever is known of it, and
+        brings it into step.
+
+        CopyFound first; then, unless it is a `dry_run` or there is no copy, StateChanged for each change, to be
+        stored before the next is asked for. Where none comes, the state of the request is right. Fails with
+        AgentFailed. Where the provider keeps no copy, as by default, there is nothing to do.
+        """
+        yield CopyFound(Standing.NO_COPY)
 
     @abstractmethod
     async def complete_json(self, request: JsonRequest[T]) -> JsonAnswer[T]:

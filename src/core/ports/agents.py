@@ -1,6 +1,7 @@
 """The repository of agent versions."""
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Protocol
 
 from core.model.agent import AgentDefinition
@@ -24,3 +25,7 @@ class AgentVersions(Protocol):
     @abstractmethod
     def get(self, agent_id: str) -> AgentDefinition | None:
         """Reads a version."""
+
+    @abstractmethod
+    def all(self) -> Sequence[AgentDefinition]:
+        """Every version, by slug, the newest first."""

@@ -150,6 +150,16 @@ class Threads(Protocol):
         """The user's threads with one of the states, newest message first, beginning after `before`."""
 
     @abstractmethod
+    def newest(
+        self, user_id: str, domain: Domain | None, states: frozenset[ThreadState], limit: int
+    ) -> Sequence[Thread]:
+        """Threads of a user or (empty) of all, in one of the states, in the order of their ids, backwards."""
+
+    @abstractmethod
+    def pinned(self) -> Mapping[str, int]:
+        """How many threads are pinned to each agent version that has any. It looks at every thread."""
+
+    @abstractmethod
     def describe(self, thread_id: str, *, title: str | None, metadata: Mapping[str, str] | None) -> None:
         """Replaces what is not None."""
 

@@ -2,7 +2,8 @@
 
 from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Protocol
 
 from core.model.events import LogEntry, TurnEvent
@@ -44,10 +45,12 @@ class Appended:
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """The process that has claimed a turn, empty if none has, and whether its lease is valid."""
+    """The process that has claimed a turn, empty if none has, and whether its lease is valid; `until` is when that
+    runs out or did, None where it has none."""
 
     owner: str
     alive: bool
+    until: datetime | None = field(default=None, compare=False)
 
 
 class Leases(Protocol):
@@ -105,6 +108,11 @@ class Turns(Protocol):
     @abstractmethod
     def unfinished(self, thread_id: str) -> Sequence[Turn]:
         """The thread's turns that have not ended: the one at work, then those that wait, in order."""
+
+    @abstractmethod
+    def open(self, user_id: str, after: str, limit: int) -> Sequence[Turn]:
+        """Turns that have not ended, of a user or (empty) of all, in the order of their ids, beginning behind the
+        id `after`."""
 
     @abstractmethod
     def of_thread(self, thread_id: str, after: str, limit: int) -> Sequence[Turn]:

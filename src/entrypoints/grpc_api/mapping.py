@@ -196,8 +196,8 @@ def to_thread(thread: Thread) -> pb.Thread:
         title=thread.title,
         state=THREAD_STATES[thread.state],
         metadata=thread.metadata,
-        last_message_at=_time(thread.last_message_at),
-        created_at=_time(thread.created_at),
+        last_message_at=to_time(thread.last_message_at),
+        created_at=to_time(thread.created_at),
         message_count=thread.message_count,
     )
 
@@ -211,7 +211,7 @@ def to_message(message: Message) -> pb.Message:
         role=ROLES[message.role],
         content=map(_to_part, message.content),
         partial=message.partial,
-        created_at=_time(message.created_at),
+        created_at=to_time(message.created_at),
     )
 
 
@@ -251,8 +251,8 @@ def to_turn(turn: Turn) -> pb.Turn:
         else None,
         model=turn.model,
         provider=turn.provider,
-        accepted_at=_time(turn.accepted_at),
-        finished_at=_time(turn.finished_at) if turn.finished_at else None,
+        accepted_at=to_time(turn.accepted_at),
+        finished_at=to_time(turn.finished_at) if turn.finished_at else None,
     )
 
 
@@ -300,7 +300,7 @@ def to_quota(quota: QuotaStanding, resets_at: datetime) -> users_api.Quota:
         limit=quota.limit,
         used=quota.used,
         remaining=quota.remaining,
-        resets_at=_time(resets_at),
+        resets_at=to_time(resets_at),
     )
 
 
@@ -369,7 +369,7 @@ def to_exported(piece: Exported) -> users_api.ExportUserDataResponse:
     """Writes a piece of what is kept of a user."""
     match piece:
         case User():
-            user = users_api.ExportedUser(id=piece.id, created_at=_time(piece.created_at))
+            user = users_api.ExportedUser(id=piece.id, created_at=to_time(piece.created_at))
             return users_api.ExportUserDataResponse(user=user)
         case Goal():
             goal = users_api.ExportedGoal(
@@ -378,7 +378,7 @@ def to_exported(piece: Exported) -> users_api.ExportUserDataResponse:
                 text=piece.text,
                 commitment=piece.commitment,
                 due=piece.due.isoformat() if piece.due else "",
-                created_at=_time(piece.created_at),
+                created_at=to_time(piece.created_at),
             )
             return users_api.ExportUserDataResponse(goal=goal)
         case Thread():
@@ -416,14 +416,14 @@ def to_receipt(receipt: Receipt) -> users_api.ErasureReceipt:
         id=receipt.id,
         user_hash=receipt.user_hash,
         state=ERASURE_STATES[receipt.state],
-        requested_at=_time(receipt.requested_at),
-        finished_at=_time(receipt.finished_at) if receipt.finished_at else None,
+        requested_at=to_time(receipt.requested_at),
+        finished_at=to_time(receipt.finished_at) if receipt.finished_at else None,
         erased=users_api.ErasedCounts(**dataclasses.asdict(receipt.erased)),
         copies_left=receipt.copies_left,
     )
 
 
-def _time(moment: datetime) -> Timestamp:
+def to_time(moment: datetime) -> Timestamp:
     stamp = Timestamp()
     stamp.FromDatetime(moment)
     return stamp

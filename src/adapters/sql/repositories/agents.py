@@ -1,5 +1,6 @@
 """The repository of agent versions."""
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from sqlalchemy import bindparam, select
@@ -15,6 +16,8 @@ from core.ports.agents import AgentVersionChanged
 _c = t.agents.c
 _ADD = insert_if_new(t.agents)
 _GET = Statement(select(_c.definition).where(_c.id == bindparam("agent_id")))
+
+_ALL = Statement(select(_c.definition).order_by(_c.slug, _c.version.desc()))
 
 
 class AgentVersions(Repository, agents.AgentVersions):
@@ -36,3 +39,6 @@ class AgentVersions(Repository, agents.AgentVersions):
     def get(self, agent_id: str) -> AgentDefinition | None:
         row = self._session.row(_GET, {"agent_id": agent_id})
         return None if row is None else m.definition_of(row.definition)
+
+    def all(self) -> Sequence[AgentDefinition]:
+        return [m.definition_of(row.definition) for row in self._session.rows(_ALL, {})]

@@ -118,13 +118,19 @@ _FREE_COPIES = Statement(update(t.copies).where(t.copies.c.thread_id == _thread_
 _TOMBSTONE = Statement(select(t.tombstones).where(t.tombstones.c.thread_id == _thread_id))
 
 
+def _in_states(states: frozenset[ThreadState]) -> Sequence[ColumnElement[bool]]:
+    """The condition, if it is one."""
+    if len(states) == len(ThreadState):
+        return ()
+    return [or_(false(), *(_c.is_active.is_(state is ThreadState.ACTIVE) for state in states))]
+
+
 @cache
 def _list(states: frozenset[ThreadState], *, in_domain: bool, before: bool) -> Statement:
     query = select(t.threads).where(_c.user_id == bindparam("of_user"))
     if in_domain:
         query = query.where(_c.domain == bindparam("in_domain"))
-    if len(states) < len(ThreadState):
-        query = query.where(or_(false(), *(_c.is_active.is_(state is ThreadState.ACTIVE) for state in states)))
+    query = query.where(*_in_states(states))
     if before:
         key = tuple_(bindparam("before_time", type_=t.UtcDateTime), bindparam("before_id", type_=_c.id.type))
         query = query.where(_key() < key)
@@ -132,6 +138,18 @@ def _list(states: frozenset[ThreadState], *, in_domain: bool, before: bool) -> S
     return Statement(newest_first.limit(bindparam("limit", type_=Integer)))
 
 
+@cache
+def _newest(states: frozenset[ThreadState], *, of_user: bool, in_domain: bool) -> Statement:
+    query = select(t.threads)
+    if of_user:
+        query = query.where(_c.user_id == bindparam("of_user"))
+    if in_domain:
+        query = query.where(_c.domain == bindparam("in_domain"))
+    query = query.where(*_in_states(states))
+    return Statement(query.order_by(_c.id.desc()).limit(bindparam("limit", type_=Integer)))
+
+
+_PINNED = Statement(select(_c.assistant_id, func.count().label("count_")).group_by(_c.assistant_id))
 _IDS_OF = Statement(
     _its_threads.where(_c.id > bindparam("after_id", type_=_c.id.type))
     .order_by(_c.id)
@@ -236,6 +254,20 @@ class Threads(Repository, threads.Threads):
             parameters |= {"before_time": before.last_message_at, "before_id": before.id}
         statement = _list(states, in_domain=domain is not None, before=before is not None)
         return [m.thread_of(row) for row in self._session.rows(statement, parameters)]
+
+    def newest(
+        self, user_id: str, domain: Domain | None, states: frozenset[ThreadState], limit: int
+    ) -> Sequence[Thread]:
+        parameters: m.Values = {"limit": limit}
+        if user_id:
+            parameters["of_user"] = user_id
+        if domain is not None:
+            parameters["in_domain"] = domain.value
+        statement = _newest(states, of_user=bool(user_id), in_domain=domain is not None)
+        return [m.thread_of(row) for row in self._session.rows(statement, parameters)]
+
+    def pinned(self) -> Mapping[str, int]:
+        return {row.assistant_id: row.count_ for row in self._session.rows(_PINNED, {})}
 
     def describe(self, thread_id: str, *, title: str | None, metadata: Mapping[str, str] | None) -> None:
         values: m.Values = {}

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 
 from sqlalchemy import Integer, String, and_, bindparam, exists, func, insert, literal_column, select, update
 
@@ -54,13 +55,23 @@ _OF_THREAD = Statement(
     .order_by(_c.id)
     .limit(_limit)
 )
+
+
+@cache
+def _open(*, of_user: bool) -> Statement:
+    query = select(t.turns).where(unfinished(_c.state), _c.id > bindparam("after_id", type_=_c.id.type))
+    if of_user:
+        query = query.where(_c.user_id == bindparam("of_user"))
+    return Statement(query.order_by(_c.id).limit(_limit))
+
+
 _places = select(_c.place).where(_unfinished).subquery()
 _last_place = select(func.coalesce(func.max(_places.c.place), literal_column("0", Integer))).scalar_subquery()
 _ADD = Statement(insert(t.turns).inline())
 _QUEUE = Statement(insert(t.turns).inline().values(place=_last_place + literal_column("1", Integer)))
 
 _HOLDER = Statement(
-    select(_c.owner, (t.leases.c.lease_until > _now).label("alive"))
+    select(_c.owner, (t.leases.c.lease_until > _now).label("alive"), t.leases.c.lease_until)
     .select_from(t.turns.outerjoin(t.leases, t.leases.c.owner == _c.owner))
     .where(_c.id == _turn_id)
 )
@@ -151,6 +162,11 @@ class Turns(Repository, turns.Turns):
     def unfinished(self, thread_id: str) -> Sequence[Turn]:
         return [m.turn_of(row) for row in self._session.rows(_UNFINISHED, {"of_thread": thread_id})]
 
+    def open(self, user_id: str, after: str, limit: int) -> Sequence[Turn]:
+        of_user = {"of_user": user_id} if user_id else {}
+        found = self._session.rows(_open(of_user=bool(user_id)), {"after_id": after, "limit": limit, **of_user})
+        return [m.turn_of(row) for row in found]
+
     def of_thread(self, thread_id: str, after: str, limit: int) -> Sequence[Turn]:
         found = self._session.rows(_OF_THREAD, {"of_thread": thread_id, "after_id": after, "limit": limit})
         return [m.turn_of(row) for row in found]
@@ -166,7 +182,7 @@ class Turns(Repository, turns.Turns):
 
     def holder(self, turn_id: str) -> Holder:
         row = self._session.row(_HOLDER, {"of_turn": turn_id, "now": self._session.now()})
-        return Holder("", alive=False) if row is None else Holder(row.owner, alive=bool(row.alive))
+        return Holder("", alive=False) if row is None else Holder(row.owner, bool(row.alive), row.lease_until)
 
     def held_by(self, owner: str) -> Mapping[str, int]:
         held = self._session.rows(_HELD_BY, {"of_owner": owner})

@@ -4,11 +4,16 @@ from typing import Any, TypeAlias
 
 import grpc
 
+from core.model.thread import ThreadState
 from core.use_cases.clean_up_threads import Cleanup, CleanUpThreads
 from core.use_cases.hold_user import HoldUser
+from core.use_cases.oversee import Oversee, ThreadsQuery, TurnsQuery
+from core.use_cases.publish_agents import Outcome, PublishAgents
 from core.use_cases.read_erasures import Erasures, ReadErasures
+from core.use_cases.reconcile_thread import ReconcileThread
 from core.use_cases.report_usage import ReportUsage
-from entrypoints.grpc_api import mapping
+from core.use_cases.settle_turn import SettleTurn
+from entrypoints.grpc_api import facts, mapping
 from entrypoints.grpc_api.gen.vidacoach.admin.v1 import admin_service_pb2 as api
 from entrypoints.grpc_api.gen.vidacoach.admin.v1.admin_service_pb2_grpc import AdminServiceServicer
 
@@ -22,13 +27,27 @@ class AdminService(AdminServiceServicer):
     """Served on the owner's Unix socket, and to callers that a policy lets administer."""
 
     def __init__(
-        self, cleanup: CleanUpThreads, ttl_days: int, hold: HoldUser, erasures: ReadErasures, usage: ReportUsage
+        self,
+        *,
+        cleanup: CleanUpThreads,
+        ttl_days: int,
+        hold: HoldUser,
+        erasures: ReadErasures,
+        usage: ReportUsage,
+        oversee: Oversee,
+        settle: SettleTurn,
+        agents: PublishAgents,
+        reconcile: ReconcileThread,
     ) -> None:
         self._cleanup = cleanup
         self._usage = usage
         self._ttl_days = ttl_days
         self._hold = hold
         self._erasures = erasures
+        self._oversee = oversee
+        self._settle = settle
+        self._agents = agents
+        self._reconcile = reconcile
 
     # A coroutine that writes: see AgentService.Chat.
     async def Cleanup(self, request: api.CleanupRequest, context: _Context) -> None:  # type: ignore[override]
@@ -81,6 +100,80 @@ class AdminService(AdminServiceServicer):
                     lines=map(mapping.to_report_line, report.lines[start : start + _LINES]),
                 )
             )
+
+    async def ListThreads(self, request: api.ListThreadsRequest, context: _Context) -> api.ListThreadsResponse:
+        """Lists threads."""
+        query = ThreadsQuery(
+            user_id=request.user_id,
+            domain=mapping.domain_of(request.domain),
+            states=mapping.states_of([request.state]) if request.state else frozenset(ThreadState),
+            limit=request.limit,
+        )
+        found = await self._oversee.threads(query)
+        return api.ListThreadsResponse(threads=map(facts.to_thread_facts, found))
+
+    async def GetThread(self, request: api.GetThreadRequest, context: _Context) -> api.GetThreadResponse:
+        """Reads a thread."""
+        found = await self._oversee.thread(mapping.id_of(request.thread_id, "thread_id"))
+        return api.GetThreadResponse(thread=facts.to_thread_facts(found))
+
+    async def UnlockThread(self, request: api.UnlockThreadRequest, context: _Context) -> api.UnlockThreadResponse:
+        """Frees a thread."""
+        thread_id = mapping.id_of(request.thread_id, "thread_id")
+        unlocked = await self._settle.thread(thread_id, force=request.force, dry_run=request.dry_run)
+        return api.UnlockThreadResponse(
+            turns=map(facts.to_settled, unlocked.turns), copy_doubted=unlocked.copy_doubted
+        )
+
+    async def ListTurns(self, request: api.ListTurnsRequest, context: _Context) -> api.ListTurnsResponse:
+        """Lists turns that have not ended."""
+        query = TurnsQuery(user_id=request.user_id, stuck=request.stuck, limit=request.limit)
+        found = await self._oversee.turns(query)
+        return api.ListTurnsResponse(turns=map(facts.to_turn_facts, found))
+
+    async def SettleTurn(self, request: api.SettleTurnRequest, context: _Context) -> api.SettleTurnResponse:
+        """Ends a turn."""
+        turn_id = mapping.id_of(request.turn_id, "turn_id")
+        ended = await self._settle.turn(turn_id, force=request.force, dry_run=request.dry_run)
+        return api.SettleTurnResponse(turn=facts.to_settled(ended))
+
+    async def ListAgentVersions(
+        self, request: api.ListAgentVersionsRequest, context: _Context
+    ) -> api.ListAgentVersionsResponse:
+        """Lists agent versions."""
+        return api.ListAgentVersionsResponse(
+            versions=[
+                api.AgentVersionFacts(definition=facts.to_definition(one.definition), threads=one.threads)
+                for one in await self._agents.versions()
+            ]
+        )
+
+    async def PublishAgents(
+        self, request: api.PublishAgentsRequest, context: _Context
+    ) -> api.PublishAgentsResponse:
+        """Puts agent versions on record."""
+        definitions = [facts.definition_of(one) for one in request.definitions]
+        publications = await self._agents(definitions, dry_run=request.dry_run)
+        outcomes = {publication.outcome for publication in publications}
+        return api.PublishAgentsResponse(
+            publications=map(facts.to_publication, publications),
+            published=not request.dry_run and Outcome.NEW in outcomes and Outcome.CHANGED not in outcomes,
+        )
+
+    async def ReconcileThread(
+        self, request: api.ReconcileThreadRequest, context: _Context
+    ) -> api.ReconcileThreadResponse:
+        """Brings the provider's copy of a thread into step."""
+        thread_id = mapping.id_of(request.thread_id, "thread_id")
+        reconciled = await self._reconcile(thread_id, dry_run=request.dry_run)
+        found = reconciled.found
+        return api.ReconcileThreadResponse(
+            found=found.standing.value,
+            items_behind=found.behind,
+            items_ahead=found.ahead,
+            orphaned_calls=found.orphaned_calls,
+            action=reconciled.action.value,
+        )
 
 
 def to_erasures(erasures: Erasures) -> api.ListErasuresResponse:

@@ -22,41 +22,88 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import resources_pb2 as vidacoach_dot_agents_dot_v1_dot_resources__pb2
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import user_service_pb2 as vidacoach_dot_agents_dot_v1_dot_user__service__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&vidacoach/admin/v1/admin_service.proto\x12\x12vidacoach.admin.v1\x1a#vidacoach/agents/v1/resources.proto\x1a&vidacoach/agents/v1/user_service.proto\"\xbc\x01\n\x0e\x43leanupRequest\x12\x15\n\x08ttl_days\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x12\n\nbatch_size\x18\x02 \x01(\x05\x12\x0f\n\x07\x64ry_run\x18\x03 \x01(\x08\x12+\n\x06\x64omain\x18\x04 \x01(\x0e\x32\x1b.vidacoach.agents.v1.Domain\x12\x1e\n\x11\x64\x65lete_after_days\x18\x05 \x01(\x05H\x01\x88\x01\x01\x42\x0b\n\t_ttl_daysB\x14\n\x12_delete_after_days\"\x87\x01\n\x0f\x43leanupResponse\x12\x37\n\x08progress\x18\x01 \x01(\x0b\x32#.vidacoach.admin.v1.CleanupProgressH\x00\x12\x33\n\x06report\x18\x02 \x01(\x0b\x32!.vidacoach.admin.v1.CleanupReportH\x00\x42\x06\n\x04step\"3\n\x0f\x43leanupProgress\x12\x0f\n\x07\x65xpired\x18\x01 \x01(\x03\x12\x0f\n\x07\x62\x61tches\x18\x02 \x01(\x03\"\x82\x01\n\rCleanupReport\x12\x0e\n\x06\x63utoff\x18\x01 \x01(\t\x12\x0f\n\x07\x64ry_run\x18\x02 \x01(\x08\x12\x0f\n\x07\x65xpired\x18\x03 \x01(\x03\x12\x0f\n\x07\x64\x65leted\x18\x04 \x01(\x03\x12\x0f\n\x07\x62\x61tches\x18\x05 \x01(\x03\x12\x0f\n\x07seconds\x18\x06 \x01(\x01\x12\x0c\n\x04held\x18\x07 \x01(\x03\"0\n\x0fHoldUserRequest\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12\x0c\n\x04hold\x18\x02 \x01(\x08\"\x12\n\x10HoldUserResponse\"\x15\n\x13ListErasuresRequest\"\x90\x01\n\x14ListErasuresResponse\x12\x35\n\x08receipts\x18\x01 \x03(\x0b\x32#.vidacoach.agents.v1.ErasureReceipt\x12\x13\n\x0b\x63opies_left\x18\x02 \x01(\x03\x12,\n\x06\x63opies\x18\x03 \x03(\x0b\x32\x1c.vidacoach.admin.v1.CopyLeft\"[\n\x08\x43opyLeft\x12\x10\n\x08provider\x18\x01 \x01(\t\x12\x0b\n\x03ref\x18\x02 \x01(\t\x12\x11\n\tthread_id\x18\x03 \x01(\t\x12\r\n\x05tries\x18\x04 \x01(\x05\x12\x0e\n\x06reason\x18\x05 \x01(\t\"i\n\x12ReportUsageRequest\x12\n\n\x02\x62y\x18\x01 \x03(\t\x12\x0f\n\x07user_id\x18\x02 \x01(\t\x12\x10\n\x08\x61gent_id\x18\x03 \x01(\t\x12\x11\n\tsince_day\x18\x04 \x01(\t\x12\x11\n\tuntil_day\x18\x05 \x01(\t\"\x81\x01\n\x13ReportUsageResponse\x12\x11\n\tsince_day\x18\x01 \x01(\t\x12\x11\n\tuntil_day\x18\x02 \x01(\t\x12\x10\n\x08\x63urrency\x18\x03 \x01(\t\x12\x32\n\x05lines\x18\x04 \x03(\x0b\x32#.vidacoach.admin.v1.UsageReportLine\"\x9a\x01\n\x0fUsageReportLine\x12\r\n\x05group\x18\x01 \x03(\t\x12\r\n\x05turns\x18\x02 \x01(\x03\x12\x17\n\x0funmetered_turns\x18\x03 \x01(\x03\x12)\n\x05usage\x18\x04 \x01(\x0b\x32\x1a.vidacoach.agents.v1.Usage\x12\x0c\n\x04\x63ost\x18\x05 \x01(\t\x12\x17\n\x0funpriced_tokens\x18\x06 \x01(\x03\x32\x80\x03\n\x0c\x41\x64minService\x12T\n\x07\x43leanup\x12\".vidacoach.admin.v1.CleanupRequest\x1a#.vidacoach.admin.v1.CleanupResponse0\x01\x12`\n\x0bReportUsage\x12&.vidacoach.admin.v1.ReportUsageRequest\x1a\'.vidacoach.admin.v1.ReportUsageResponse0\x01\x12U\n\x08HoldUser\x12#.vidacoach.admin.v1.HoldUserRequest\x1a$.vidacoach.admin.v1.HoldUserResponse\x12\x61\n\x0cListErasures\x12\'.vidacoach.admin.v1.ListErasuresRequest\x1a(.vidacoach.admin.v1.ListErasuresResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&vidacoach/admin/v1/admin_service.proto\x12\x12vidacoach.admin.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a#vidacoach/agents/v1/resources.proto\x1a&vidacoach/agents/v1/user_service.proto\"\xbc\x01\n\x0e\x43leanupRequest\x12\x15\n\x08ttl_days\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x12\n\nbatch_size\x18\x02 \x01(\x05\x12\x0f\n\x07\x64ry_run\x18\x03 \x01(\x08\x12+\n\x06\x64omain\x18\x04 \x01(\x0e\x32\x1b.vidacoach.agents.v1.Domain\x12\x1e\n\x11\x64\x65lete_after_days\x18\x05 \x01(\x05H\x01\x88\x01\x01\x42\x0b\n\t_ttl_daysB\x14\n\x12_delete_after_days\"\x87\x01\n\x0f\x43leanupResponse\x12\x37\n\x08progress\x18\x01 \x01(\x0b\x32#.vidacoach.admin.v1.CleanupProgressH\x00\x12\x33\n\x06report\x18\x02 \x01(\x0b\x32!.vidacoach.admin.v1.CleanupReportH\x00\x42\x06\n\x04step\"3\n\x0f\x43leanupProgress\x12\x0f\n\x07\x65xpired\x18\x01 \x01(\x03\x12\x0f\n\x07\x62\x61tches\x18\x02 \x01(\x03\"\x82\x01\n\rCleanupReport\x12\x0e\n\x06\x63utoff\x18\x01 \x01(\t\x12\x0f\n\x07\x64ry_run\x18\x02 \x01(\x08\x12\x0f\n\x07\x65xpired\x18\x03 \x01(\x03\x12\x0f\n\x07\x64\x65leted\x18\x04 \x01(\x03\x12\x0f\n\x07\x62\x61tches\x18\x05 \x01(\x03\x12\x0f\n\x07seconds\x18\x06 \x01(\x01\x12\x0c\n\x04held\x18\x07 \x01(\x03\"0\n\x0fHoldUserRequest\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12\x0c\n\x04hold\x18\x02 \x01(\x08\"\x12\n\x10HoldUserResponse\"\x15\n\x13ListErasuresRequest\"\x90\x01\n\x14ListErasuresResponse\x12\x35\n\x08receipts\x18\x01 \x03(\x0b\x32#.vidacoach.agents.v1.ErasureReceipt\x12\x13\n\x0b\x63opies_left\x18\x02 \x01(\x03\x12,\n\x06\x63opies\x18\x03 \x03(\x0b\x32\x1c.vidacoach.admin.v1.CopyLeft\"[\n\x08\x43opyLeft\x12\x10\n\x08provider\x18\x01 \x01(\t\x12\x0b\n\x03ref\x18\x02 \x01(\t\x12\x11\n\tthread_id\x18\x03 \x01(\t\x12\r\n\x05tries\x18\x04 \x01(\x05\x12\x0e\n\x06reason\x18\x05 \x01(\t\"i\n\x12ReportUsageRequest\x12\n\n\x02\x62y\x18\x01 \x03(\t\x12\x0f\n\x07user_id\x18\x02 \x01(\t\x12\x10\n\x08\x61gent_id\x18\x03 \x01(\t\x12\x11\n\tsince_day\x18\x04 \x01(\t\x12\x11\n\tuntil_day\x18\x05 \x01(\t\"\x81\x01\n\x13ReportUsageResponse\x12\x11\n\tsince_day\x18\x01 \x01(\t\x12\x11\n\tuntil_day\x18\x02 \x01(\t\x12\x10\n\x08\x63urrency\x18\x03 \x01(\t\x12\x32\n\x05lines\x18\x04 \x03(\x0b\x32#.vidacoach.admin.v1.UsageReportLine\"\x9a\x01\n\x0fUsageReportLine\x12\r\n\x05group\x18\x01 \x03(\t\x12\r\n\x05turns\x18\x02 \x01(\x03\x12\x17\n\x0funmetered_turns\x18\x03 \x01(\x03\x12)\n\x05usage\x18\x04 \x01(\x0b\x32\x1a.vidacoach.agents.v1.Usage\x12\x0c\n\x04\x63ost\x18\x05 \x01(\t\x12\x17\n\x0funpriced_tokens\x18\x06 \x01(\x03\"\x92\x01\n\x12ListThreadsRequest\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12+\n\x06\x64omain\x18\x02 \x01(\x0e\x32\x1b.vidacoach.agents.v1.Domain\x12/\n\x05state\x18\x03 \x01(\x0e\x32 .vidacoach.agents.v1.ThreadState\x12\r\n\x05limit\x18\x04 \x01(\x05\"G\n\x13ListThreadsResponse\x12\x30\n\x07threads\x18\x01 \x03(\x0b\x32\x1f.vidacoach.admin.v1.ThreadFacts\"%\n\x10GetThreadRequest\x12\x11\n\tthread_id\x18\x01 \x01(\t\"D\n\x11GetThreadResponse\x12/\n\x06thread\x18\x01 \x01(\x0b\x32\x1f.vidacoach.admin.v1.ThreadFacts\"\x83\x03\n\x0bThreadFacts\x12\x11\n\tthread_id\x18\x01 \x01(\t\x12\x0f\n\x07user_id\x18\x02 \x01(\t\x12+\n\x06\x64omain\x18\x03 \x01(\x0e\x32\x1b.vidacoach.agents.v1.Domain\x12/\n\x05state\x18\x04 \x01(\x0e\x32 .vidacoach.agents.v1.ThreadState\x12\x10\n\x08\x61gent_id\x18\x05 \x01(\t\x12\x15\n\rmessage_count\x18\x06 \x01(\x05\x12.\n\ncreated_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x33\n\x0flast_message_at\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12+\n\x04\x63opy\x18\t \x01(\x0b\x32\x1d.vidacoach.admin.v1.CopyFacts\x12\x37\n\x10unfinished_turns\x18\n \x03(\x0b\x32\x1d.vidacoach.admin.v1.TurnFacts\"_\n\tCopyFacts\x12\x10\n\x08provider\x18\x01 \x01(\t\x12\x0c\n\x04mode\x18\x02 \x01(\t\x12\x0b\n\x03ref\x18\x03 \x01(\t\x12\x0f\n\x07\x64oubted\x18\x04 \x01(\x08\x12\x14\n\x0clines_behind\x18\x05 \x01(\x05\"A\n\x10ListTurnsRequest\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12\r\n\x05stuck\x18\x02 \x01(\x08\x12\r\n\x05limit\x18\x03 \x01(\x05\"A\n\x11ListTurnsResponse\x12,\n\x05turns\x18\x01 \x03(\x0b\x32\x1d.vidacoach.admin.v1.TurnFacts\"\xb0\x03\n\tTurnFacts\x12\x0f\n\x07turn_id\x18\x01 \x01(\t\x12\x11\n\tthread_id\x18\x02 \x01(\t\x12\x0f\n\x07user_id\x18\x03 \x01(\t\x12\x10\n\x08\x61gent_id\x18\x04 \x01(\t\x12-\n\x05state\x18\x05 \x01(\x0e\x32\x1e.vidacoach.agents.v1.TurnState\x12\x0f\n\x07\x61ttempt\x18\x06 \x01(\x05\x12\r\n\x05\x65poch\x18\x07 \x01(\x05\x12\r\n\x05owner\x18\x08 \x01(\t\x12\x13\n\x0bowner_alive\x18\t \x01(\x08\x12/\n\x0blease_until\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x61\x63\x63\x65pted_at\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nclaimed_at\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x13\n\x0b\x61ge_seconds\x18\r \x01(\x01\x12\x1b\n\x13\x62udget_used_seconds\x18\x0e \x01(\x01\x12\x16\n\x0e\x62udget_seconds\x18\x0f \x01(\x01\x12\r\n\x05stuck\x18\x10 \x01(\t\"D\n\x11SettleTurnRequest\x12\x0f\n\x07turn_id\x18\x01 \x01(\t\x12\r\n\x05\x66orce\x18\x02 \x01(\x08\x12\x0f\n\x07\x64ry_run\x18\x03 \x01(\x08\"C\n\x12SettleTurnResponse\x12-\n\x04turn\x18\x01 \x01(\x0b\x32\x1f.vidacoach.admin.v1.SettledTurn\"\x94\x01\n\x0bSettledTurn\x12\x0f\n\x07turn_id\x18\x01 \x01(\t\x12\x11\n\tthread_id\x18\x02 \x01(\t\x12-\n\x05state\x18\x03 \x01(\x0e\x32\x1e.vidacoach.agents.v1.TurnState\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x0f\n\x07\x61lready\x18\x05 \x01(\x08\x12\x11\n\thas_reply\x18\x06 \x01(\x08\"H\n\x13UnlockThreadRequest\x12\x11\n\tthread_id\x18\x01 \x01(\t\x12\r\n\x05\x66orce\x18\x02 \x01(\x08\x12\x0f\n\x07\x64ry_run\x18\x03 \x01(\x08\"\\\n\x14UnlockThreadResponse\x12.\n\x05turns\x18\x01 \x03(\x0b\x32\x1f.vidacoach.admin.v1.SettledTurn\x12\x14\n\x0c\x63opy_doubted\x18\x02 \x01(\x08\"\x1a\n\x18ListAgentVersionsRequest\"T\n\x19ListAgentVersionsResponse\x12\x37\n\x08versions\x18\x01 \x03(\x0b\x32%.vidacoach.admin.v1.AgentVersionFacts\"]\n\x11\x41gentVersionFacts\x12\x37\n\ndefinition\x18\x01 \x01(\x0b\x32#.vidacoach.admin.v1.AgentDefinition\x12\x0f\n\x07threads\x18\x02 \x01(\x05\"\xdd\x01\n\x0f\x41gentDefinition\x12\x0c\n\x04slug\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x05\x12+\n\x06\x64omain\x18\x03 \x01(\x0e\x32\x1b.vidacoach.agents.v1.Domain\x12\x0c\n\x04name\x18\x04 \x01(\t\x12\x14\n\x0cinstructions\x18\x05 \x01(\t\x12\r\n\x05model\x18\x06 \x01(\t\x12\x0e\n\x06\x65\x66\x66ort\x18\x07 \x01(\t\x12\x11\n\tverbosity\x18\x08 \x01(\t\x12\x19\n\x11max_output_tokens\x18\t \x01(\x05\x12\r\n\x05tools\x18\n \x03(\t\"a\n\x14PublishAgentsRequest\x12\x38\n\x0b\x64\x65\x66initions\x18\x01 \x03(\x0b\x32#.vidacoach.admin.v1.AgentDefinition\x12\x0f\n\x07\x64ry_run\x18\x02 \x01(\x08\"a\n\x15PublishAgentsResponse\x12\x35\n\x0cpublications\x18\x01 \x03(\x0b\x32\x1f.vidacoach.admin.v1.Publication\x12\x11\n\tpublished\x18\x02 \x01(\x08\"W\n\x0bPublication\x12\x10\n\x08\x61gent_id\x18\x01 \x01(\t\x12\x0f\n\x07outcome\x18\x02 \x01(\t\x12\x15\n\rcompared_with\x18\x03 \x01(\t\x12\x0e\n\x06\x66ields\x18\x04 \x03(\t\"<\n\x16ReconcileThreadRequest\x12\x11\n\tthread_id\x18\x01 \x01(\t\x12\x0f\n\x07\x64ry_run\x18\x02 \x01(\x08\"{\n\x17ReconcileThreadResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\t\x12\x14\n\x0citems_behind\x18\x02 \x01(\x05\x12\x13\n\x0bitems_ahead\x18\x03 \x01(\x05\x12\x16\n\x0eorphaned_calls\x18\x04 \x01(\x05\x12\x0e\n\x06\x61\x63tion\x18\x05 \x01(\t2\x98\t\n\x0c\x41\x64minService\x12T\n\x07\x43leanup\x12\".vidacoach.admin.v1.CleanupRequest\x1a#.vidacoach.admin.v1.CleanupResponse0\x01\x12`\n\x0bReportUsage\x12&.vidacoach.admin.v1.ReportUsageRequest\x1a\'.vidacoach.admin.v1.ReportUsageResponse0\x01\x12U\n\x08HoldUser\x12#.vidacoach.admin.v1.HoldUserRequest\x1a$.vidacoach.admin.v1.HoldUserResponse\x12\x61\n\x0cListErasures\x12\'.vidacoach.admin.v1.ListErasuresRequest\x1a(.vidacoach.admin.v1.ListErasuresResponse\x12^\n\x0bListThreads\x12&.vidacoach.admin.v1.ListThreadsRequest\x1a\'.vidacoach.admin.v1.ListThreadsResponse\x12X\n\tGetThread\x12$.vidacoach.admin.v1.GetThreadRequest\x1a%.vidacoach.admin.v1.GetThreadResponse\x12\x61\n\x0cUnlockThread\x12\'.vidacoach.admin.v1.UnlockThreadRequest\x1a(.vidacoach.admin.v1.UnlockThreadResponse\x12X\n\tListTurns\x12$.vidacoach.admin.v1.ListTurnsRequest\x1a%.vidacoach.admin.v1.ListTurnsResponse\x12[\n\nSettleTurn\x12%.vidacoach.admin.v1.SettleTurnRequest\x1a&.vidacoach.admin.v1.SettleTurnResponse\x12p\n\x11ListAgentVersions\x12,.vidacoach.admin.v1.ListAgentVersionsRequest\x1a-.vidacoach.admin.v1.ListAgentVersionsResponse\x12\x64\n\rPublishAgents\x12(.vidacoach.admin.v1.PublishAgentsRequest\x1a).vidacoach.admin.v1.PublishAgentsResponse\x12j\n\x0fReconcileThread\x12*.vidacoach.admin.v1.ReconcileThreadRequest\x1a+.vidacoach.admin.v1.ReconcileThreadResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'vidacoach.admin.v1.admin_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CLEANUPREQUEST']._serialized_start=140
-  _globals['_CLEANUPREQUEST']._serialized_end=328
-  _globals['_CLEANUPRESPONSE']._serialized_start=331
-  _globals['_CLEANUPRESPONSE']._serialized_end=466
-  _globals['_CLEANUPPROGRESS']._serialized_start=468
-  _globals['_CLEANUPPROGRESS']._serialized_end=519
-  _globals['_CLEANUPREPORT']._serialized_start=522
-  _globals['_CLEANUPREPORT']._serialized_end=652
-  _globals['_HOLDUSERREQUEST']._serialized_start=654
-  _globals['_HOLDUSERREQUEST']._serialized_end=702
-  _globals['_HOLDUSERRESPONSE']._serialized_start=704
-  _globals['_HOLDUSERRESPONSE']._serialized_end=722
-  _globals['_LISTERASURESREQUEST']._serialized_start=724
-  _globals['_LISTERASURESREQUEST']._serialized_end=745
-  _globals['_LISTERASURESRESPONSE']._serialized_start=748
-  _globals['_LISTERASURESRESPONSE']._serialized_end=892
-  _globals['_COPYLEFT']._serialized_start=894
-  _globals['_COPYLEFT']._serialized_end=985
-  _globals['_REPORTUSAGEREQUEST']._serialized_start=987
-  _globals['_REPORTUSAGEREQUEST']._serialized_end=1092
-  _globals['_REPORTUSAGERESPONSE']._serialized_start=1095
-  _globals['_REPORTUSAGERESPONSE']._serialized_end=1224
-  _globals['_USAGEREPORTLINE']._serialized_start=1227
-  _globals['_USAGEREPORTLINE']._serialized_end=1381
-  _globals['_ADMINSERVICE']._serialized_start=1384
-  _globals['_ADMINSERVICE']._serialized_end=1768
+  _globals['_CLEANUPREQUEST']._serialized_start=173
+  _globals['_CLEANUPREQUEST']._serialized_end=361
+  _globals['_CLEANUPRESPONSE']._serialized_start=364
+  _globals['_CLEANUPRESPONSE']._serialized_end=499
+  _globals['_CLEANUPPROGRESS']._serialized_start=501
+  _globals['_CLEANUPPROGRESS']._serialized_end=552
+  _globals['_CLEANUPREPORT']._serialized_start=555
+  _globals['_CLEANUPREPORT']._serialized_end=685
+  _globals['_HOLDUSERREQUEST']._serialized_start=687
+  _globals['_HOLDUSERREQUEST']._serialized_end=735
+  _globals['_HOLDUSERRESPONSE']._serialized_start=737
+  _globals['_HOLDUSERRESPONSE']._serialized_end=755
+  _globals['_LISTERASURESREQUEST']._serialized_start=757
+  _globals['_LISTERASURESREQUEST']._serialized_end=778
+  _globals['_LISTERASURESRESPONSE']._serialized_start=781
+  _globals['_LISTERASURESRESPONSE']._serialized_end=925
+  _globals['_COPYLEFT']._serialized_start=927
+  _globals['_COPYLEFT']._serialized_end=1018
+  _globals['_REPORTUSAGEREQUEST']._serialized_start=1020
+  _globals['_REPORTUSAGEREQUEST']._serialized_end=1125
+  _globals['_REPORTUSAGERESPONSE']._serialized_start=1128
+  _globals['_REPORTUSAGERESPONSE']._serialized_end=1257
+  _globals['_USAGEREPORTLINE']._serialized_start=1260
+  _globals['_USAGEREPORTLINE']._serialized_end=1414
+  _globals['_LISTTHREADSREQUEST']._serialized_start=1417
+  _globals['_LISTTHREADSREQUEST']._serialized_end=1563
+  _globals['_LISTTHREADSRESPONSE']._serialized_start=1565
+  _globals['_LISTTHREADSRESPONSE']._serialized_end=1636
+  _globals['_GETTHREADREQUEST']._serialized_start=1638
+  _globals['_GETTHREADREQUEST']._serialized_end=1675
+  _globals['_GETTHREADRESPONSE']._serialized_start=1677
+  _globals['_GETTHREADRESPONSE']._serialized_end=1745
+  _globals['_THREADFACTS']._serialized_start=1748
+  _globals['_THREADFACTS']._serialized_end=2135
+  _globals['_COPYFACTS']._serialized_start=2137
+  _globals['_COPYFACTS']._serialized_end=2232
+  _globals['_LISTTURNSREQUEST']._serialized_start=2234
+  _globals['_LISTTURNSREQUEST']._serialized_end=2299
+  _globals['_LISTTURNSRESPONSE']._serialized_start=2301
+  _globals['_LISTTURNSRESPONSE']._serialized_end=2366
+  _globals['_TURNFACTS']._serialized_start=2369
+  _globals['_TURNFACTS']._serialized_end=2801
+  _globals['_SETTLETURNREQUEST']._serialized_start=2803
+  _globals['_SETTLETURNREQUEST']._serialized_end=2871
+  _globals['_SETTLETURNRESPONSE']._serialized_start=2873
+  _globals['_SETTLETURNRESPONSE']._serialized_end=2940
+  _globals['_SETTLEDTURN']._serialized_start=2943
+  _globals['_SETTLEDTURN']._serialized_end=3091
+  _globals['_UNLOCKTHREADREQUEST']._serialized_start=3093
+  _globals['_UNLOCKTHREADREQUEST']._serialized_end=3165
+  _globals['_UNLOCKTHREADRESPONSE']._serialized_start=3167
+  _globals['_UNLOCKTHREADRESPONSE']._serialized_end=3259
+  _globals['_LISTAGENTVERSIONSREQUEST']._serialized_start=3261
+  _globals['_LISTAGENTVERSIONSREQUEST']._serialized_end=3287
+  _globals['_LISTAGENTVERSIONSRESPONSE']._serialized_start=3289
+  _globals['_LISTAGENTVERSIONSRESPONSE']._serialized_end=3373
+  _globals['_AGENTVERSIONFACTS']._serialized_start=3375
+  _globals['_AGENTVERSIONFACTS']._serialized_end=3468
+  _globals['_AGENTDEFINITION']._serialized_start=3471
+  _globals['_AGENTDEFINITION']._serialized_end=3692
+  _globals['_PUBLISHAGENTSREQUEST']._serialized_start=3694
+  _globals['_PUBLISHAGENTSREQUEST']._serialized_end=3791
+  _globals['_PUBLISHAGENTSRESPONSE']._serialized_start=3793
+  _globals['_PUBLISHAGENTSRESPONSE']._serialized_end=3890
+  _globals['_PUBLICATION']._serialized_start=3892
+  _globals['_PUBLICATION']._serialized_end=3979
+  _globals['_RECONCILETHREADREQUEST']._serialized_start=3981
+  _globals['_RECONCILETHREADREQUEST']._serialized_end=4041
+  _globals['_RECONCILETHREADRESPONSE']._serialized_start=4043
+  _globals['_RECONCILETHREADRESPONSE']._serialized_end=4166
+  _globals['_ADMINSERVICE']._serialized_start=4169
+  _globals['_ADMINSERVICE']._serialized_end=5345
 # @@protoc_insertion_point(module_scope)

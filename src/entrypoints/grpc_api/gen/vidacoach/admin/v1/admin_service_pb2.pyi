@@ -6,6 +6,7 @@ isort:skip_file
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import resources_pb2 as _resources_pb2
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import user_service_pb2 as _user_service_pb2
@@ -430,3 +431,805 @@ class UsageReportLine(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___UsageReportLine: _TypeAlias = UsageReportLine  # noqa: Y015
+
+@_typing.final
+class ListThreadsRequest(_message.Message):
+    """Which threads."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USER_ID_FIELD_NUMBER: _builtins.int
+    DOMAIN_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    LIMIT_FIELD_NUMBER: _builtins.int
+    user_id: _builtins.str
+    """Empty: every user's."""
+    domain: _resources_pb2.Domain.ValueType
+    """Unset: every domain."""
+    state: _resources_pb2.ThreadState.ValueType
+    """Unset: every state."""
+    limit: _builtins.int
+    """0: 50; at most 1,000."""
+    def __init__(
+        self,
+        *,
+        user_id: _builtins.str = ...,
+        domain: _resources_pb2.Domain.ValueType = ...,
+        state: _resources_pb2.ThreadState.ValueType = ...,
+        limit: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["domain", b"domain", "limit", b"limit", "state", b"state", "user_id", b"user_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListThreadsRequest: _TypeAlias = ListThreadsRequest  # noqa: Y015
+
+@_typing.final
+class ListThreadsResponse(_message.Message):
+    """Some threads."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    THREADS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def threads(self) -> _containers.RepeatedCompositeFieldContainer[Global___ThreadFacts]:
+        """In the order in which they were begun, the newest first."""
+
+    def __init__(
+        self,
+        *,
+        threads: _abc.Iterable[Global___ThreadFacts] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["threads", b"threads"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListThreadsResponse: _TypeAlias = ListThreadsResponse  # noqa: Y015
+
+@_typing.final
+class GetThreadRequest(_message.Message):
+    """Which thread."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    THREAD_ID_FIELD_NUMBER: _builtins.int
+    thread_id: _builtins.str
+    """Required."""
+    def __init__(
+        self,
+        *,
+        thread_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["thread_id", b"thread_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetThreadRequest: _TypeAlias = GetThreadRequest  # noqa: Y015
+
+@_typing.final
+class GetThreadResponse(_message.Message):
+    """One thread."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    THREAD_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def thread(self) -> Global___ThreadFacts:
+        """What is known of it."""
+
+    def __init__(
+        self,
+        *,
+        thread: Global___ThreadFacts | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["thread", b"thread"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["thread", b"thread"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetThreadResponse: _TypeAlias = GetThreadResponse  # noqa: Y015
+
+@_typing.final
+class ThreadFacts(_message.Message):
+    """What an operator may know of a thread."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    THREAD_ID_FIELD_NUMBER: _builtins.int
+    USER_ID_FIELD_NUMBER: _builtins.int
+    DOMAIN_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    AGENT_ID_FIELD_NUMBER: _builtins.int
+    MESSAGE_COUNT_FIELD_NUMBER: _builtins.int
+    CREATED_AT_FIELD_NUMBER: _builtins.int
+    LAST_MESSAGE_AT_FIELD_NUMBER: _builtins.int
+    COPY_FIELD_NUMBER: _builtins.int
+    UNFINISHED_TURNS_FIELD_NUMBER: _builtins.int
+    thread_id: _builtins.str
+    """Its id."""
+    user_id: _builtins.str
+    """Whose it is."""
+    domain: _resources_pb2.Domain.ValueType
+    """What it is about."""
+    state: _resources_pb2.ThreadState.ValueType
+    """Whether it is in use."""
+    agent_id: _builtins.str
+    """The agent version that it is pinned to."""
+    message_count: _builtins.int
+    """Lines of the transcript."""
+    @_builtins.property
+    def created_at(self) -> _timestamp_pb2.Timestamp:
+        """When it was begun."""
+
+    @_builtins.property
+    def last_message_at(self) -> _timestamp_pb2.Timestamp:
+        """When the newest message came."""
+
+    @_builtins.property
+    def copy(self) -> Global___CopyFacts:
+        """The provider's copy; unset where there is none."""
+
+    @_builtins.property
+    def unfinished_turns(self) -> _containers.RepeatedCompositeFieldContainer[Global___TurnFacts]:
+        """Turns that have not ended: the one at work, then those that wait, in order."""
+
+    def __init__(
+        self,
+        *,
+        thread_id: _builtins.str = ...,
+        user_id: _builtins.str = ...,
+        domain: _resources_pb2.Domain.ValueType = ...,
+        state: _resources_pb2.ThreadState.ValueType = ...,
+        agent_id: _builtins.str = ...,
+        message_count: _builtins.int = ...,
+        created_at: _timestamp_pb2.Timestamp | None = ...,
+        last_message_at: _timestamp_pb2.Timestamp | None = ...,
+        copy: Global___CopyFacts | None = ...,
+        unfinished_turns: _abc.Iterable[Global___TurnFacts] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["copy", b"copy", "created_at", b"created_at", "last_message_at", b"last_message_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_id", b"agent_id", "copy", b"copy", "created_at", b"created_at", "domain", b"domain", "last_message_at", b"last_message_at", "message_count", b"message_count", "state", b"state", "thread_id", b"thread_id", "unfinished_turns", b"unfinished_turns", "user_id", b"user_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ThreadFacts: _TypeAlias = ThreadFacts  # noqa: Y015
+
+@_typing.final
+class CopyFacts(_message.Message):
+    """What is on record of the provider's copy of a thread."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROVIDER_FIELD_NUMBER: _builtins.int
+    MODE_FIELD_NUMBER: _builtins.int
+    REF_FIELD_NUMBER: _builtins.int
+    DOUBTED_FIELD_NUMBER: _builtins.int
+    LINES_BEHIND_FIELD_NUMBER: _builtins.int
+    provider: _builtins.str
+    """Which provider."""
+    mode: _builtins.str
+    """`conversation` or `response_chain`."""
+    ref: _builtins.str
+    """The provider's id of it."""
+    doubted: _builtins.bool
+    """Whether nothing is known of what it holds: it is looked at before its next
+    use.
+    """
+    lines_behind: _builtins.int
+    """Lines of the transcript that it is not known to mirror; those of a turn that
+    is at work are among them.
+    """
+    def __init__(
+        self,
+        *,
+        provider: _builtins.str = ...,
+        mode: _builtins.str = ...,
+        ref: _builtins.str = ...,
+        doubted: _builtins.bool = ...,
+        lines_behind: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["doubted", b"doubted", "lines_behind", b"lines_behind", "mode", b"mode", "provider", b"provider", "ref", b"ref"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CopyFacts: _TypeAlias = CopyFacts  # noqa: Y015
+
+@_typing.final
+class ListTurnsRequest(_message.Message):
+    """Which turns."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USER_ID_FIELD_NUMBER: _builtins.int
+    STUCK_FIELD_NUMBER: _builtins.int
+    LIMIT_FIELD_NUMBER: _builtins.int
+    user_id: _builtins.str
+    """Empty: every user's."""
+    stuck: _builtins.bool
+    """Only those that are stuck."""
+    limit: _builtins.int
+    """0: 50; at most 1,000."""
+    def __init__(
+        self,
+        *,
+        user_id: _builtins.str = ...,
+        stuck: _builtins.bool = ...,
+        limit: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["limit", b"limit", "stuck", b"stuck", "user_id", b"user_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListTurnsRequest: _TypeAlias = ListTurnsRequest  # noqa: Y015
+
+@_typing.final
+class ListTurnsResponse(_message.Message):
+    """Some turns."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TURNS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def turns(self) -> _containers.RepeatedCompositeFieldContainer[Global___TurnFacts]:
+        """The oldest first."""
+
+    def __init__(
+        self,
+        *,
+        turns: _abc.Iterable[Global___TurnFacts] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["turns", b"turns"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListTurnsResponse: _TypeAlias = ListTurnsResponse  # noqa: Y015
+
+@_typing.final
+class TurnFacts(_message.Message):
+    """What an operator may know of a turn that has not ended."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TURN_ID_FIELD_NUMBER: _builtins.int
+    THREAD_ID_FIELD_NUMBER: _builtins.int
+    USER_ID_FIELD_NUMBER: _builtins.int
+    AGENT_ID_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    OWNER_FIELD_NUMBER: _builtins.int
+    OWNER_ALIVE_FIELD_NUMBER: _builtins.int
+    LEASE_UNTIL_FIELD_NUMBER: _builtins.int
+    ACCEPTED_AT_FIELD_NUMBER: _builtins.int
+    CLAIMED_AT_FIELD_NUMBER: _builtins.int
+    AGE_SECONDS_FIELD_NUMBER: _builtins.int
+    BUDGET_USED_SECONDS_FIELD_NUMBER: _builtins.int
+    BUDGET_SECONDS_FIELD_NUMBER: _builtins.int
+    STUCK_FIELD_NUMBER: _builtins.int
+    turn_id: _builtins.str
+    """Its id."""
+    thread_id: _builtins.str
+    """Its thread."""
+    user_id: _builtins.str
+    """Whose it is."""
+    agent_id: _builtins.str
+    """The agent version that answers."""
+    state: _resources_pb2.TurnState.ValueType
+    """`ACCEPTED`: it waits."""
+    attempt: _builtins.int
+    """Which fresh start of the reply."""
+    epoch: _builtins.int
+    """Grows with every claim."""
+    owner: _builtins.str
+    """The process that has claimed it; empty: none."""
+    owner_alive: _builtins.bool
+    """Whether that process is alive, by its lease."""
+    age_seconds: _builtins.float
+    """Seconds since it was accepted."""
+    budget_used_seconds: _builtins.float
+    """Seconds of its budget that are used up."""
+    budget_seconds: _builtins.float
+    """Seconds that it may take."""
+    stuck: _builtins.str
+    """Why it is stuck: `OVER_TIME`, `OWNER_GONE`, `UNCLAIMED`; empty: it is not."""
+    @_builtins.property
+    def lease_until(self) -> _timestamp_pb2.Timestamp:
+        """Until when, if nothing is heard of it; unset where it has no lease. That of
+        an embedded database's owner lies years ahead.
+        """
+
+    @_builtins.property
+    def accepted_at(self) -> _timestamp_pb2.Timestamp:
+        """When its message was accepted."""
+
+    @_builtins.property
+    def claimed_at(self) -> _timestamp_pb2.Timestamp:
+        """When it was first claimed."""
+
+    def __init__(
+        self,
+        *,
+        turn_id: _builtins.str = ...,
+        thread_id: _builtins.str = ...,
+        user_id: _builtins.str = ...,
+        agent_id: _builtins.str = ...,
+        state: _resources_pb2.TurnState.ValueType = ...,
+        attempt: _builtins.int = ...,
+        epoch: _builtins.int = ...,
+        owner: _builtins.str = ...,
+        owner_alive: _builtins.bool = ...,
+        lease_until: _timestamp_pb2.Timestamp | None = ...,
+        accepted_at: _timestamp_pb2.Timestamp | None = ...,
+        claimed_at: _timestamp_pb2.Timestamp | None = ...,
+        age_seconds: _builtins.float = ...,
+        budget_used_seconds: _builtins.float = ...,
+        budget_seconds: _builtins.float = ...,
+        stuck: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted_at", b"accepted_at", "claimed_at", b"claimed_at", "lease_until", b"lease_until"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_at", b"accepted_at", "age_seconds", b"age_seconds", "agent_id", b"agent_id", "attempt", b"attempt", "budget_seconds", b"budget_seconds", "budget_used_seconds", b"budget_used_seconds", "claimed_at", b"claimed_at", "epoch", b"epoch", "lease_until", b"lease_until", "owner", b"owner", "owner_alive", b"owner_alive", "state", b"state", "stuck", b"stuck", "thread_id", b"thread_id", "turn_id", b"turn_id", "user_id", b"user_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TurnFacts: _TypeAlias = TurnFacts  # noqa: Y015
+
+@_typing.final
+class SettleTurnRequest(_message.Message):
+    """Which turn to end."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TURN_ID_FIELD_NUMBER: _builtins.int
+    FORCE_FIELD_NUMBER: _builtins.int
+    DRY_RUN_FIELD_NUMBER: _builtins.int
+    turn_id: _builtins.str
+    """Required."""
+    force: _builtins.bool
+    """Take it from a living process as well."""
+    dry_run: _builtins.bool
+    """Only say what would be done."""
+    def __init__(
+        self,
+        *,
+        turn_id: _builtins.str = ...,
+        force: _builtins.bool = ...,
+        dry_run: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dry_run", b"dry_run", "force", b"force", "turn_id", b"turn_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SettleTurnRequest: _TypeAlias = SettleTurnRequest  # noqa: Y015
+
+@_typing.final
+class SettleTurnResponse(_message.Message):
+    """It has ended."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TURN_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def turn(self) -> Global___SettledTurn:
+        """How."""
+
+    def __init__(
+        self,
+        *,
+        turn: Global___SettledTurn | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["turn", b"turn"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["turn", b"turn"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SettleTurnResponse: _TypeAlias = SettleTurnResponse  # noqa: Y015
+
+@_typing.final
+class SettledTurn(_message.Message):
+    """How a turn ended, or would end."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TURN_ID_FIELD_NUMBER: _builtins.int
+    THREAD_ID_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    ALREADY_FIELD_NUMBER: _builtins.int
+    HAS_REPLY_FIELD_NUMBER: _builtins.int
+    turn_id: _builtins.str
+    """Its id."""
+    thread_id: _builtins.str
+    """Its thread."""
+    state: _resources_pb2.TurnState.ValueType
+    """The terminal state."""
+    reason: _builtins.str
+    """Why it did not complete; empty where it did."""
+    already: _builtins.bool
+    """Whether it had ended before."""
+    has_reply: _builtins.bool
+    """Whether some of the reply is kept."""
+    def __init__(
+        self,
+        *,
+        turn_id: _builtins.str = ...,
+        thread_id: _builtins.str = ...,
+        state: _resources_pb2.TurnState.ValueType = ...,
+        reason: _builtins.str = ...,
+        already: _builtins.bool = ...,
+        has_reply: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["already", b"already", "has_reply", b"has_reply", "reason", b"reason", "state", b"state", "thread_id", b"thread_id", "turn_id", b"turn_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SettledTurn: _TypeAlias = SettledTurn  # noqa: Y015
+
+@_typing.final
+class UnlockThreadRequest(_message.Message):
+    """Which thread to free."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    THREAD_ID_FIELD_NUMBER: _builtins.int
+    FORCE_FIELD_NUMBER: _builtins.int
+    DRY_RUN_FIELD_NUMBER: _builtins.int
+    thread_id: _builtins.str
+    """Required."""
+    force: _builtins.bool
+    """Take its turns from a living process as well."""
+    dry_run: _builtins.bool
+    """Only say what would be done."""
+    def __init__(
+        self,
+        *,
+        thread_id: _builtins.str = ...,
+        force: _builtins.bool = ...,
+        dry_run: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dry_run", b"dry_run", "force", b"force", "thread_id", b"thread_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnlockThreadRequest: _TypeAlias = UnlockThreadRequest  # noqa: Y015
+
+@_typing.final
+class UnlockThreadResponse(_message.Message):
+    """It is free."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TURNS_FIELD_NUMBER: _builtins.int
+    COPY_DOUBTED_FIELD_NUMBER: _builtins.int
+    copy_doubted: _builtins.bool
+    """Whether the provider has a copy, which is looked at before the next reply."""
+    @_builtins.property
+    def turns(self) -> _containers.RepeatedCompositeFieldContainer[Global___SettledTurn]:
+        """The turns that were ended."""
+
+    def __init__(
+        self,
+        *,
+        turns: _abc.Iterable[Global___SettledTurn] | None = ...,
+        copy_doubted: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["copy_doubted", b"copy_doubted", "turns", b"turns"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnlockThreadResponse: _TypeAlias = UnlockThreadResponse  # noqa: Y015
+
+@_typing.final
+class ListAgentVersionsRequest(_message.Message):
+    """Nothing to choose from."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListAgentVersionsRequest: _TypeAlias = ListAgentVersionsRequest  # noqa: Y015
+
+@_typing.final
+class ListAgentVersionsResponse(_message.Message):
+    """The record's agent versions."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSIONS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def versions(self) -> _containers.RepeatedCompositeFieldContainer[Global___AgentVersionFacts]:
+        """By slug, the newest version first."""
+
+    def __init__(
+        self,
+        *,
+        versions: _abc.Iterable[Global___AgentVersionFacts] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["versions", b"versions"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListAgentVersionsResponse: _TypeAlias = ListAgentVersionsResponse  # noqa: Y015
+
+@_typing.final
+class AgentVersionFacts(_message.Message):
+    """An agent version on record."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEFINITION_FIELD_NUMBER: _builtins.int
+    THREADS_FIELD_NUMBER: _builtins.int
+    threads: _builtins.int
+    """Threads that are pinned to it."""
+    @_builtins.property
+    def definition(self) -> Global___AgentDefinition:
+        """The definition."""
+
+    def __init__(
+        self,
+        *,
+        definition: Global___AgentDefinition | None = ...,
+        threads: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["definition", b"definition"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["definition", b"definition", "threads", b"threads"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AgentVersionFacts: _TypeAlias = AgentVersionFacts  # noqa: Y015
+
+@_typing.final
+class AgentDefinition(_message.Message):
+    """One version of a coach."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SLUG_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    DOMAIN_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    INSTRUCTIONS_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    EFFORT_FIELD_NUMBER: _builtins.int
+    VERBOSITY_FIELD_NUMBER: _builtins.int
+    MAX_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    TOOLS_FIELD_NUMBER: _builtins.int
+    slug: _builtins.str
+    """Names the coach over all versions."""
+    version: _builtins.int
+    """From 1."""
+    domain: _resources_pb2.Domain.ValueType
+    """What it is about."""
+    name: _builtins.str
+    """For people."""
+    instructions: _builtins.str
+    """What it is told."""
+    model: _builtins.str
+    """`default` or a model's name."""
+    effort: _builtins.str
+    """The provider's word; empty: its default."""
+    verbosity: _builtins.str
+    """The provider's word; empty: its default."""
+    max_output_tokens: _builtins.int
+    """At most so long is an answer."""
+    @_builtins.property
+    def tools(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The tools that it may call."""
+
+    def __init__(
+        self,
+        *,
+        slug: _builtins.str = ...,
+        version: _builtins.int = ...,
+        domain: _resources_pb2.Domain.ValueType = ...,
+        name: _builtins.str = ...,
+        instructions: _builtins.str = ...,
+        model: _builtins.str = ...,
+        effort: _builtins.str = ...,
+        verbosity: _builtins.str = ...,
+        max_output_tokens: _builtins.int = ...,
+        tools: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["domain", b"domain", "effort", b"effort", "instructions", b"instructions", "max_output_tokens", b"max_output_tokens", "model", b"model", "name", b"name", "slug", b"slug", "tools", b"tools", "verbosity", b"verbosity", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AgentDefinition: _TypeAlias = AgentDefinition  # noqa: Y015
+
+@_typing.final
+class PublishAgentsRequest(_message.Message):
+    """What to put on record."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEFINITIONS_FIELD_NUMBER: _builtins.int
+    DRY_RUN_FIELD_NUMBER: _builtins.int
+    dry_run: _builtins.bool
+    """Only compare."""
+    @_builtins.property
+    def definitions(self) -> _containers.RepeatedCompositeFieldContainer[Global___AgentDefinition]:
+        """At most 100."""
+
+    def __init__(
+        self,
+        *,
+        definitions: _abc.Iterable[Global___AgentDefinition] | None = ...,
+        dry_run: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["definitions", b"definitions", "dry_run", b"dry_run"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PublishAgentsRequest: _TypeAlias = PublishAgentsRequest  # noqa: Y015
+
+@_typing.final
+class PublishAgentsResponse(_message.Message):
+    """What came of it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PUBLICATIONS_FIELD_NUMBER: _builtins.int
+    PUBLISHED_FIELD_NUMBER: _builtins.int
+    published: _builtins.bool
+    """Whether new versions were put on record."""
+    @_builtins.property
+    def publications(self) -> _containers.RepeatedCompositeFieldContainer[Global___Publication]:
+        """In the order of the definitions."""
+
+    def __init__(
+        self,
+        *,
+        publications: _abc.Iterable[Global___Publication] | None = ...,
+        published: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["publications", b"publications", "published", b"published"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PublishAgentsResponse: _TypeAlias = PublishAgentsResponse  # noqa: Y015
+
+@_typing.final
+class Publication(_message.Message):
+    """How a definition stands to the record."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AGENT_ID_FIELD_NUMBER: _builtins.int
+    OUTCOME_FIELD_NUMBER: _builtins.int
+    COMPARED_WITH_FIELD_NUMBER: _builtins.int
+    FIELDS_FIELD_NUMBER: _builtins.int
+    agent_id: _builtins.str
+    """The version's id."""
+    outcome: _builtins.str
+    """`NEW`, `UNCHANGED`, or `CHANGED`: this version is on record with other
+    content, and needs a higher number.
+    """
+    compared_with: _builtins.str
+    """The version on record that it was compared with: itself, or the newest one.
+    Empty: there is none of the slug.
+    """
+    @_builtins.property
+    def fields(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The names of the fields in which they differ."""
+
+    def __init__(
+        self,
+        *,
+        agent_id: _builtins.str = ...,
+        outcome: _builtins.str = ...,
+        compared_with: _builtins.str = ...,
+        fields: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_id", b"agent_id", "compared_with", b"compared_with", "fields", b"fields", "outcome", b"outcome"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Publication: _TypeAlias = Publication  # noqa: Y015
+
+@_typing.final
+class ReconcileThreadRequest(_message.Message):
+    """Which thread to bring into step."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    THREAD_ID_FIELD_NUMBER: _builtins.int
+    DRY_RUN_FIELD_NUMBER: _builtins.int
+    thread_id: _builtins.str
+    """Required."""
+    dry_run: _builtins.bool
+    """Only compare."""
+    def __init__(
+        self,
+        *,
+        thread_id: _builtins.str = ...,
+        dry_run: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dry_run", b"dry_run", "thread_id", b"thread_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReconcileThreadRequest: _TypeAlias = ReconcileThreadRequest  # noqa: Y015
+
+@_typing.final
+class ReconcileThreadResponse(_message.Message):
+    """How the copy stood and stands."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FOUND_FIELD_NUMBER: _builtins.int
+    ITEMS_BEHIND_FIELD_NUMBER: _builtins.int
+    ITEMS_AHEAD_FIELD_NUMBER: _builtins.int
+    ORPHANED_CALLS_FIELD_NUMBER: _builtins.int
+    ACTION_FIELD_NUMBER: _builtins.int
+    found: _builtins.str
+    """`NO_COPY`: nothing is kept, or nothing that could be out of step; `IN_STEP`;
+    `OUT_OF_STEP`; `UNKNOWN`: too much or too little is known to compare;
+    `GONE`: the provider does not know it any more.
+    """
+    items_behind: _builtins.int
+    """Items that the copy lacks."""
+    items_ahead: _builtins.int
+    """Items that it has and the transcript has not, or has otherwise."""
+    orphaned_calls: _builtins.int
+    """Calls of tools in it that have no answer."""
+    action: _builtins.str
+    """`NOTHING`, `REPAIRED` or `REBUILT`; with a dry run, what would be done."""
+    def __init__(
+        self,
+        *,
+        found: _builtins.str = ...,
+        items_behind: _builtins.int = ...,
+        items_ahead: _builtins.int = ...,
+        orphaned_calls: _builtins.int = ...,
+        action: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "found", b"found", "items_ahead", b"items_ahead", "items_behind", b"items_behind", "orphaned_calls", b"orphaned_calls"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReconcileThreadResponse: _TypeAlias = ReconcileThreadResponse  # noqa: Y015

@@ -57,6 +57,46 @@ class AdminServiceStub:
                 request_serializer=vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.ListErasuresRequest.SerializeToString,
                 response_deserializer=vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.ListErasuresResponse.FromString,
                 _registered_method=True)
+        self.ListThreads = channel.unary_unary(
+                '/vidacoach.admin.v1.AdminService/ListThreads',
+                request_serializer=vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.ListThreadsRequest.SerializeToString,
+                response_deserializer=vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.ListThreadsResponse.FromString,
+                _registered_method=True)
+        self.GetThread = channel.unary_unary(
+                '/vidacoach.admin.v1.AdminService/GetThread',
+                request_serializer=vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.GetThreadRequest.SerializeToString,
+                response_deserializer=vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.GetThreadResponse.FromString,
+                _registered_method=True)
+        self.UnlockThread = channel.unary_unary(
+                '/vidacoach.admin.v1.AdminService/UnlockThread',
+                request_serializer=vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.UnlockThreadRequest.SerializeToString,
+                response_deserializer=vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.UnlockThreadResponse.FromString,
+                _registered_method=True)
+        self.ListTurns = channel.unary_unary(
+                '/vidacoach.admin.v1.AdminService/ListTurns',
+                request_serializer=vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.ListTurnsRequest.SerializeToString,
+                response_deserializer=vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.ListTurnsResponse.FromString,
+                _registered_method=True)
+        self.SettleTurn = channel.unary_unary(
+                '/vidacoach.admin.v1.AdminService/SettleTurn',
+                request_serializer=vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.SettleTurnRequest.SerializeToString,
+                response_deserializer=vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.SettleTurnResponse.FromString,
+                _registered_method=True)
+        self.ListAgentVersions = channel.unary_unary(
+                '/vidacoach.admin.v1.AdminService/ListAgentVersions',
+                request_serializer=vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.ListAgentVersionsRequest.SerializeToString,
+                response_deserializer=vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.ListAgentVersionsResponse.FromString,
+                _registered_method=True)
+        self.PublishAgents = channel.unary_unary(
+                '/vidacoach.admin.v1.AdminService/PublishAgents',
+                request_serializer=vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.PublishAgentsRequest.SerializeToString,
+                response_deserializer=vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.PublishAgentsResponse.FromString,
+                _registered_method=True)
+        self.ReconcileThread = channel.unary_unary(
+                '/vidacoach.admin.v1.AdminService/ReconcileThread',
+                request_serializer=vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.ReconcileThreadRequest.SerializeToString,
+                response_deserializer=vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.ReconcileThreadResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer:
@@ -95,6 +135,69 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListThreads(self, request, context):
+        """Lists threads, the newest first: ids, states, times and counts, and nothing
+        that anybody wrote.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetThread(self, request, context):
+        """Tells the same of one thread. Ends NOT_FOUND `THREAD_NOT_FOUND`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnlockThread(self, request, context):
+        """Ends all that has not ended in a thread in which nothing goes on, and has the
+        provider's copy looked at before the next reply. Ends ABORTED
+        `TURN_IN_PROGRESS` where a living process is at work on it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListTurns(self, request, context):
+        """Lists turns that have not ended, the oldest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SettleTurn(self, request, context):
+        """Ends a turn `INTERRUPTED` and keeps its partial text; one that has ended
+        stays as it is. Ends ABORTED `TURN_IN_PROGRESS` where a living process is at
+        work on it, or on the one that it waits for.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListAgentVersions(self, request, context):
+        """Lists the agent versions on record.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PublishAgents(self, request, context):
+        """Puts agent versions on record, all or, where one is there already with other
+        content, none.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReconcileThread(self, request, context):
+        """Compares the provider's copy of a thread with the transcript and brings it
+        into step. Ends ABORTED `TURN_IN_PROGRESS` where a turn has not ended.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -117,6 +220,46 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.ListErasures,
                     request_deserializer=vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.ListErasuresRequest.FromString,
                     response_serializer=vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.ListErasuresResponse.SerializeToString,
+            ),
+            'ListThreads': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListThreads,
+                    request_deserializer=vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.ListThreadsRequest.FromString,
+                    response_serializer=vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.ListThreadsResponse.SerializeToString,
+            ),
+            'GetThread': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetThread,
+                    request_deserializer=vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.GetThreadRequest.FromString,
+                    response_serializer=vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.GetThreadResponse.SerializeToString,
+            ),
+            'UnlockThread': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnlockThread,
+                    request_deserializer=vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.UnlockThreadRequest.FromString,
+                    response_serializer=vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.UnlockThreadResponse.SerializeToString,
+            ),
+            'ListTurns': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListTurns,
+                    request_deserializer=vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.ListTurnsRequest.FromString,
+                    response_serializer=vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.ListTurnsResponse.SerializeToString,
+            ),
+            'SettleTurn': grpc.unary_unary_rpc_method_handler(
+                    servicer.SettleTurn,
+                    request_deserializer=vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.SettleTurnRequest.FromString,
+                    response_serializer=vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.SettleTurnResponse.SerializeToString,
+            ),
+            'ListAgentVersions': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListAgentVersions,
+                    request_deserializer=vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.ListAgentVersionsRequest.FromString,
+                    response_serializer=vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.ListAgentVersionsResponse.SerializeToString,
+            ),
+            'PublishAgents': grpc.unary_unary_rpc_method_handler(
+                    servicer.PublishAgents,
+                    request_deserializer=vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.PublishAgentsRequest.FromString,
+                    response_serializer=vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.PublishAgentsResponse.SerializeToString,
+            ),
+            'ReconcileThread': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReconcileThread,
+                    request_deserializer=vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.ReconcileThreadRequest.FromString,
+                    response_serializer=vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.ReconcileThreadResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -230,6 +373,222 @@ class AdminService:
             '/vidacoach.admin.v1.AdminService/ListErasures',
             vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.ListErasuresRequest.SerializeToString,
             vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.ListErasuresResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListThreads(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vidacoach.admin.v1.AdminService/ListThreads',
+            vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.ListThreadsRequest.SerializeToString,
+            vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.ListThreadsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetThread(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vidacoach.admin.v1.AdminService/GetThread',
+            vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.GetThreadRequest.SerializeToString,
+            vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.GetThreadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnlockThread(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vidacoach.admin.v1.AdminService/UnlockThread',
+            vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.UnlockThreadRequest.SerializeToString,
+            vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.UnlockThreadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListTurns(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vidacoach.admin.v1.AdminService/ListTurns',
+            vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.ListTurnsRequest.SerializeToString,
+            vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.ListTurnsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SettleTurn(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vidacoach.admin.v1.AdminService/SettleTurn',
+            vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.SettleTurnRequest.SerializeToString,
+            vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.SettleTurnResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListAgentVersions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vidacoach.admin.v1.AdminService/ListAgentVersions',
+            vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.ListAgentVersionsRequest.SerializeToString,
+            vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.ListAgentVersionsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PublishAgents(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vidacoach.admin.v1.AdminService/PublishAgents',
+            vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.PublishAgentsRequest.SerializeToString,
+            vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.PublishAgentsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReconcileThread(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vidacoach.admin.v1.AdminService/ReconcileThread',
+            vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.ReconcileThreadRequest.SerializeToString,
+            vidacoach_dot_admin_dot_v1_dot_admin__service__pb2.ReconcileThreadResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -47,6 +47,34 @@ class AdminServiceStub:
     """Puts a user on legal hold, or releases one."""
     ListErasures: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ListErasuresRequest, _admin_service_pb2.ListErasuresResponse]
     """Lists the newest erasures of users, and what providers still have."""
+    ListThreads: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ListThreadsRequest, _admin_service_pb2.ListThreadsResponse]
+    """Lists threads, the newest first: ids, states, times and counts, and nothing
+    that anybody wrote.
+    """
+    GetThread: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.GetThreadRequest, _admin_service_pb2.GetThreadResponse]
+    """Tells the same of one thread. Ends NOT_FOUND `THREAD_NOT_FOUND`."""
+    UnlockThread: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.UnlockThreadRequest, _admin_service_pb2.UnlockThreadResponse]
+    """Ends all that has not ended in a thread in which nothing goes on, and has the
+    provider's copy looked at before the next reply. Ends ABORTED
+    `TURN_IN_PROGRESS` where a living process is at work on it.
+    """
+    ListTurns: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ListTurnsRequest, _admin_service_pb2.ListTurnsResponse]
+    """Lists turns that have not ended, the oldest first."""
+    SettleTurn: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.SettleTurnRequest, _admin_service_pb2.SettleTurnResponse]
+    """Ends a turn `INTERRUPTED` and keeps its partial text; one that has ended
+    stays as it is. Ends ABORTED `TURN_IN_PROGRESS` where a living process is at
+    work on it, or on the one that it waits for.
+    """
+    ListAgentVersions: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ListAgentVersionsRequest, _admin_service_pb2.ListAgentVersionsResponse]
+    """Lists the agent versions on record."""
+    PublishAgents: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.PublishAgentsRequest, _admin_service_pb2.PublishAgentsResponse]
+    """Puts agent versions on record, all or, where one is there already with other
+    content, none.
+    """
+    ReconcileThread: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ReconcileThreadRequest, _admin_service_pb2.ReconcileThreadResponse]
+    """Compares the provider's copy of a thread with the transcript and brings it
+    into step. Ends ABORTED `TURN_IN_PROGRESS` where a turn has not ended.
+    """
 
 @_typing.type_check_only
 class AdminServiceAsyncStub(AdminServiceStub):
@@ -67,6 +95,34 @@ class AdminServiceAsyncStub(AdminServiceStub):
     """Puts a user on legal hold, or releases one."""
     ListErasures: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ListErasuresRequest, _admin_service_pb2.ListErasuresResponse]  # type: ignore[assignment]
     """Lists the newest erasures of users, and what providers still have."""
+    ListThreads: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ListThreadsRequest, _admin_service_pb2.ListThreadsResponse]  # type: ignore[assignment]
+    """Lists threads, the newest first: ids, states, times and counts, and nothing
+    that anybody wrote.
+    """
+    GetThread: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.GetThreadRequest, _admin_service_pb2.GetThreadResponse]  # type: ignore[assignment]
+    """Tells the same of one thread. Ends NOT_FOUND `THREAD_NOT_FOUND`."""
+    UnlockThread: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.UnlockThreadRequest, _admin_service_pb2.UnlockThreadResponse]  # type: ignore[assignment]
+    """Ends all that has not ended in a thread in which nothing goes on, and has the
+    provider's copy looked at before the next reply. Ends ABORTED
+    `TURN_IN_PROGRESS` where a living process is at work on it.
+    """
+    ListTurns: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ListTurnsRequest, _admin_service_pb2.ListTurnsResponse]  # type: ignore[assignment]
+    """Lists turns that have not ended, the oldest first."""
+    SettleTurn: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.SettleTurnRequest, _admin_service_pb2.SettleTurnResponse]  # type: ignore[assignment]
+    """Ends a turn `INTERRUPTED` and keeps its partial text; one that has ended
+    stays as it is. Ends ABORTED `TURN_IN_PROGRESS` where a living process is at
+    work on it, or on the one that it waits for.
+    """
+    ListAgentVersions: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ListAgentVersionsRequest, _admin_service_pb2.ListAgentVersionsResponse]  # type: ignore[assignment]
+    """Lists the agent versions on record."""
+    PublishAgents: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.PublishAgentsRequest, _admin_service_pb2.PublishAgentsResponse]  # type: ignore[assignment]
+    """Puts agent versions on record, all or, where one is there already with other
+    content, none.
+    """
+    ReconcileThread: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ReconcileThreadRequest, _admin_service_pb2.ReconcileThreadResponse]  # type: ignore[assignment]
+    """Compares the provider's copy of a thread with the transcript and brings it
+    into step. Ends ABORTED `TURN_IN_PROGRESS` where a turn has not ended.
+    """
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     """What the operators' commands ask of the process that owns an embedded
@@ -108,5 +164,81 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_service_pb2.ListErasuresResponse, _abc.Awaitable[_admin_service_pb2.ListErasuresResponse]]:
         """Lists the newest erasures of users, and what providers still have."""
+
+    @_abc_1.abstractmethod
+    def ListThreads(
+        self,
+        request: _admin_service_pb2.ListThreadsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_service_pb2.ListThreadsResponse, _abc.Awaitable[_admin_service_pb2.ListThreadsResponse]]:
+        """Lists threads, the newest first: ids, states, times and counts, and nothing
+        that anybody wrote.
+        """
+
+    @_abc_1.abstractmethod
+    def GetThread(
+        self,
+        request: _admin_service_pb2.GetThreadRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_service_pb2.GetThreadResponse, _abc.Awaitable[_admin_service_pb2.GetThreadResponse]]:
+        """Tells the same of one thread. Ends NOT_FOUND `THREAD_NOT_FOUND`."""
+
+    @_abc_1.abstractmethod
+    def UnlockThread(
+        self,
+        request: _admin_service_pb2.UnlockThreadRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_service_pb2.UnlockThreadResponse, _abc.Awaitable[_admin_service_pb2.UnlockThreadResponse]]:
+        """Ends all that has not ended in a thread in which nothing goes on, and has the
+        provider's copy looked at before the next reply. Ends ABORTED
+        `TURN_IN_PROGRESS` where a living process is at work on it.
+        """
+
+    @_abc_1.abstractmethod
+    def ListTurns(
+        self,
+        request: _admin_service_pb2.ListTurnsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_service_pb2.ListTurnsResponse, _abc.Awaitable[_admin_service_pb2.ListTurnsResponse]]:
+        """Lists turns that have not ended, the oldest first."""
+
+    @_abc_1.abstractmethod
+    def SettleTurn(
+        self,
+        request: _admin_service_pb2.SettleTurnRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_service_pb2.SettleTurnResponse, _abc.Awaitable[_admin_service_pb2.SettleTurnResponse]]:
+        """Ends a turn `INTERRUPTED` and keeps its partial text; one that has ended
+        stays as it is. Ends ABORTED `TURN_IN_PROGRESS` where a living process is at
+        work on it, or on the one that it waits for.
+        """
+
+    @_abc_1.abstractmethod
+    def ListAgentVersions(
+        self,
+        request: _admin_service_pb2.ListAgentVersionsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_service_pb2.ListAgentVersionsResponse, _abc.Awaitable[_admin_service_pb2.ListAgentVersionsResponse]]:
+        """Lists the agent versions on record."""
+
+    @_abc_1.abstractmethod
+    def PublishAgents(
+        self,
+        request: _admin_service_pb2.PublishAgentsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_service_pb2.PublishAgentsResponse, _abc.Awaitable[_admin_service_pb2.PublishAgentsResponse]]:
+        """Puts agent versions on record, all or, where one is there already with other
+        content, none.
+        """
+
+    @_abc_1.abstractmethod
+    def ReconcileThread(
+        self,
+        request: _admin_service_pb2.ReconcileThreadRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_service_pb2.ReconcileThreadResponse, _abc.Awaitable[_admin_service_pb2.ReconcileThreadResponse]]:
+        """Compares the provider's copy of a thread with the transcript and brings it
+        into step. Ends ABORTED `TURN_IN_PROGRESS` where a turn has not ended.
+        """
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
