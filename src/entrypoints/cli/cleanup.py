@@ -1,7 +1,6 @@
 """`vida-coach cleanup`."""
 
 import argparse
-import asyncio
 import json
 import sys
 from collections.abc import Callable
@@ -11,9 +10,8 @@ from entrypoints.cli.failure import TRY_LATER, USAGE, Failure, explained
 from entrypoints.cli.record import on_record
 
 if TYPE_CHECKING:
-    import grpc
-
     from core.use_cases.clean_up_threads import Cleanup, CleanupReport
+    from entrypoints.cli.record import Record
     from entrypoints.settings import Settings
 
 _ROLE = "cleanup"
@@ -122,39 +120,18 @@ def _clean_up(settings: "Settings", cleanup: "Cleanup", progress: Progress) -> "
     from entrypoints.ownership import DatabaseOwnedError
 
     try:
-        return on_record(
-            settings,
-            _ROLE,
-            lambda: asyncio.run(_run_here(settings, cleanup, progress)),
-            lambda channel: _ask_owner(channel, cleanup, progress),
-            alone=True,
-        )
+        return on_record(settings, _ROLE, lambda record: _run(record, cleanup, progress), alone=True)
     except DatabaseOwnedError as owned:
         if owned.role == _ROLE:
             raise CleanupRunning from owned
         raise
 
 
-async def _run_here(settings: "Settings", cleanup: "Cleanup", progress: Progress) -> "CleanupReport":
-    from entrypoints.container import opened
-
-    async def tell(expired: int, batches: int) -> None:
-        progress(expired, batches)
-
-    async with opened(settings) as container:
-        return await container.cleanup()(cleanup, tell)
-
-
-def _ask_owner(channel: "grpc.Channel", cleanup: "Cleanup", progress: Progress) -> "CleanupReport":
-    """Has the owner of the database run it."""
+async def _run(record: "Record", cleanup: "Cleanup", progress: Progress) -> "CleanupReport":
     from datetime import datetime
 
-    import grpc
-
-    from core.model.errors import CleanupRunning
     from core.use_cases.clean_up_threads import CleanupReport
     from entrypoints.grpc_api.gen.vidacoach.admin.v1 import admin_service_pb2 as api
-    from entrypoints.grpc_api.gen.vidacoach.admin.v1.admin_service_pb2_grpc import AdminServiceStub
     from entrypoints.grpc_api.gen.vidacoach.agents.v1 import resources_pb2 as pb
     from entrypoints.grpc_api.mapping import DOMAINS
 
@@ -165,22 +142,19 @@ def _ask_owner(channel: "grpc.Channel", cleanup: "Cleanup", progress: Progress) 
         dry_run=cleanup.dry_run,
         domain=DOMAINS[cleanup.domain] if cleanup.domain else pb.DOMAIN_UNSPECIFIED,
     )
-    try:
-        for response in AdminServiceStub(channel).Cleanup(request):
-            if response.HasField("report"):
-                report = response.report
-                return CleanupReport(
-                    cutoff=datetime.fromisoformat(report.cutoff),
-                    dry_run=report.dry_run,
-                    expired=report.expired,
-                    deleted=report.deleted,
-                    held=report.held,
-                    batches=report.batches,
-                    seconds=report.seconds,
-                )
+    report = None
+    async for response in record.admin.Cleanup(request):
+        if response.HasField("report"):
+            report = response.report
+        else:
             progress(response.progress.expired, response.progress.batches)
-    except grpc.RpcError as error:
-        if error.code() is grpc.StatusCode.ABORTED:
-            raise CleanupRunning from error
-        raise
-    raise AssertionError("a cleanup ends with its report")
+    assert report is not None  # a cleanup ends with it
+    return CleanupReport(
+        cutoff=datetime.fromisoformat(report.cutoff),
+        dry_run=report.dry_run,
+        expired=report.expired,
+        deleted=report.deleted,
+        held=report.held,
+        batches=report.batches,
+        seconds=report.seconds,
+    )

@@ -1,7 +1,6 @@
 """`vida-coach usage`."""
 
 import argparse
-import asyncio
 import json
 from collections.abc import Sequence
 from datetime import date
@@ -11,10 +10,8 @@ from entrypoints.cli.failure import USAGE, Failure, explained
 from entrypoints.cli.record import on_record
 
 if TYPE_CHECKING:
-    import grpc
-
     from core.use_cases.report_usage import ReportLine, ReportQuery, UsageReport
-    from entrypoints.settings import Settings
+    from entrypoints.cli.record import Record
 
 _DIMENSIONS = ("user", "agent", "model", "day")
 _NUMBERS = ("turns", "input", "cached", "written", "output", "reasoning", "cost")
@@ -84,12 +81,7 @@ def run(options: argparse.Namespace) -> int:
         )
         try:
             query.check()
-            report = on_record(
-                settings,
-                "usage",
-                lambda: asyncio.run(_report(settings, query)),
-                lambda channel: _ask(channel, query),
-            )
+            report = on_record(settings, "usage", lambda record: _report(record, query))
         except InvalidField as error:
             raise Failure(f"--{error.field} {error.problem}", USAGE) from error
     if options.format == "json":
@@ -99,24 +91,14 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-async def _report(settings: "Settings", query: "ReportQuery") -> "UsageReport":
-    from entrypoints.container import opened
-
-    async with opened(settings) as container:
-        report: UsageReport = await container.report_usage()(query)
-        return report
-
-
-def _ask(channel: "grpc.Channel", query: "ReportQuery") -> "UsageReport":
-    """Has the owner of the database add it up."""
+async def _report(record: "Record", query: "ReportQuery") -> "UsageReport":
     from core.use_cases.report_usage import UsageReport
     from entrypoints.grpc_api import mapping
-    from entrypoints.grpc_api.gen.vidacoach.admin.v1.admin_service_pb2_grpc import AdminServiceStub
 
     lines: list[ReportLine] = []
     since = until = date.min
     currency = ""
-    for response in AdminServiceStub(channel).ReportUsage(mapping.to_report_request(query)):
+    async for response in record.admin.ReportUsage(mapping.to_report_request(query)):
         since, until = date.fromisoformat(response.since_day), date.fromisoformat(response.until_day)
         currency = response.currency
         lines += map(mapping.report_line_of, response.lines)

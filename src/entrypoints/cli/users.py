@@ -1,16 +1,16 @@
 """`vida-coach users`."""
 
 import argparse
-import asyncio
 import json
 import sys
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
 from entrypoints.cli.failure import USAGE, Failure, explained
+from entrypoints.cli.record import on_record
 
 if TYPE_CHECKING:
-    from entrypoints.cli.office import Office
+    from entrypoints.cli.record import Record
 
 _ERASURES = "newest first; what providers still have is deleted by the running service"
 
@@ -62,26 +62,23 @@ def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
 
 
 def _command(
-    work: "Callable[[Office, argparse.Namespace], Coroutine[Any, Any, None]]",
+    work: "Callable[[Record, argparse.Namespace], Coroutine[Any, Any, None]]",
 ) -> Callable[[argparse.Namespace], int]:
-    """A command that does some work in the office, and explains what goes wrong there."""
+    """A command that does some work on the record, and explains what goes wrong there."""
 
     def run(options: argparse.Namespace) -> int:
         with explained():
             from core.model.errors import InvalidField, LegalHold
-            from entrypoints.cli.office import open_office
+            from core.model.user import check_user_id
             from entrypoints.observability import set_up_logging
             from entrypoints.settings import load_settings
 
             settings = load_settings()
             set_up_logging(settings)
-
-            async def run_there() -> None:
-                async with open_office(settings) as office:
-                    await work(office, options)
-
             try:
-                asyncio.run(run_there())
+                if "user" in options:
+                    check_user_id(options.user)
+                on_record(settings, "users", lambda record: work(record, options))
             except InvalidField as error:
                 raise Failure(f"ID {error.problem}", USAGE) from error
             except LegalHold as error:
@@ -91,15 +88,20 @@ def _command(
     return run
 
 
-async def _export(office: "Office", options: argparse.Namespace) -> None:
+async def _export(record: "Record", options: argparse.Namespace) -> None:
     from google.protobuf.json_format import MessageToJson
 
-    async for piece in office.export(options.user):
+    from entrypoints.grpc_api.gen.vidacoach.agents.v1 import user_service_pb2 as api
+
+    async for piece in record.users.ExportUserData(api.ExportUserDataRequest(user_id=options.user)):
         sys.stdout.write(MessageToJson(piece, indent=None, preserving_proto_field_name=True) + "\n")
 
 
-async def _erase(office: "Office", options: argparse.Namespace) -> None:
-    receipt = await office.erase(options.user, dry_run=options.dry_run)
+async def _erase(record: "Record", options: argparse.Namespace) -> None:
+    from entrypoints.grpc_api.gen.vidacoach.agents.v1 import user_service_pb2 as api
+
+    request = api.EraseUserRequest(user_id=options.user, dry_run=options.dry_run)
+    receipt = (await record.users.EraseUser(request)).receipt
     if options.format == "json":
         print(json.dumps(_as_json(receipt)))
         return
@@ -108,18 +110,26 @@ async def _erase(office: "Office", options: argparse.Namespace) -> None:
     print(f"{verb} {counts}; {receipt.copies_left} objects at the provider to delete")
 
 
-async def _hold(office: "Office", options: argparse.Namespace) -> None:
-    await office.hold(options.user, hold=True)
+async def _set_hold(record: "Record", user_id: str, *, hold: bool) -> None:
+    from entrypoints.grpc_api.gen.vidacoach.admin.v1 import admin_service_pb2 as api
+
+    await record.admin.HoldUser(api.HoldUserRequest(user_id=user_id, hold=hold))
+
+
+async def _hold(record: "Record", options: argparse.Namespace) -> None:
+    await _set_hold(record, options.user, hold=True)
     print("held", file=sys.stderr)
 
 
-async def _release(office: "Office", options: argparse.Namespace) -> None:
-    await office.hold(options.user, hold=False)
+async def _release(record: "Record", options: argparse.Namespace) -> None:
+    await _set_hold(record, options.user, hold=False)
     print("released", file=sys.stderr)
 
 
-async def _erasures(office: "Office", options: argparse.Namespace) -> None:
-    found = await office.erasures()
+async def _erasures(record: "Record", options: argparse.Namespace) -> None:
+    from entrypoints.grpc_api.gen.vidacoach.admin.v1 import admin_service_pb2 as api
+
+    found = await record.admin.ListErasures(api.ListErasuresRequest())
     if options.format == "json":
         report = {
             "receipts": [_as_json(receipt) for receipt in found.receipts],
