@@ -25,7 +25,7 @@ from harness import DEADLINE, message
 COMMAND = [sys.executable, "-m", "entrypoints.cli.main"]
 THREADS = 100_000
 BUSY_EVERY = 100
-KEYS = {"cutoff", "dry_run", "expired", "deleted", "held", "batches", "seconds"}
+KEYS = {"cutoff", "dry_run", "expired", "deleted", "batches", "seconds"}
 
 
 @pytest.fixture

@@ -5,8 +5,23 @@ import os
 import sys
 from collections.abc import Sequence
 
-from entrypoints.cli import backup, chat, cleanup, doctor, migrate, serve, usage, users
+from entrypoints.cli import (
+    agents,
+    backup,
+    chat,
+    cleanup,
+    doctor,
+    migrate,
+    provider,
+    serve,
+    threads,
+    turns,
+    usage,
+    users,
+)
 from entrypoints.cli.failure import Failure
+
+_COMMANDS = (chat, serve, cleanup, users, usage, threads, turns, agents, provider, doctor, migrate, backup)
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -17,7 +32,7 @@ def command_line() -> argparse.ArgumentParser:
         epilog="With nothing configured, `vida-coach chat` talks to the practice coach: no key, no network.",
     )
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (chat, serve, cleanup, users, usage, doctor, migrate, backup):
+    for command in _COMMANDS:
         command.add(subparsers)
     return parser
 
