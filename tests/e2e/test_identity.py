@@ -104,6 +104,14 @@ FOR_OPERATORS: dict[str, Build] = {
     "AdminService/HoldUser": lambda *_: admin_api.HoldUserRequest(user_id="somebody", hold=True),
     "AdminService/ListErasures": lambda *_: admin_api.ListErasuresRequest(),
     "AdminService/ReportUsage": lambda *_: admin_api.ReportUsageRequest(by=["user"]),
+    "AdminService/ListThreads": lambda *_: admin_api.ListThreadsRequest(),
+    "AdminService/GetThread": lambda _, of: admin_api.GetThreadRequest(thread_id=of.thread_id),
+    "AdminService/UnlockThread": lambda _, of: admin_api.UnlockThreadRequest(thread_id=of.thread_id, force=True),
+    "AdminService/ListTurns": lambda *_: admin_api.ListTurnsRequest(),
+    "AdminService/SettleTurn": lambda _, of: admin_api.SettleTurnRequest(turn_id=of.turn_id, force=True),
+    "AdminService/ListAgentVersions": lambda *_: admin_api.ListAgentVersionsRequest(),
+    "AdminService/PublishAgents": lambda *_: admin_api.PublishAgentsRequest(),
+    "AdminService/ReconcileThread": lambda _, of: admin_api.ReconcileThreadRequest(thread_id=of.thread_id),
 }
 ALL = {**ABOUT_SOMETHING, **ABOUT_A_USER, **ABOUT_NOBODY, **FOR_OPERATORS}
 

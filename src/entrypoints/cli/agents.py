@@ -49,8 +49,8 @@ def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
         "publish",
         help="put the catalog's versions on record",
         description="Puts every NEW version of the catalog on record, or none if one is CHANGED. A service does "
-        "so when it starts; done before, it can't fail to start because of that. Threads are pinned to a version by "
-        f"the service that begins them, by its own catalog. {_CATALOG}",
+        "so when it starts; done before, it can't fail to start because of that. Threads are pinned to a version "
+        f"by the service that begins them, by its own catalog. {_CATALOG}",
         epilog=EXIT_CODES,
     )
     add_dry_run(publish)

@@ -71,10 +71,7 @@ def command(work: Work, *, replying: bool = False) -> Callable[[argparse.Namespa
             except errors.InvalidField as error:
                 raise Failure(f"{error.field} {error.problem}", USAGE) from error
             except errors.TurnInProgress as error:
-                raise Failure(
-                    f"turn {error.turn_id} has not ended, and its process is alive: wait, or cancel it"
-                    + ("; --force takes it away" if "force" in options else "")
-                ) from error
+                raise Failure(_busy(error.turn_id, may_force="force" in options)) from error
             except errors.ProviderUnavailable as error:
                 raise Failure(
                     "the provider can't be asked now: see the log, or try `vida-coach doctor`"
@@ -83,3 +80,9 @@ def command(work: Work, *, replying: bool = False) -> Callable[[argparse.Namespa
                 raise Failure(error.message) from error
 
     return run
+
+
+def _busy(turn_id: str, *, may_force: bool) -> str:
+    if may_force:
+        return f"a living process is at work on turn {turn_id}: wait, or cancel it; --force takes it away"
+    return f"turn {turn_id} has not ended, or began meanwhile: try again later, and see `vida-coach turns list`"
