@@ -3,10 +3,12 @@
 from collections.abc import AsyncGenerator
 from dataclasses import replace
 from datetime import timedelta
+from typing import TYPE_CHECKING, cast
 
 import pytest
 
 from adapters.system import Ids
+from adapters.telemetry.agent import MeasuredAgent
 from core.model.agent import Domain
 from core.model.errors import InvalidField, ProviderUnavailable, ThreadNotFound, TurnInProgress, TurnNotFound
 from core.model.events import TextDelta, TurnStarted
@@ -22,6 +24,9 @@ from core.use_cases.reconcile_thread import Action, ReconcileThread
 from core.use_cases.settle_turn import SettleTurn
 from doubles import CATALOG, ScriptedAgent, definition
 from records import IDS, NOW, a_line, a_thread, a_turn, request
+
+if TYPE_CHECKING:
+    from adapters.telemetry.moments import Moments
 
 BUDGET, LEASE = 100.0, 10.0
 
@@ -419,6 +424,13 @@ async def test_a_turn_that_begins_meanwhile_leaves_the_copy_in_doubt(record: Sto
         with pytest.raises(TurnInProgress):
             await ReconcileThread(record, lambda: agent)(thread.id)
         assert len(agent.asked) == 1
+
+
+async def test_a_measured_agent_reconciles_too(record: Store) -> None:
+    thread = await at_rest(record)
+    agent = MeasuredAgent(KeepingAgent(CopyFound(Standing.GONE), StateChanged(OTHER)), cast("Moments", None))
+    done = await ReconcileThread(record, lambda: agent)(thread.id)
+    assert (done.action, await copy_of(record, thread)) == (Action.REBUILT, OTHER)
 
 
 async def test_another_providers_copy_is_not_looked_at(record: Store) -> None:

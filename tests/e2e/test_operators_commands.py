@@ -2,12 +2,15 @@
 
 import asyncio
 import json
+import subprocess
+import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 from adapters.catalog.loader import SHIPPED
@@ -19,8 +22,9 @@ from doubles import DONE, Gate, ScriptedAgent
 from entrypoints.cli.main import main
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import resources_pb2 as pb
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import thread_service_pb2 as threads_api
+from entrypoints.grpc_api.gen.vidacoach.agents.v1.agent_service_pb2_grpc import AgentServiceStub
 from fake_provider import Answer, FakeProvider, HttpError, Text
-from harness import Client, served, text_of
+from harness import DEADLINE, Client, message, served, text_of
 from openai_thread import words
 from records import IDS, a_line, a_thread, a_turn, request
 
@@ -320,6 +324,11 @@ async def test_a_copy_is_brought_into_step(run: Run, provider: FakeProvider, bes
         assert (code, output) == (0, "found: the provider does not know it any more\nit was rebuilt\n")
         (rebuilt,) = provider.conversations.values()
         assert words(rebuilt.items) == whole
+        # So much that is not on record is not taken out piece by piece.
+        rebuilt.items.extend({**rebuilt.items[0], "id": f"msg_{number}"} for number in range(21))
+        assert await standing(thread_id) == ("UNKNOWN", 0, 0, 0, "REBUILT", False)
+        (_, rebuilt) = provider.conversations.values()
+        assert words(rebuilt.items) == whole
         assert await standing(thread_id) == in_step
         copy = (await as_json(run, "threads", "show", thread_id))["copy"]
         assert copy == {
@@ -331,6 +340,7 @@ async def test_a_copy_is_brought_into_step(run: Run, provider: FakeProvider, bes
         }
         assert (await as_json(run, "threads", "unlock", thread_id))["copy_doubted"] is True
         assert (await as_json(run, "threads", "show", thread_id))["copy"]["doubted"] is True
+        del rebuilt.items[2:]
         provider.refusals["items"].append(HttpError(status=500))
         code, output, errors = await run("provider", "reconcile", thread_id)
         assert (code, output) == (1, "")
@@ -346,6 +356,22 @@ async def test_a_copy_is_brought_into_step(run: Run, provider: FakeProvider, bes
             await story(thread_id)
     if not beside:
         await story(thread_id)
+
+
+@pytest.mark.parametrize("mode", ["response_chain", "stateless"])
+async def test_a_mode_that_says_what_is_missing_has_nothing_to_reconcile(
+    run: Run, provider: FakeProvider, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_STATE", mode)
+    async with served() as client:
+        thread_id = (await client.chat("Hello"))[0].event.started.thread_id
+    found = await as_json(run, "provider", "reconcile", thread_id)
+    assert (found["found"], found["action"]) == ("NO_COPY", "NOTHING")
+    copy = (await as_json(run, "threads", "show", thread_id))["copy"]
+    if mode == "stateless":
+        assert copy is None
+    else:
+        assert (copy["mode"], copy["doubted"], copy["lines_behind"]) == ("response_chain", False, 0)
 
 
 async def test_there_is_nothing_to_reconcile_with_the_practice_coach(run: Run) -> None:
@@ -402,3 +428,45 @@ def test_wrong_usage_exits_2(arguments: tuple[str, ...]) -> None:
     with pytest.raises(SystemExit) as error:
         main(arguments)
     assert error.value.code == 2
+
+
+@pytest.fixture
+def killed(monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
+    """A thread and a turn of it whose process was killed in the middle of the reply."""
+    monkeypatch.setenv("VIDA_PRACTICE_WORDS_PER_SECOND", "5")
+    monkeypatch.setenv("VIDA_LEASE", "600")
+    serve = [sys.executable, "-m", "entrypoints.cli.main", "serve", "--listen", "127.0.0.1:0"]
+    with subprocess.Popen(serve, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
+        assert server.stdout is not None
+        address = server.stdout.readline().removeprefix("listening on ").strip()
+        with grpc.insecure_channel(address) as channel:
+            events = AgentServiceStub(channel).Chat(message("I want a new job"), timeout=DEADLINE)
+            started = next(events).event.started
+            while not next(events).event.HasField("text_delta"):
+                """What comes before the text."""
+            server.kill()
+    return started.thread_id, started.turn_id
+
+
+async def test_a_turn_whose_process_was_killed_can_be_ended_by_hand(
+    run: Run, killed: tuple[str, str], database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    thread_id, turn_id = killed
+    (turn,) = (await as_json(run, "turns", "list"))["turns"]
+    assert (turn["turn_id"], turn["state"], turn["claimed_at"] is None) == (turn_id, "running", False)
+    if database_url.startswith("sqlite"):
+        # Whoever has the file's lock knows that nobody else is alive.
+        assert turn["owner_alive"] is False
+        settled = await as_json(run, "turns", "settle", turn_id)
+    else:
+        assert turn["owner_alive"] is True  # its lease is not over
+        assert (await run("turns", "settle", turn_id))[0] == 1
+        settled = await as_json(run, "turns", "settle", turn_id, "--force")
+    assert (settled["state"], settled["reason"], settled["has_reply"]) == ("incomplete", "INTERRUPTED", True)
+    monkeypatch.setenv("VIDA_PRACTICE_WORDS_PER_SECOND", "0")
+    async with served() as client:
+        events = await client.follow(turn_id)
+        assert text_of(events)
+        assert events[-1].finished.turn.error.reason == "INTERRUPTED"
+        after = await client.chat("And now?", thread_id=thread_id)
+        assert after[-1].event.finished.turn.state == pb.TURN_STATE_COMPLETED

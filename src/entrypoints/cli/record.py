@@ -195,6 +195,8 @@ class _CallOwner:
 
 def _meaning(error: "grpc.RpcError") -> Exception:
     """What the owner's refusal is to whoever runs a command."""
+    import grpc
+
     from core.model import errors
     from entrypoints.client import ServiceError
 
@@ -214,4 +216,6 @@ def _meaning(error: "grpc.RpcError") -> Exception:
     ):
         if found.reason == known.reason:
             return known()
+    if found.code is grpc.StatusCode.UNAVAILABLE and not found.reason:
+        return Failure("the owner of the database has left in the middle: try again, and see what is done")
     return Failure(f"the owner of the database could not do it: {found}")
