@@ -319,6 +319,8 @@ async def test_a_catalog_is_compared_with_the_record_and_published_whole(record:
     await publish([same, new, unheard])
     assert await ids() == ["career-v1", "general-v1", "health-v2", "health-v1", "relationship-v1", "unheard-v1"]
     assert [one.outcome for one in await publish([new])] == [Outcome.UNCHANGED]
+    (newer,) = await publish([replace(new, version=3, model="larger")], dry_run=True)
+    assert (newer.outcome, newer.compared_with, newer.fields) == (Outcome.NEW, new, ("version", "model"))
     with pytest.raises(InvalidField):
         await publish([same] * (MAX_DEFINITIONS + 1))
 

@@ -111,13 +111,14 @@ class Oversee:
 
         def read(tx: Transaction) -> Sequence[TurnFacts]:
             now = tx.now()
+            size = _PAGE if query.stuck else limit
             found: list[TurnFacts] = []
             after = ""
             while len(found) < limit:
-                page = tx.turns.open(query.user_id, after, _PAGE)
+                page = tx.turns.open(query.user_id, after, size)
                 facts = [self._turn(tx, turn, now) for turn in page]
                 found += [each for each in facts if each.stuck or not query.stuck]
-                if len(page) < _PAGE:
+                if len(page) < size:
                     break
                 after = page[-1].id
             return found[:limit]
