@@ -39,9 +39,9 @@ class Reconciled:
 class ReconcileThread:
     """Compares, and repairs or rebuilds, while nothing goes on in the thread.
 
-    From the beginning to the end the copy is on record as doubted: whoever crashes here leaves a copy that is looked
-    at before it is used. A turn that begins meanwhile is noticed and TurnInProgress raised; if it was still at work
-    then, lines may stand in the copy twice until it is reconciled again.
+    From the beginning to the end the copy is on record as doubted: whoever crashes here leaves a copy that is
+    looked at before it is used. A turn that begins meanwhile is noticed and TurnInProgress raised; if it was still
+    at work then, lines may stand in the copy twice until it is reconciled again.
     """
 
     def __init__(self, store: Store, agent: Callable[[], Agent]) -> None:
