@@ -18,6 +18,7 @@ LONG = {
     "test_nobody_waits_for_slow_readers",
     "test_what_was_acknowledged_before_a_backup_is_in_it",
     "test_what_turns_take_is_given_back",
+    "test_kills_behind_a_channel_that_shares_out_its_calls",
     "test_kills_behind_a_proxy",
     "test_a_proxy_sends_nothing_to_a_replica_that_drains",
 }
