@@ -4,9 +4,7 @@ import asyncio
 import base64
 import io
 import json
-import logging
 import sqlite3
-import sys
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import closing
 from itertools import count
@@ -28,10 +26,9 @@ from entrypoints.grpc_api.gen.vidacoach.agents.v1 import resources_pb2 as pb
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import thread_service_pb2 as threads_api
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import user_service_pb2 as users_api
 from entrypoints.grpc_api.services import users
-from entrypoints.observability import set_up_logging
-from entrypoints.settings import load_settings
 from fake_provider import Answer, Break, Call, FakeProvider, Gate, HttpError, Text
 from harness import DEADLINE, Client, message, reason, rest_of, served, until
+from loud import loud_logging
 from samples import PNG, photo
 
 USER = "kanarienvogel-user-ada"
@@ -78,21 +75,8 @@ async def provider(database_url: str, monkeypatch: pytest.MonkeyPatch) -> AsyncI
 @pytest.fixture
 def log(monkeypatch: pytest.MonkeyPatch, provider: FakeProvider) -> Iterator[io.StringIO]:
     """What the service's own logging writes at its most talkative."""
-    monkeypatch.setenv("VIDA_LOG_LEVEL", "debug")
-    written = io.StringIO()
-    monkeypatch.setattr(sys, "stderr", written)
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    levels = {name: logging.getLogger(name).level for name in list(root.manager.loggerDict)}
-    root.handlers.clear()
-    set_up_logging(load_settings())
-    try:
+    with loud_logging(monkeypatch) as written:
         yield written
-    finally:
-        root.handlers[:] = handlers
-        root.setLevel(level)
-        for name in list(root.manager.loggerDict):
-            logging.getLogger(name).setLevel(levels.get(name, logging.NOTSET))
 
 
 def rows(url: str) -> bytes:
@@ -356,6 +340,14 @@ async def test_an_export_has_every_canary_and_nobody_elses(provider: FakeProvide
         assert photo(1_200_000) in images.values()
         assert pieces[0].user.id == USER
         assert await exported(client, "nobody") == []
+        # What was deleted is still in the ledger, and so in the export.
+        ended = sum(piece.usage.turns for piece in pieces)
+        assert ended >= 3
+        for thread in [piece.thread.id for piece in pieces if piece.HasField("thread")]:
+            await client.threads.DeleteThread(threads_api.DeleteThreadRequest(user_id=USER, thread_id=thread))
+        left = await exported(client)
+        assert not any(piece.HasField("thread") for piece in left)
+        assert sum(piece.usage.turns for piece in left) >= ended
 
 
 async def test_exports_are_bounded_and_nobody_holds_one_for_ever(

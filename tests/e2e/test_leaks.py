@@ -4,7 +4,6 @@ told of errors."""
 import io
 import json
 import logging
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -26,10 +25,9 @@ from doubles import DONE, Gate, NotedTools, ScriptedAgent, Step
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import agent_service_pb2 as api
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import resources_pb2 as pb
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import thread_service_pb2 as threads_api
-from entrypoints.observability import set_up_logging
-from entrypoints.settings import load_settings
 from fake_provider import Answer, Break, Call, FakeProvider, HttpError, Text
 from harness import DEADLINE, Client, detail, message, reason, served
+from loud import loud_logging
 
 CANARY = "kanarienvogel"
 MARK = "a line that must be seen"
@@ -63,28 +61,13 @@ class Outlets:
 def out(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, database_url: str) -> Iterator[Outlets]:
     """What is said at the most talkative."""
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", f"authorization={CANARY}-collector")
-    monkeypatch.setenv("VIDA_LOG_LEVEL", "debug")
     monkeypatch.setenv("VIDA_LOG_FORMAT", request.param)
     monkeypatch.setenv("VIDA_DATABASE_URL", database_url)
-    written = io.StringIO()
-    monkeypatch.setattr(sys, "stderr", written)
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    levels = {name: logging.getLogger(name).level for name in list(root.manager.loggerDict)}
-    # pytest's own handlers would format records first, and closing them is not ours to do.
-    root.handlers.clear()
-    set_up_logging(load_settings())
-    monkeypatch.setenv("OPENAI_LOG", "debug")
-    setup_openai_logging()  # which sets a level of its own
-    try:
-        with Collector() as collector:
-            monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.url)
-            yield Outlets(written, collector)
-    finally:
-        root.handlers[:] = handlers
-        root.setLevel(level)
-        for name in list(root.manager.loggerDict):
-            logging.getLogger(name).setLevel(levels.get(name, logging.NOTSET))
+    with loud_logging(monkeypatch) as written, Collector() as collector:
+        monkeypatch.setenv("OPENAI_LOG", "debug")
+        setup_openai_logging()  # which sets a level of its own
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.url)
+        yield Outlets(written, collector)
 
 
 def told(error: grpc.aio.AioRpcError) -> str:

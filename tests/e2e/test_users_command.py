@@ -40,8 +40,9 @@ async def the_whole_story(capsys: pytest.CaptureFixture[str]) -> None:
     code, output, _ = await command(capsys, "export", "ada")
     pieces = [json.loads(line) for line in output.splitlines()]
     assert code == 0
-    assert [next(iter(piece)) for piece in pieces] == ["user", "thread", "turn", "message", "message"]
+    assert [next(iter(piece)) for piece in pieces] == ["user", "thread", "turn", "message", "message", "usage"]
     assert pieces[3]["message"]["message"]["content"] == [{"text": "Remember me"}]
+    assert pieces[5]["usage"]["turns"] == "1"
 
     assert await command(capsys, "hold", "ada") == (0, "", "held\n")
     code, output, errors = await command(capsys, "erase", "ada")
@@ -67,7 +68,7 @@ async def test_beside_a_running_service(capsys: pytest.CaptureFixture[str]) -> N
         await client.chat("Remember me")
         await client.chat("Me too", "eve")
         await the_whole_story(capsys)
-        assert len((await command(capsys, "export", "eve"))[1].splitlines()) == 5
+        assert len((await command(capsys, "export", "eve"))[1].splitlines()) == 6
 
 
 async def test_alone(capsys: pytest.CaptureFixture[str]) -> None:

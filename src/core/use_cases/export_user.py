@@ -2,10 +2,12 @@
 
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 from functools import partial
 
 from core.model.attachment import FilePart, ImagePart, data_of, is_unread
 from core.model.goal import Goal
+from core.model.ledger import LedgerKey, LedgerLine
 from core.model.message import ContentPart, Message
 from core.model.thread import Thread
 from core.model.turn import Turn
@@ -38,7 +40,7 @@ class AttachmentPiece:
     data: bytes
 
 
-Exported = User | Goal | Thread | ExportedTurn | Message | AttachmentPiece
+Exported = User | Goal | Thread | ExportedTurn | Message | AttachmentPiece | LedgerLine
 """A piece of what is kept of a user."""
 
 
@@ -49,8 +51,8 @@ class ExportUser:
         self._store = store
 
     async def pieces(self, user_id: str) -> AsyncGenerator[Exported, None]:
-        """The user, goals, and each thread with its turns and messages; the bytes of images and files follow what
-        they are attached to, which is without them. Nothing at all for an unknown user.
+        """The user, goals, each thread with its turns and messages, and the lines of the ledger; the bytes of
+        images and files follow what they are attached to, which is without them. Nothing for an unknown user.
 
         What changes meanwhile is in the export as it was before or after; what was there all the time is complete.
         """
@@ -69,6 +71,11 @@ class ExportUser:
             (thread_id,) = ids
             async for piece in self._thread(user_id, thread_id):
                 yield piece
+        before: LedgerKey | None = None
+        while lines := await self._store.read(partial(_usage, user_id, before)):
+            for line in lines:
+                yield line
+            before = lines[-1].key
 
     async def _thread(self, user_id: str, thread_id: str) -> AsyncGenerator[Exported, None]:
         thread = await self._store.read(lambda tx: tx.threads.get(user_id, thread_id))
@@ -103,6 +110,10 @@ def _goals(user_id: str, after: str, tx: Transaction) -> Sequence[Goal]:
 
 def _next_thread(user_id: str, after: str, tx: Transaction) -> Sequence[str]:
     return tx.threads.ids_of(user_id, after, 1)
+
+
+def _usage(user_id: str, before: LedgerKey | None, tx: Transaction) -> Sequence[LedgerLine]:
+    return tx.ledger.of_user(user_id, date.min, date.max, before, _PAGE)
 
 
 def _question(turn_id: str, tx: Transaction) -> Message | None:

@@ -27,8 +27,8 @@ def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
     export = commands.add_parser(
         "export",
         help="print all that is kept of a user as JSON lines",
-        description="Prints the user, goals, threads, turns, messages and the bytes of images and files (base64), "
-        "one JSON object a line, as ExportUserData streams them. Prints nothing for an unknown user.",
+        description="Prints the user, goals, threads, turns, messages, the bytes of images and files (base64) and "
+        "usage, one JSON object a line, as ExportUserData streams them. Prints nothing for an unknown user.",
     )
     export.set_defaults(run=_command(_export))
     erase = commands.add_parser(

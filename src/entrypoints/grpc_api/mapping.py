@@ -406,6 +406,8 @@ def to_exported(piece: Exported) -> users_api.ExportUserDataResponse:
                 data=piece.data,
             )
             return users_api.ExportUserDataResponse(attachment=attachment)
+        case LedgerLine():
+            return users_api.ExportUserDataResponse(usage=to_daily_usage(piece))
         case _:
             assert_never(piece)
 

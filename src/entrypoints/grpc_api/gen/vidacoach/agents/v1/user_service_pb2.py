@@ -26,45 +26,45 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import resources_pb2 as vidacoach_dot_agents_dot_v1_dot_resources__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&vidacoach/agents/v1/user_service.proto\x12\x13vidacoach.agents.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a#vidacoach/agents/v1/resources.proto\"(\n\x15\x45xportUserDataRequest\x12\x0f\n\x07user_id\x18\x01 \x01(\t\"\xde\x02\n\x16\x45xportUserDataResponse\x12\x31\n\x04user\x18\x01 \x01(\x0b\x32!.vidacoach.agents.v1.ExportedUserH\x00\x12\x31\n\x04goal\x18\x02 \x01(\x0b\x32!.vidacoach.agents.v1.ExportedGoalH\x00\x12-\n\x06thread\x18\x03 \x01(\x0b\x32\x1b.vidacoach.agents.v1.ThreadH\x00\x12\x31\n\x04turn\x18\x04 \x01(\x0b\x32!.vidacoach.agents.v1.ExportedTurnH\x00\x12\x37\n\x07message\x18\x05 \x01(\x0b\x32$.vidacoach.agents.v1.ExportedMessageH\x00\x12:\n\nattachment\x18\x06 \x01(\x0b\x32$.vidacoach.agents.v1.AttachmentPieceH\x00\x42\x07\n\x05piece\"J\n\x0c\x45xportedUser\x12\n\n\x02id\x18\x01 \x01(\t\x12.\n\ncreated_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xa6\x01\n\x0c\x45xportedGoal\x12\n\n\x02id\x18\x01 \x01(\t\x12+\n\x06\x64omain\x18\x02 \x01(\x0e\x32\x1b.vidacoach.agents.v1.Domain\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x12\n\ncommitment\x18\x04 \x01(\t\x12\x0b\n\x03\x64ue\x18\x05 \x01(\t\x12.\n\ncreated_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"j\n\x0c\x45xportedTurn\x12\'\n\x04turn\x18\x01 \x01(\x0b\x32\x19.vidacoach.agents.v1.Turn\x12\x31\n\x07waiting\x18\x02 \x03(\x0b\x32 .vidacoach.agents.v1.ContentPart\"\xa8\x01\n\x0f\x45xportedMessage\x12-\n\x07message\x18\x01 \x01(\x0b\x32\x1c.vidacoach.agents.v1.Message\x12\x30\n\ttool_call\x18\x02 \x01(\x0b\x32\x1d.vidacoach.agents.v1.ToolCall\x12\x34\n\x0btool_result\x18\x03 \x01(\x0b\x32\x1f.vidacoach.agents.v1.ToolResult\"^\n\x0f\x41ttachmentPiece\x12\x0f\n\x07turn_id\x18\x01 \x01(\t\x12\x0e\n\x06number\x18\x02 \x01(\x05\x12\x0e\n\x06offset\x18\x03 \x01(\x03\x12\x0c\n\x04size\x18\x04 \x01(\x03\x12\x0c\n\x04\x64\x61ta\x18\x05 \x01(\x0c\"4\n\x10\x45raseUserRequest\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12\x0f\n\x07\x64ry_run\x18\x02 \x01(\x08\"I\n\x11\x45raseUserResponse\x12\x34\n\x07receipt\x18\x01 \x01(\x0b\x32#.vidacoach.agents.v1.ErasureReceipt\"\x8c\x02\n\x0e\x45rasureReceipt\x12\n\n\x02id\x18\x01 \x01(\t\x12\x11\n\tuser_hash\x18\x02 \x01(\t\x12\x30\n\x05state\x18\x03 \x01(\x0e\x32!.vidacoach.agents.v1.ErasureState\x12\x30\n\x0crequested_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x66inished_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\x06\x65rased\x18\x06 \x01(\x0b\x32!.vidacoach.agents.v1.ErasedCounts\x12\x13\n\x0b\x63opies_left\x18\x07 \x01(\x03\"d\n\x0c\x45rasedCounts\x12\x0f\n\x07threads\x18\x01 \x01(\x03\x12\r\n\x05turns\x18\x02 \x01(\x03\x12\x10\n\x08messages\x18\x03 \x01(\x03\x12\x13\n\x0b\x61ttachments\x18\x04 \x01(\x03\x12\r\n\x05goals\x18\x05 \x01(\x03\"o\n\x0fGetUsageRequest\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12\x11\n\tsince_day\x18\x02 \x01(\t\x12\x11\n\tuntil_day\x18\x03 \x01(\t\x12\x11\n\tpage_size\x18\x04 \x01(\x05\x12\x12\n\npage_token\x18\x05 \x01(\t\"\x86\x01\n\x10GetUsageResponse\x12-\n\x04\x64\x61ys\x18\x01 \x03(\x0b\x32\x1f.vidacoach.agents.v1.DailyUsage\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12*\n\x06quotas\x18\x03 \x03(\x0b\x32\x1a.vidacoach.agents.v1.Quota\"\x8d\x01\n\nDailyUsage\x12\x0b\n\x03\x64\x61y\x18\x01 \x01(\t\x12\x10\n\x08\x61gent_id\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\r\n\x05turns\x18\x04 \x01(\x03\x12\x17\n\x0funmetered_turns\x18\x05 \x01(\x03\x12)\n\x05usage\x18\x06 \x01(\x0b\x32\x1a.vidacoach.agents.v1.Usage\"t\n\x05Quota\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05limit\x18\x02 \x01(\x03\x12\x0c\n\x04used\x18\x03 \x01(\x03\x12\x11\n\tremaining\x18\x04 \x01(\x03\x12-\n\tresets_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp*\x97\x01\n\x0c\x45rasureState\x12\x1d\n\x19\x45RASURE_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15\x45RASURE_STATE_RUNNING\x10\x01\x12\x16\n\x12\x45RASURE_STATE_HELD\x10\x02\x12\x1d\n\x19\x45RASURE_STATE_AT_PROVIDER\x10\x03\x12\x16\n\x12\x45RASURE_STATE_DONE\x10\x04\x32\xaf\x02\n\x0bUserService\x12k\n\x0e\x45xportUserData\x12*.vidacoach.agents.v1.ExportUserDataRequest\x1a+.vidacoach.agents.v1.ExportUserDataResponse0\x01\x12Z\n\tEraseUser\x12%.vidacoach.agents.v1.EraseUserRequest\x1a&.vidacoach.agents.v1.EraseUserResponse\x12W\n\x08GetUsage\x12$.vidacoach.agents.v1.GetUsageRequest\x1a%.vidacoach.agents.v1.GetUsageResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&vidacoach/agents/v1/user_service.proto\x12\x13vidacoach.agents.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a#vidacoach/agents/v1/resources.proto\"(\n\x15\x45xportUserDataRequest\x12\x0f\n\x07user_id\x18\x01 \x01(\t\"\x90\x03\n\x16\x45xportUserDataResponse\x12\x31\n\x04user\x18\x01 \x01(\x0b\x32!.vidacoach.agents.v1.ExportedUserH\x00\x12\x31\n\x04goal\x18\x02 \x01(\x0b\x32!.vidacoach.agents.v1.ExportedGoalH\x00\x12-\n\x06thread\x18\x03 \x01(\x0b\x32\x1b.vidacoach.agents.v1.ThreadH\x00\x12\x31\n\x04turn\x18\x04 \x01(\x0b\x32!.vidacoach.agents.v1.ExportedTurnH\x00\x12\x37\n\x07message\x18\x05 \x01(\x0b\x32$.vidacoach.agents.v1.ExportedMessageH\x00\x12:\n\nattachment\x18\x06 \x01(\x0b\x32$.vidacoach.agents.v1.AttachmentPieceH\x00\x12\x30\n\x05usage\x18\x07 \x01(\x0b\x32\x1f.vidacoach.agents.v1.DailyUsageH\x00\x42\x07\n\x05piece\"J\n\x0c\x45xportedUser\x12\n\n\x02id\x18\x01 \x01(\t\x12.\n\ncreated_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xa6\x01\n\x0c\x45xportedGoal\x12\n\n\x02id\x18\x01 \x01(\t\x12+\n\x06\x64omain\x18\x02 \x01(\x0e\x32\x1b.vidacoach.agents.v1.Domain\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x12\n\ncommitment\x18\x04 \x01(\t\x12\x0b\n\x03\x64ue\x18\x05 \x01(\t\x12.\n\ncreated_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"j\n\x0c\x45xportedTurn\x12\'\n\x04turn\x18\x01 \x01(\x0b\x32\x19.vidacoach.agents.v1.Turn\x12\x31\n\x07waiting\x18\x02 \x03(\x0b\x32 .vidacoach.agents.v1.ContentPart\"\xa8\x01\n\x0f\x45xportedMessage\x12-\n\x07message\x18\x01 \x01(\x0b\x32\x1c.vidacoach.agents.v1.Message\x12\x30\n\ttool_call\x18\x02 \x01(\x0b\x32\x1d.vidacoach.agents.v1.ToolCall\x12\x34\n\x0btool_result\x18\x03 \x01(\x0b\x32\x1f.vidacoach.agents.v1.ToolResult\"^\n\x0f\x41ttachmentPiece\x12\x0f\n\x07turn_id\x18\x01 \x01(\t\x12\x0e\n\x06number\x18\x02 \x01(\x05\x12\x0e\n\x06offset\x18\x03 \x01(\x03\x12\x0c\n\x04size\x18\x04 \x01(\x03\x12\x0c\n\x04\x64\x61ta\x18\x05 \x01(\x0c\"4\n\x10\x45raseUserRequest\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12\x0f\n\x07\x64ry_run\x18\x02 \x01(\x08\"I\n\x11\x45raseUserResponse\x12\x34\n\x07receipt\x18\x01 \x01(\x0b\x32#.vidacoach.agents.v1.ErasureReceipt\"\x8c\x02\n\x0e\x45rasureReceipt\x12\n\n\x02id\x18\x01 \x01(\t\x12\x11\n\tuser_hash\x18\x02 \x01(\t\x12\x30\n\x05state\x18\x03 \x01(\x0e\x32!.vidacoach.agents.v1.ErasureState\x12\x30\n\x0crequested_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x66inished_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\x06\x65rased\x18\x06 \x01(\x0b\x32!.vidacoach.agents.v1.ErasedCounts\x12\x13\n\x0b\x63opies_left\x18\x07 \x01(\x03\"d\n\x0c\x45rasedCounts\x12\x0f\n\x07threads\x18\x01 \x01(\x03\x12\r\n\x05turns\x18\x02 \x01(\x03\x12\x10\n\x08messages\x18\x03 \x01(\x03\x12\x13\n\x0b\x61ttachments\x18\x04 \x01(\x03\x12\r\n\x05goals\x18\x05 \x01(\x03\"o\n\x0fGetUsageRequest\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12\x11\n\tsince_day\x18\x02 \x01(\t\x12\x11\n\tuntil_day\x18\x03 \x01(\t\x12\x11\n\tpage_size\x18\x04 \x01(\x05\x12\x12\n\npage_token\x18\x05 \x01(\t\"\x86\x01\n\x10GetUsageResponse\x12-\n\x04\x64\x61ys\x18\x01 \x03(\x0b\x32\x1f.vidacoach.agents.v1.DailyUsage\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12*\n\x06quotas\x18\x03 \x03(\x0b\x32\x1a.vidacoach.agents.v1.Quota\"\x8d\x01\n\nDailyUsage\x12\x0b\n\x03\x64\x61y\x18\x01 \x01(\t\x12\x10\n\x08\x61gent_id\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\r\n\x05turns\x18\x04 \x01(\x03\x12\x17\n\x0funmetered_turns\x18\x05 \x01(\x03\x12)\n\x05usage\x18\x06 \x01(\x0b\x32\x1a.vidacoach.agents.v1.Usage\"t\n\x05Quota\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05limit\x18\x02 \x01(\x03\x12\x0c\n\x04used\x18\x03 \x01(\x03\x12\x11\n\tremaining\x18\x04 \x01(\x03\x12-\n\tresets_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp*\x97\x01\n\x0c\x45rasureState\x12\x1d\n\x19\x45RASURE_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15\x45RASURE_STATE_RUNNING\x10\x01\x12\x16\n\x12\x45RASURE_STATE_HELD\x10\x02\x12\x1d\n\x19\x45RASURE_STATE_AT_PROVIDER\x10\x03\x12\x16\n\x12\x45RASURE_STATE_DONE\x10\x04\x32\xaf\x02\n\x0bUserService\x12k\n\x0e\x45xportUserData\x12*.vidacoach.agents.v1.ExportUserDataRequest\x1a+.vidacoach.agents.v1.ExportUserDataResponse0\x01\x12Z\n\tEraseUser\x12%.vidacoach.agents.v1.EraseUserRequest\x1a&.vidacoach.agents.v1.EraseUserResponse\x12W\n\x08GetUsage\x12$.vidacoach.agents.v1.GetUsageRequest\x1a%.vidacoach.agents.v1.GetUsageResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'vidacoach.agents.v1.user_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ERASURESTATE']._serialized_start=2163
-  _globals['_ERASURESTATE']._serialized_end=2314
+  _globals['_ERASURESTATE']._serialized_start=2213
+  _globals['_ERASURESTATE']._serialized_end=2364
   _globals['_EXPORTUSERDATAREQUEST']._serialized_start=133
   _globals['_EXPORTUSERDATAREQUEST']._serialized_end=173
   _globals['_EXPORTUSERDATARESPONSE']._serialized_start=176
-  _globals['_EXPORTUSERDATARESPONSE']._serialized_end=526
-  _globals['_EXPORTEDUSER']._serialized_start=528
-  _globals['_EXPORTEDUSER']._serialized_end=602
-  _globals['_EXPORTEDGOAL']._serialized_start=605
-  _globals['_EXPORTEDGOAL']._serialized_end=771
-  _globals['_EXPORTEDTURN']._serialized_start=773
-  _globals['_EXPORTEDTURN']._serialized_end=879
-  _globals['_EXPORTEDMESSAGE']._serialized_start=882
-  _globals['_EXPORTEDMESSAGE']._serialized_end=1050
-  _globals['_ATTACHMENTPIECE']._serialized_start=1052
-  _globals['_ATTACHMENTPIECE']._serialized_end=1146
-  _globals['_ERASEUSERREQUEST']._serialized_start=1148
-  _globals['_ERASEUSERREQUEST']._serialized_end=1200
-  _globals['_ERASEUSERRESPONSE']._serialized_start=1202
-  _globals['_ERASEUSERRESPONSE']._serialized_end=1275
-  _globals['_ERASURERECEIPT']._serialized_start=1278
-  _globals['_ERASURERECEIPT']._serialized_end=1546
-  _globals['_ERASEDCOUNTS']._serialized_start=1548
-  _globals['_ERASEDCOUNTS']._serialized_end=1648
-  _globals['_GETUSAGEREQUEST']._serialized_start=1650
-  _globals['_GETUSAGEREQUEST']._serialized_end=1761
-  _globals['_GETUSAGERESPONSE']._serialized_start=1764
-  _globals['_GETUSAGERESPONSE']._serialized_end=1898
-  _globals['_DAILYUSAGE']._serialized_start=1901
-  _globals['_DAILYUSAGE']._serialized_end=2042
-  _globals['_QUOTA']._serialized_start=2044
-  _globals['_QUOTA']._serialized_end=2160
-  _globals['_USERSERVICE']._serialized_start=2317
-  _globals['_USERSERVICE']._serialized_end=2620
+  _globals['_EXPORTUSERDATARESPONSE']._serialized_end=576
+  _globals['_EXPORTEDUSER']._serialized_start=578
+  _globals['_EXPORTEDUSER']._serialized_end=652
+  _globals['_EXPORTEDGOAL']._serialized_start=655
+  _globals['_EXPORTEDGOAL']._serialized_end=821
+  _globals['_EXPORTEDTURN']._serialized_start=823
+  _globals['_EXPORTEDTURN']._serialized_end=929
+  _globals['_EXPORTEDMESSAGE']._serialized_start=932
+  _globals['_EXPORTEDMESSAGE']._serialized_end=1100
+  _globals['_ATTACHMENTPIECE']._serialized_start=1102
+  _globals['_ATTACHMENTPIECE']._serialized_end=1196
+  _globals['_ERASEUSERREQUEST']._serialized_start=1198
+  _globals['_ERASEUSERREQUEST']._serialized_end=1250
+  _globals['_ERASEUSERRESPONSE']._serialized_start=1252
+  _globals['_ERASEUSERRESPONSE']._serialized_end=1325
+  _globals['_ERASURERECEIPT']._serialized_start=1328
+  _globals['_ERASURERECEIPT']._serialized_end=1596
+  _globals['_ERASEDCOUNTS']._serialized_start=1598
+  _globals['_ERASEDCOUNTS']._serialized_end=1698
+  _globals['_GETUSAGEREQUEST']._serialized_start=1700
+  _globals['_GETUSAGEREQUEST']._serialized_end=1811
+  _globals['_GETUSAGERESPONSE']._serialized_start=1814
+  _globals['_GETUSAGERESPONSE']._serialized_end=1948
+  _globals['_DAILYUSAGE']._serialized_start=1951
+  _globals['_DAILYUSAGE']._serialized_end=2092
+  _globals['_QUOTA']._serialized_start=2094
+  _globals['_QUOTA']._serialized_end=2210
+  _globals['_USERSERVICE']._serialized_start=2367
+  _globals['_USERSERVICE']._serialized_end=2670
 # @@protoc_insertion_point(module_scope)

@@ -87,6 +87,7 @@ class ExportUserDataResponse(_message.Message):
     TURN_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
     ATTACHMENT_FIELD_NUMBER: _builtins.int
+    USAGE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def user(self) -> Global___ExportedUser:
         """The user. Sent first; nothing is sent for an unknown one."""
@@ -111,6 +112,10 @@ class ExportUserDataResponse(_message.Message):
     def attachment(self) -> Global___AttachmentPiece:
         """A piece of an image or a file."""
 
+    @_builtins.property
+    def usage(self) -> Global___DailyUsage:
+        """What turns have cost, threads that were deleted included."""
+
     def __init__(
         self,
         *,
@@ -120,12 +125,13 @@ class ExportUserDataResponse(_message.Message):
         turn: Global___ExportedTurn | None = ...,
         message: Global___ExportedMessage | None = ...,
         attachment: Global___AttachmentPiece | None = ...,
+        usage: Global___DailyUsage | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["attachment", b"attachment", "goal", b"goal", "message", b"message", "piece", b"piece", "thread", b"thread", "turn", b"turn", "user", b"user"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attachment", b"attachment", "goal", b"goal", "message", b"message", "piece", b"piece", "thread", b"thread", "turn", b"turn", "usage", b"usage", "user", b"user"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attachment", b"attachment", "goal", b"goal", "message", b"message", "piece", b"piece", "thread", b"thread", "turn", b"turn", "user", b"user"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attachment", b"attachment", "goal", b"goal", "message", b"message", "piece", b"piece", "thread", b"thread", "turn", b"turn", "usage", b"usage", "user", b"user"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_piece: _TypeAlias = _typing.Literal["user", "goal", "thread", "turn", "message", "attachment"]  # noqa: Y015
+    _WhichOneofReturnType_piece: _TypeAlias = _typing.Literal["user", "goal", "thread", "turn", "message", "attachment", "usage"]  # noqa: Y015
     _WhichOneofArgType_piece: _TypeAlias = _typing.Literal["piece", b"piece"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_piece) -> _WhichOneofReturnType_piece | None: ...
 

@@ -59,8 +59,8 @@ class UserServiceServicer:
     """
 
     def ExportUserData(self, request, context):
-        """Streams all that is kept of a user: the user, goals, and each thread with
-        its turns and messages. Every response is below 1 MiB; the bytes of images
+        """Streams all that is kept of a user: the user, goals, each thread with its
+        turns and messages, and the lines of the ledger. Every response is below 1 MiB; the bytes of images
         and files come in pieces behind what they are attached to.
 
         What changes meanwhile is in the export as it was before or after. At most two

@@ -36,8 +36,8 @@ class UserServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> UserServiceAsyncStub: ...
     ExportUserData: _grpc.UnaryStreamMultiCallable[_user_service_pb2.ExportUserDataRequest, _user_service_pb2.ExportUserDataResponse]
-    """Streams all that is kept of a user: the user, goals, and each thread with
-    its turns and messages. Every response is below 1 MiB; the bytes of images
+    """Streams all that is kept of a user: the user, goals, each thread with its
+    turns and messages, and the lines of the ledger. Every response is below 1 MiB; the bytes of images
     and files come in pieces behind what they are attached to.
 
     What changes meanwhile is in the export as it was before or after. At most two
@@ -78,8 +78,8 @@ class UserServiceAsyncStub(UserServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     ExportUserData: _aio.UnaryStreamMultiCallable[_user_service_pb2.ExportUserDataRequest, _user_service_pb2.ExportUserDataResponse]  # type: ignore[assignment]
-    """Streams all that is kept of a user: the user, goals, and each thread with
-    its turns and messages. Every response is below 1 MiB; the bytes of images
+    """Streams all that is kept of a user: the user, goals, each thread with its
+    turns and messages, and the lines of the ledger. Every response is below 1 MiB; the bytes of images
     and files come in pieces behind what they are attached to.
 
     What changes meanwhile is in the export as it was before or after. At most two
@@ -123,8 +123,8 @@ class UserServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _user_service_pb2.ExportUserDataRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_user_service_pb2.ExportUserDataResponse], _abc.AsyncIterator[_user_service_pb2.ExportUserDataResponse]]:
-        """Streams all that is kept of a user: the user, goals, and each thread with
-        its turns and messages. Every response is below 1 MiB; the bytes of images
+        """Streams all that is kept of a user: the user, goals, each thread with its
+        turns and messages, and the lines of the ledger. Every response is below 1 MiB; the bytes of images
         and files come in pieces behind what they are attached to.
 
         What changes meanwhile is in the export as it was before or after. At most two
