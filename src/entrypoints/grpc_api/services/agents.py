@@ -112,8 +112,10 @@ class AgentService(AgentServiceServicer):
             accepted = await self._accept(mapping.incoming_message(request, context.caller))
             on_turn(accepted.turn)
 
+            send = context.write  # looked up once, not for every piece
+
             async def write(entry: LogEntry) -> None:
-                await context.write(api.ChatResponse(event=mapping.to_event(entry), attached=accepted.attached))
+                await send(api.ChatResponse(event=mapping.to_event(entry), attached=accepted.attached))
 
             await self._streams.send(self._follow, accepted.turn.id, 0, write)
 
@@ -141,8 +143,10 @@ class AgentService(AgentServiceServicer):
         turn_id = mapping.id_of(request.turn_id, "turn_id")
         on_turn(await self._follow.find(request.user_id, turn_id, request.after_position))
 
+        send = context.write
+
         async def write(entry: LogEntry) -> None:
-            await context.write(api.FollowTurnResponse(event=mapping.to_event(entry)))
+            await send(api.FollowTurnResponse(event=mapping.to_event(entry)))
 
         with self._streams.place(request.user_id):
             await self._streams.send(self._follow, turn_id, request.after_position, write)
