@@ -28,7 +28,7 @@ from harness import DEADLINE, Client, message, served, text_of
 from openai_thread import words
 from records import IDS, a_line, a_thread, a_turn, request
 
-SECRET = "a-word-of-somebodys"
+PRIVATE_WORD = "a-word-of-somebodys"
 
 
 @pytest.fixture(autouse=True)
@@ -94,7 +94,7 @@ TURN_KEYS = {
 
 async def left_behind(client: Client) -> tuple[str, str]:
     """A thread and its turn whose process is gone: its text is on record, and nobody has claimed it for long."""
-    thread = a_thread("eve", agent_id="general-v1", title=SECRET, metadata={"key": SECRET})
+    thread = a_thread("eve", agent_id="general-v1", title=PRIVATE_WORD, metadata={"key": PRIVATE_WORD})
     turn = a_turn(thread)
 
     def fill(tx: Transaction) -> None:
@@ -103,8 +103,8 @@ async def left_behind(client: Client) -> tuple[str, str]:
         tx.threads.add(thread)
         tx.turns.add(turn, request("eve"), owner="gone")
         tx.log.begin(turn.id, [TurnStarted(turn.id, thread.id, turn.agent_id)])
-        tx.messages.append(thread.id, [a_line(turn, SECRET, Role.USER, created_at=now - timedelta(hours=1))])
-        tx.log.append([LogAppend(turn.id, turn.epoch, 1, (TextDelta(SECRET),))])
+        tx.messages.append(thread.id, [a_line(turn, PRIVATE_WORD, Role.USER, created_at=now - timedelta(hours=1))])
+        tx.log.append([LogAppend(turn.id, turn.epoch, 1, (TextDelta(PRIVATE_WORD),))])
 
     await client.container.store().write(fill)
     return thread.id, turn.id
@@ -184,7 +184,7 @@ def _age(tx: Transaction, turn_id: str) -> None:
 async def test_a_living_turn_is_left_alone_unless_forced(run: Run) -> None:
     gate = Gate()
     async with served(ScriptedAgent(["so far", gate, "too late", DONE])) as client:
-        at_work = asyncio.create_task(client.chat(SECRET))
+        at_work = asyncio.create_task(client.chat(PRIVATE_WORD))
         await gate.reached.wait()
         (turn,) = (await as_json(run, "turns", "list"))["turns"]
         assert (turn["state"], turn["owner_alive"], turn["stuck"]) == ("running", True, "")
@@ -208,13 +208,13 @@ async def test_a_living_turn_is_left_alone_unless_forced(run: Run) -> None:
 
 async def test_nothing_that_anybody_wrote_is_shown(run: Run) -> None:
     gate = Gate()
-    async with served(ScriptedAgent([SECRET, gate, DONE])) as client:
+    async with served(ScriptedAgent([PRIVATE_WORD, gate, DONE])) as client:
         thread_id, turn_id = await left_behind(client)
-        metadata = {"team": SECRET}
-        at_work = asyncio.create_task(client.chat(SECRET, metadata=metadata))
+        metadata = {"team": PRIVATE_WORD}
+        at_work = asyncio.create_task(client.chat(PRIVATE_WORD, metadata=metadata))
         await gate.reached.wait()
         own = (await as_json(run, "threads", "list", "--user", "ada"))["threads"][0]["thread_id"]
-        titled = pb.Thread(id=own, title=SECRET)
+        titled = pb.Thread(id=own, title=PRIVATE_WORD)
         update = threads_api.UpdateThreadRequest(user_id="ada", thread=titled)
         update.update_mask.paths.append("title")
         await client.threads.UpdateThread(update)
@@ -233,7 +233,7 @@ async def test_nothing_that_anybody_wrote_is_shown(run: Run) -> None:
                 assert code == 0, errors
                 shown.append(output + errors)
         assert own in shown[0]
-        assert not [text for text in shown if SECRET in text]
+        assert not [text for text in shown if PRIVATE_WORD in text]
         gate.open()
         await at_work
 
