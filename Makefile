@@ -6,7 +6,7 @@ BENCH_VENV := .bench-venv
 AUDIT_VENV := .audit-venv
 export PYTHONDONTWRITEBYTECODE := 1
 
-.PHONY: help chat test faults-small faults faults-kill faults-others faults-simulated soak bench bench-quick bench-gate audit check lint types proto proto-check fmt lock clean
+.PHONY: help chat test faults-small faults faults-kill faults-others faults-simulated faults-load soak bench bench-quick bench-gate audit check lint types proto proto-check fmt lock clean
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
@@ -32,17 +32,24 @@ test: $(VENV)/dev.stamp ## run the tests
 faults-small: $(VENV)/dev.stamp ## kill, freeze and cut everything, for about a quarter of an hour
 	@VIDA_TEST_SIZE=small $(BIN)/python -m pytest -q -s tests/faults tests/simulation tests/integration/test_openai_streams.py
 
-faults: faults-kill faults-others faults-simulated ## the same at the large size, for hours; with -j3 on two cores, for three
+faults: faults-kill faults-others faults-simulated ## the same at the large size, for hours; -j3 keeps two cores busy
+	@$(MAKE) faults-load
 
 # What is killed and cut in real time comes first; what is simulated takes what they leave of the processors.
 faults-kill: $(VENV)/dev.stamp
 	@VIDA_TEST_SIZE=large $(BIN)/python -m pytest -q -s tests/faults/test_kill.py
 
 faults-others: $(VENV)/dev.stamp
-	@VIDA_TEST_SIZE=large $(BIN)/python -m pytest -q -s tests/faults --ignore=tests/faults/test_kill.py
+	@VIDA_TEST_SIZE=large $(BIN)/python -m pytest -q -s \
+		$(filter-out tests/faults/test_kill.py $(LOAD_SUITES),$(wildcard tests/faults/test_*.py))
 
 faults-simulated: $(VENV)/dev.stamp
 	@VIDA_TEST_SIZE=large nice $(BIN)/python -m pytest -q -s tests/simulation tests/integration/test_openai_streams.py
+
+# These measure what others get while one takes all that there is: they need the machine to themselves.
+LOAD_SUITES := $(addprefix tests/faults/test_,backup.py hostile_clients.py load.py proxy.py soak.py)
+faults-load: $(VENV)/dev.stamp
+	@VIDA_TEST_SIZE=large $(BIN)/python -m pytest -q -s $(LOAD_SUITES)
 
 soak: $(VENV)/dev.stamp ## 100,000 turns, and what is left of them
 	@VIDA_TEST_SIZE=large $(BIN)/python -m pytest -q -s tests/faults/test_soak.py
