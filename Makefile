@@ -26,8 +26,8 @@ $(VENV)/dev.stamp: $(VENV)/run.stamp requirements-dev.lock
 chat: $(VENV)/run.stamp ## talk to a coach; with piped lines, answer each
 	@$(BIN)/vida-coach chat
 
-test: $(VENV)/dev.stamp ## run the tests
-	@$(BIN)/python -m pytest
+test: $(VENV)/dev.stamp ## run the tests, two at a time
+	@$(BIN)/python -m pytest -n 2 --dist worksteal
 
 faults-small: $(VENV)/dev.stamp ## kill, freeze and cut everything, for about a quarter of an hour
 	@VIDA_TEST_SIZE=small $(BIN)/python -m pytest -q -s tests/faults tests/simulation tests/integration/test_openai_streams.py
