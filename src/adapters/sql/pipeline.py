@@ -44,6 +44,7 @@ class Pipeline(Driver):
     def begin(self, sql: str) -> None:
         self.answered = self._failed = False
         self._send(sql)
+        self._server.flush()  # it holds nothing by this, and is awake when the rest comes
 
     def run(self, sql: str, values: Values = ()) -> None:
         self._send(sql, values)

@@ -33,13 +33,13 @@ _NOW = Statement(select(func.clock_timestamp(type_=UtcDateTime).label("now")))
 class Session:
     """A connection: opened when it is needed, kept while it works, dropped when it does not. For one thread.
 
-    `changed` takes the ids of turns that the transaction changes. `hopeful` is a transaction that may count on
-    what is almost always so, and fail by a violation where it is not: it is run again without hope.
+    `changed` takes the ids of turns that the transaction changes. A change may count on what is almost always so
+    where the session is `hopeful`, and says that it has by `hoped`: if it fails it is run again without hope.
     """
 
     def __init__(self, engine: Engine, begin: str, clock: Clock) -> None:
         self.changed: set[str] = set()
-        self.hopeful = False
+        self.hopeful = self.hoped = False
         self.dialect = engine.dialect
         self.is_server = engine.dialect.name == "postgresql"
         self._engine = engine

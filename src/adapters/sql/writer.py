@@ -42,6 +42,7 @@ class Job:
     result: Any = None
     error: BaseException | None = None
     again: bool = False
+    hoped: bool = False
     since: float = field(default_factory=time.monotonic)
     pause: float = _FIRST_PAUSE
 
@@ -245,9 +246,9 @@ class Writer:
     def _run(self, group: list[Job]) -> None:
         """Runs jobs to their answers.
 
-        One that collided is run again, alone. One that needs what another process holds is tried again later:
-        nothing waits for a lock, as everything behind would wait with it, and groups that wait for each other's
-        locks would wait for ever.
+        One that collided, or hoped in vain, is run again, alone. One that needs what another process holds is
+        tried again later: nothing waits for a lock, as everything behind would wait with it, and groups that wait
+        for each other's locks would wait for ever.
         """
         while group:
             if self.given_up:
@@ -276,7 +277,7 @@ class Writer:
 
     def _run_again(self, job: Job) -> None:
         tries = 1
-        while job.again and isinstance(job.error, Conflict) and tries < _MAX_TRIES:
+        while job.again and (job.hoped or isinstance(job.error, Conflict)) and tries < _MAX_TRIES:
             tries += 1
             self._attempt([job], hopeful=False)
         now = time.monotonic()
@@ -326,6 +327,7 @@ class Writer:
         makes sure that a change behind which others come has hidden no error.
         """
         assert job.change is not None
+        self._session.hoped = False
         try:
             if bare:
                 job.result = job.change(self._transaction)
@@ -338,6 +340,8 @@ class Writer:
             job.error, job.again = translated(error), collided(error) or is_held(error)
         except BaseException as error:  # noqa: BLE001 - belongs to whoever submitted the change, not to the writer
             job.error = error
+        finally:
+            job.hoped = self._session.hoped
         if bare and job.error is not None:
             raise _RollbackError
 

@@ -192,7 +192,7 @@ class AcceptMessage:
             caller=message.caller,
             user_id=message.user_id,
             request_id=message.request_id,
-            fingerprint=message.fingerprint(),
+            fingerprint=message.fingerprint() if message.request_id else "",
         )
         if earlier := self._earlier(tx, request):
             return _Recorded(turn=earlier, attached=True)

@@ -60,9 +60,7 @@ _ADD_IF_OPEN = Statement(
     insert(t.turn_log).from_select(_COLUMNS, select(_turn.id, _position, *_rest).where(_is_it, _is_open))
 )
 
-# Not FOR UPDATE: that would collide with whoever only adds a row that refers to the turn.
-_if_free = select(_turn.id).where(_is_it).with_for_update(key_share=True, skip_locked=True)
-_moved_one = _move_on.where(_turn.id == _if_free.scalar_subquery()).returning(_turn.id).cte("moved_one")
+_moved_one = _move_on.where(_is_it).returning(_turn.id).cte("moved_one")
 # Nobody waits to hear that it was taken: if it was not, this divides by zero. A row that breaks a rule of its
 # table would fail as well, and stand in the server's log as a whole.
 _taken = select(func.count()).select_from(_moved_one).scalar_subquery()
@@ -72,7 +70,8 @@ _MOVE_ON_OR_FAIL = Statement(
     )
 )
 
-# The same for a whole group in one statement, and without waiting for a lock: PostgreSQL.
+# The same for a whole group in one statement, and without waiting for a lock: PostgreSQL. To look first whether a
+# row is free costs as much as all the rest.
 _ids = bindparam("ids", type_=ARRAY(String))
 _sets = (
     func.unnest(
@@ -99,6 +98,7 @@ _free = (
     select(_turn.id)
     .where(_turn.id == any_(_ids))
     .order_by(_turn.id)
+    # Not FOR UPDATE: that would collide with whoever only adds a row that refers to the turn.
     .with_for_update(key_share=True, skip_locked=True)
     .cte("free")
 )
@@ -145,6 +145,7 @@ class TurnLog(Repository, turns.TurnLog):
         if not self._session.is_server:
             appended = self._append_alone(batch)
         elif len(batch) == 1 and self._session.hopeful:
+            self._session.hoped = True
             self._session.run(_MOVE_ON_OR_FAIL, _append_values(batch[0]))
             appended = Appended(frozenset({batch[0].turn_id}))
         else:
