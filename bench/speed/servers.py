@@ -9,7 +9,7 @@ import socket
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from speed.upstream import MODEL, ROOT, Upstream
 
 ENVIRONMENT = {"PYTHONPATH": os.pathsep.join([str(ROOT / "bench"), str(ROOT / "tests")])}
 PRODUCT = "vida-coach"
+SERVE = (str(Path(sys.executable).with_name("vida-coach")), "serve", "--listen", "127.0.0.1:0")
 MAX_TURNS = 9_000
 _LITELLM = f"""\
 model_list:
@@ -77,9 +78,12 @@ Start = Callable[[Surroundings], contextlib.AbstractContextManager[Server]]
 
 
 @contextlib.contextmanager
-def product(surroundings: Surroundings) -> Iterator[Server]:
+def product(
+    surroundings: Surroundings, command: Sequence[str] = SERVE, more: Mapping[str, str] = {}
+) -> Iterator[Server]:
     """`vida-coach serve` with OpenAI's conversations, its record on the disk."""
     environment = {
+        **more,
         "OPENAI_BASE_URL": surroundings.upstream.base_url,
         "VIDA_DATABASE_URL": surroundings.database or f"sqlite:///{surroundings.folder / 'record.db'}",
         "VIDA_LOG_LEVEL": "error",
@@ -87,7 +91,6 @@ def product(surroundings: Surroundings) -> Iterator[Server]:
         "VIDA_MAX_TURNS": str(MAX_TURNS),
         "VIDA_TURN_BUDGET": "3600",
     }
-    command = [str(Path(sys.executable).with_name("vida-coach")), "serve", "--listen", "127.0.0.1:0"]
     with started(PRODUCT, command, surroundings.cores, environment) as process:
         yield Server(PRODUCT, "grpc", _listening(process), process)
 
