@@ -209,22 +209,23 @@ class RecoverTurns:
         def change(tx: Transaction) -> ClaimedTurn | Ended | None:
             return claim_turn(tx, self._ids, turn.id, self._engine.claimant, why, has_place=refusal is None)
 
-        try:
-            outcome = await self._store.write(change)
-        except StoreBusy:
-            _log.debug("turn %s is held by somebody else", turn.id)  # at the next look it may be free
-        except StoreUnavailable:
-            raise
-        except Exception:  # noqa: BLE001 - one broken turn must not keep the others waiting
-            _log.exception("turn %s can't be claimed", turn.id)
-            await self._give_up(turn, why)
-        finally:
-            if refusal is None and not isinstance(outcome, ClaimedTurn):
-                self._engine.release(turn.user_id)
-        if isinstance(outcome, ClaimedTurn):
-            _log.info("turn %s: attempt %d begins here", turn.id, outcome.turn.attempt)
-            self._engine.run(outcome)
-        elif outcome is not None:
+        with self._engine.expecting(turn.id):
+            try:
+                outcome = await self._store.write(change)
+            except StoreBusy:
+                _log.debug("turn %s is held by somebody else", turn.id)  # at the next look it may be free
+            except StoreUnavailable:
+                raise
+            except Exception:  # noqa: BLE001 - one broken turn must not keep the others waiting
+                _log.exception("turn %s can't be claimed", turn.id)
+                await self._give_up(turn, why)
+            finally:
+                if refusal is None and not isinstance(outcome, ClaimedTurn):
+                    self._engine.release(turn.user_id)
+            if isinstance(outcome, ClaimedTurn):
+                _log.info("turn %s: attempt %d begins here", turn.id, outcome.turn.attempt)
+                self._engine.run(outcome)
+        if isinstance(outcome, Ended):
             _log.warning("turn %s was left by its process: %s", turn.id, outcome.turn.reason)
             self._feeds.tell(turn.id)
             self._engine.ended(outcome)

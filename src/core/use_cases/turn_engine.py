@@ -86,6 +86,7 @@ class TurnEngine:
         self._running: dict[str, _Run] = {}
         self._decided: dict[tuple[str, int], _Decided] = {}
         self._expected: set[str] = set()
+        self._too_late: set[str] = set()
         self._aside: set[asyncio.Task[None]] = set()
         self._places = Places(limits.max_turns, limits.max_turns_per_user)
         self._leased_until = math.inf
@@ -148,15 +149,16 @@ class TurnEngine:
 
     @contextmanager
     def expecting(self, turn_id: str) -> Iterator[None]:
-        """Says that a turn is being accepted: it may be on record before it runs."""
+        """Says that a turn is being accepted or claimed: it may be on record, and end, before it runs."""
         self._expected.add(turn_id)
         try:
             yield
         finally:
             self._expected.discard(turn_id)
+            self._too_late.discard(turn_id)
 
     def knows(self, turn_id: str) -> bool:
-        """Whether a turn runs here or is being accepted here."""
+        """Whether a turn runs here or is being accepted or claimed here."""
         return turn_id in self._running or turn_id in self._expected
 
     @property
@@ -180,8 +182,11 @@ class TurnEngine:
             await self._leased.wait()
 
     def run(self, claimed: ClaimedTurn) -> None:
-        """Runs a turn in the background, in the place reserved for it."""
+        """Runs a turn in the background, in the place reserved for it; what has ended meanwhile gives it back."""
         turn = claimed.turn
+        if turn.id in self._too_late:
+            self.release(turn.user_id)
+            return
         if earlier := self._running.get(turn.id):
             # A claim of a turn that still runs here: the older epoch can write nothing, and is stopped.
             earlier.task.cancel()
@@ -210,6 +215,8 @@ class TurnEngine:
         """Stops work on a turn that somebody else has ended or claimed; followers go on from the store."""
         self._feeds.drop(turn_id)
         self._feeds.tell(turn_id)
+        if turn_id in self._expected:
+            self._too_late.add(turn_id)
         if run := self._running.get(turn_id):
             run.task.cancel()
 
