@@ -16,16 +16,13 @@ from adapters.sql.fiber import apart
 from adapters.sql.store import SqlStore
 from adapters.system import Ids
 from core.model.errors import StoreBusy, TurnInProgress, TurnNotFound
-from core.model.events import TextDelta
 from core.model.message import Role, TextPart
 from core.model.turn import BusyPolicy, TurnState
 from core.ports.store import Transaction
 from core.ports.threads import NewMessage
-from core.ports.turns import Appended, LogAppend
 from core.use_cases.turn_engine import TurnLimits
-from doubles import CATALOG, DONE, Gate, ManualClock, ScriptedAgent, service
+from doubles import DONE, Gate, ManualClock, ScriptedAgent, service
 from harness import until
-from records import a_thread, a_turn, request
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -128,36 +125,6 @@ async def test_one_turn_that_stays_locked_keeps_no_other_from_being_taken_over(
                 assert (await stores[1].read(partial(_find, stuck))).epoch == 1
                 holder.rollback()
                 await other.events(stuck)
-
-
-@pytest.mark.parametrize("beside", [0, 1], ids=["alone", "beside another"])
-async def test_an_append_to_what_is_held_is_told_so_and_holds_up_nobody(
-    postgres_url: str, clock: ManualClock, beside: int
-) -> None:
-    store = SqlStore(postgres_url, clock)
-    thread, other = a_thread(agent_id=CATALOG.agents()[0].id), a_thread(agent_id=CATALOG.agents()[0].id)
-    turns = [a_turn(thread), a_turn(other)]
-
-    def record(tx: Transaction) -> None:
-        tx.agents.publish(CATALOG.agents()[0])
-        tx.users.ensure(thread.user_id, NOW)
-        for of, turn in zip((thread, other), turns, strict=True):
-            tx.threads.add(of)
-            tx.turns.add(turn, request(), owner="somebody")
-
-    batch = [LogAppend(turn.id, 1, 1, (TextDelta("abc"),)) for turn in turns[: 1 + beside]]
-    held, free = turns[0].id, frozenset(turn.id for turn in turns[1 : 1 + beside])
-    try:
-        await store.write(record)
-        with psycopg.connect(postgres_url) as holder:
-            holder.execute("SELECT id FROM turns WHERE id = %s FOR UPDATE", (held,))
-            told = await store.write(lambda tx: tx.log.append(batch))
-            assert told == Appended(free, frozenset({held}))
-            holder.rollback()
-        assert await store.write(lambda tx: tx.log.append(batch[:1])) == Appended(frozenset({held}))
-        assert (await store.read(partial(_find, held))).last_position == 4
-    finally:
-        await store.aclose()
 
 
 def _find(turn_id: str, tx: Transaction):  # type: ignore[no-untyped-def] # a test's own

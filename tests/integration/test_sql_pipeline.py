@@ -16,7 +16,7 @@ from adapters.sql.pipeline import Pipeline
 from adapters.sql.store import SqlStore
 from core.model.agent import Domain
 from core.model.errors import StoreUnavailable
-from core.model.events import TextDelta
+from core.model.events import TextDelta, TurnStarted
 from core.model.goal import Goal
 from core.model.message import Role
 from core.model.thread import Thread
@@ -314,6 +314,7 @@ async def test_the_way_of_a_change_to_the_server_and_back_is_short(
         tx.about_now()
         adding(THREAD)(tx)
         tx.turns.add(TURN, request(), owner="me")
+        tx.log.begin(TURN.id, [TurnStarted(TURN.id, "one", TURN.agent_id)])
         tx.messages.begin("one", a_line(TURN))
 
     monkeypatch.setattr(Pipeline, "_receive", counted)

@@ -12,6 +12,7 @@ from typing import Any
 import psycopg
 import pytest
 
+from adapters.sql.engines import SESSION_SETTINGS
 from adapters.sql.fiber import apart
 from adapters.sql.store import SqlStore
 from adapters.sql.tables import metadata
@@ -74,6 +75,12 @@ def held(url: str, lock: str, *parameters: object) -> Iterator[psycopg.Connectio
         other.rollback()
 
 
+def waiting(url: str) -> int:
+    """How many wait for a lock."""
+    with psycopg.connect(url) as watch:
+        return int((watch.execute(b"SELECT count(*) FROM pg_locks WHERE NOT granted").fetchone() or [0])[0])
+
+
 # The log
 
 
@@ -87,6 +94,7 @@ async def test_an_append_waits_for_no_lock(postgres_url: str, clock: ManualClock
         batch += [LogAppend(lost.id, 9, 1, TEXT), LogAppend(IDS.new(), 1, 1, TEXT)]
         with held(postgres_url, lock, busy.id):
             assert await append(store, *batch) == Appended(frozenset({free.id}), frozenset({busy.id}))
+            assert await append(store, batch[1]) == Appended(frozenset(), frozenset({busy.id}))
         assert await append(store, LogAppend(busy.id, 1, 1, TEXT)) == Appended(frozenset({busy.id}))
         assert len(await store.read(lambda tx: tx.log.read(lost.id))) == 1
 
@@ -132,12 +140,52 @@ async def test_a_turn_is_locked_behind_its_thread(postgres_url: str, clock: Manu
         thread, turn = await begun(store)
         with held(postgres_url, "SELECT 1 FROM assistant_threads WHERE id = %s FOR UPDATE", thread.id) as other:
             locking = asyncio.create_task(store.write(lambda tx: tx.turns.lock(turn.id)))
-            with psycopg.connect(postgres_url, autocommit=True) as watch:
-                waiting = b"SELECT count(*) FROM pg_locks WHERE NOT granted"
-                await until(lambda: (watch.execute(waiting).fetchone() or [0])[0] == 1)
+            await until(lambda: waiting(postgres_url) == 1)
             other.execute(b"SELECT 1 FROM turns WHERE id = %s FOR UPDATE NOWAIT", [turn.id])
             other.rollback()
             assert await locking == turn
+
+
+@pytest.mark.parametrize("alone", [True, False])
+async def test_whoever_takes_a_turn_sees_what_was_appended_until_then(
+    postgres_url: str, clock: ManualClock, monkeypatch: pytest.MonkeyPatch, *, alone: bool
+) -> None:
+    """An append changes no row of the turn: the lock alone keeps it and a claim apart."""
+    monkeypatch.setitem(SESSION_SETTINGS, "lock_timeout", "60000")
+    async with processes(postgres_url, clock, clock) as (owner, other):
+        turns = [(await begun(owner))[1] for _ in range(1 if alone else 2)]
+        turn = turns[0]
+        batch = [LogAppend(each.id, 1, 1, TEXT) for each in turns]
+        inside, leave = threading.Event(), threading.Event()
+
+        def appending(tx: Transaction) -> Appended:
+            appended = tx.log.append(batch)
+            tx.now()  # has it done
+            inside.set()
+            assert apart(lambda: leave.wait(60))
+            return appended
+
+        owning = asyncio.create_task(owner.write(appending))
+        await until(inside.is_set)
+        locking = asyncio.create_task(other.write(lambda tx: tx.turns.lock(turn.id)))
+        await until(lambda: waiting(postgres_url) == 1)
+        leave.set()
+        assert turn.id in (await owning).accepted
+        assert await locking == replace(turn, last_position=4)
+
+
+async def test_an_append_that_meets_a_claim_is_refused_by_it(
+    postgres_url: str, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SESSION_SETTINGS, "lock_timeout", "60000")
+    async with processes(postgres_url, clock) as (store,):
+        _, turn = await begun(store)
+        with held(postgres_url, "UPDATE turns SET epoch = 2 WHERE id = %s RETURNING 1", turn.id) as claim:
+            appending = asyncio.create_task(append(store, LogAppend(turn.id, 1, 1, TEXT)))
+            await until(lambda: waiting(postgres_url) == 1)
+            claim.commit()
+            assert await appending == Appended(frozenset())
+        assert [entry.position for entry in await store.read(lambda tx: tx.log.read(turn.id))] == [1]
 
 
 # Leases

@@ -137,6 +137,7 @@ class LeaseColumns(TypedColumns):
 
 class TurnColumns(TypedColumns):
     """Turns. A write to a running turn is conditional on `epoch`. `owner` is empty where nobody has claimed it.
+    `last_position` is the log's where the turn has ended; until then the log itself tells.
 
     `place` orders the turns that wait in a thread. `waiting` is the id and the content of a user message that
     is not in the transcript yet. `continuation` names a round that the provider writes by itself: its handle, the

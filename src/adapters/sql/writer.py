@@ -339,7 +339,7 @@ class Writer:
                 raise  # takes the whole group down: nothing of it is committed
             job.error, job.again = translated(error), collided(error) or is_held(error)
         except BaseException as error:  # noqa: BLE001 - belongs to whoever submitted the change, not to the writer
-            job.error = error
+            job.error, job.again = error, self._session.hoped and isinstance(error, Conflict)
         finally:
             job.hoped = self._session.hoped
         if bare and job.error is not None:

@@ -6,10 +6,10 @@ from typing import Any
 from sqlalchemy import (
     ARRAY,
     BigInteger,
+    ColumnElement,
     Integer,
     String,
     Text,
-    and_,
     any_,
     bindparam,
     column,
@@ -30,6 +30,7 @@ from adapters.sql.statement import Statement
 from core.model.events import LogEntry, TurnEvent, TurnFinished, attempt_of, extent, place
 from core.model.events import after as events_after
 from core.ports import turns
+from core.ports.store import Conflict
 from core.ports.turns import Appended, LogAppend
 
 _c = t.turn_log.c
@@ -45,29 +46,33 @@ _READ = Statement(
 )
 _DELETE = Statement(delete(t.turn_log).where(_c.turn_id == bindparam("of_turn")))
 
-# The fence: one who may add to the log's end.
-_is_open = and_(_turn.epoch == bindparam("of_epoch"), _turn.last_position == bindparam("start"), _is_running)
+# The fence: who may add to the log's end. The turn is his, and what he adds is what comes next. The turn's own row
+# is only looked at; on a server it is locked meanwhile against whoever would claim or end it.
+_it = bindparam("of_turn", type_=_turn.id.type)
 _position = bindparam("position", type_=BigInteger)
-_rest = (bindparam("start", type_=BigInteger), bindparam("events", type_=Text))
-_is_it = _turn.id == bindparam("of_turn")
-_move_on = (
-    update(t.turns)
-    .where(_is_open)
-    .values(last_position=_position, attempt=func.coalesce(bindparam("new_attempt", type_=Integer), _turn.attempt))
-)
-_MOVE_ON = Statement(_move_on.where(_is_it))
-_ADD_IF_OPEN = Statement(
-    insert(t.turn_log).from_select(_COLUMNS, select(_turn.id, _position, *_rest).where(_is_it, _is_open))
-)
+_start = bindparam("start", type_=BigInteger)
+_events = bindparam("events", type_=Text)
 
-_moved_one = _move_on.where(_is_it).returning(_turn.id).cte("moved_one")
+
+def _ends_at(turn_id: ColumnElement[str], start: ColumnElement[int]) -> ColumnElement[bool]:
+    return select(func.max(_c.position)).where(_c.turn_id == turn_id).scalar_subquery() == start
+
+
+_open = select(_turn.id).where(
+    _turn.id == _it, _turn.epoch == bindparam("of_epoch"), _is_running, _ends_at(_it, _start)
+)
+_ADD_IF_OPEN = Statement(insert(t.turn_log).from_select(_COLUMNS, _open.add_columns(_position, _start, _events)))
+_kept_open = _open.with_for_update(read=True).cte("open")
 # Nobody waits to hear that it was taken: if it was not, this divides by zero. A row that breaks a rule of its
 # table would fail as well, and stand in the server's log as a whole.
-_taken = select(func.count()).select_from(_moved_one).scalar_subquery()
-_MOVE_ON_OR_FAIL = Statement(
+_taken = select(func.count()).select_from(_kept_open).scalar_subquery()
+_ADD_OR_FAIL = Statement(
     insert(t.turn_log).from_select(
-        _COLUMNS, select(select(_moved_one.c.id).scalar_subquery(), _position // _taken, *_rest)
+        _COLUMNS, select(select(_kept_open.c.id).scalar_subquery(), _position // _taken, _start, _events)
     )
+)
+_BEGIN_ATTEMPT = Statement(
+    update(t.turns).where(_turn.id == _it).values(attempt=bindparam("new_attempt", type_=Integer))
 )
 
 # The same for a whole group in one statement, and without waiting for a lock: PostgreSQL. To look first whether a
@@ -79,7 +84,6 @@ _sets = (
         bindparam("epochs", type_=ARRAY(Integer)),
         bindparam("starts", type_=ARRAY(BigInteger)),
         bindparam("positions", type_=ARRAY(BigInteger)),
-        bindparam("attempts", type_=ARRAY(Integer)),
         bindparam("events", type_=ARRAY(Text)),
     )
     .table_valued(
@@ -87,7 +91,6 @@ _sets = (
         column("epoch", Integer),
         column("start", BigInteger),
         column("position", BigInteger),
-        column("attempt", Integer),
         column("events", Text),
         name="sets",
     )
@@ -95,41 +98,33 @@ _sets = (
 )
 _batch = select(_sets).cte("batch")
 _free = (
-    select(_turn.id)
+    select(_turn.id, _turn.epoch, _turn.state)
     .where(_turn.id == any_(_ids))
     .order_by(_turn.id)
-    # Not FOR UPDATE: that would collide with whoever only adds a row that refers to the turn.
-    .with_for_update(key_share=True, skip_locked=True)
+    .with_for_update(read=True, skip_locked=True)
     .cte("free")
-)
-_moved = (
-    update(t.turns)
-    .where(
-        _turn.id == _free.c.id,
-        _turn.id == _batch.c.turn_id,
-        _turn.epoch == _batch.c.epoch,
-        _turn.last_position == _batch.c.start,
-        _is_running,
-    )
-    .values(last_position=_batch.c.position, attempt=func.coalesce(_batch.c.attempt, _turn.attempt))
-    .returning(_turn.id)
-    .cte("moved")
 )
 _logged = (
     insert(t.turn_log)
     .from_select(
         _COLUMNS,
-        select(_batch.c.turn_id, _batch.c.position, _batch.c.start, _batch.c.events).join(
-            _moved, _moved.c.id == _batch.c.turn_id
+        select(_batch.c.turn_id, _batch.c.position, _batch.c.start, _batch.c.events)
+        .join(_free, _free.c.id == _batch.c.turn_id)
+        .where(
+            _free.c.epoch == _batch.c.epoch,
+            _free.c.state == literal_column("'running'", String),
+            _ends_at(_batch.c.turn_id, _batch.c.start),
         ),
     )
+    .returning(_c.turn_id)
     .cte("logged")
 )
 _APPEND = Statement(
-    select(_turn.id, _moved.c.id.is_not(None).label("is_in"), _free.c.id.is_not(None).label("is_free"))
-    .select_from(t.turns.outerjoin(_moved, _moved.c.id == _turn.id).outerjoin(_free, _free.c.id == _turn.id))
+    select(_turn.id, _logged.c.turn_id.is_not(None).label("is_in"), _free.c.id.is_not(None).label("is_free"))
+    .select_from(
+        t.turns.outerjoin(_logged, _logged.c.turn_id == _turn.id).outerjoin(_free, _free.c.id == _turn.id)
+    )
     .where(_turn.id == any_(_ids))
-    .add_cte(_logged)
 )
 
 
@@ -142,19 +137,22 @@ class TurnLog(Repository, turns.TurnLog):
     def append(self, batch: Sequence[LogAppend]) -> Appended:
         if not batch:
             return Appended(frozenset())
+        values = [_append_values(append) for append in batch]
         if not self._session.is_server:
-            appended = self._append_alone(batch)
+            appended = self._append_alone(values)
         elif len(batch) == 1 and self._session.hopeful:
             self._session.hoped = True
-            self._session.run(_MOVE_ON_OR_FAIL, _append_values(batch[0]))
+            self._session.run(_ADD_OR_FAIL, values[0])
             appended = Appended(frozenset({batch[0].turn_id}))
         else:
-            appended = self._append_to_free(batch)
+            appended = self._append_to_free(values)
+        for append in batch:
+            if append.turn_id in appended.accepted and (attempt := attempt_of(append.events)) is not None:
+                self._session.run(_BEGIN_ATTEMPT, {"of_turn": append.turn_id, "new_attempt": attempt})
         self._session.changed.update(appended.accepted)
         return appended
 
-    def _append_to_free(self, batch: Sequence[LogAppend]) -> Appended:
-        values = [_append_values(append) for append in batch]
+    def _append_to_free(self, values: Sequence[dict[str, Any]]) -> Appended:
         found = self._session.rows(
             _APPEND,
             {
@@ -162,7 +160,6 @@ class TurnLog(Repository, turns.TurnLog):
                 "epochs": [each["of_epoch"] for each in values],
                 "starts": [each["start"] for each in values],
                 "positions": [each["position"] for each in values],
-                "attempts": [each["new_attempt"] for each in values],
                 "events": [each["events"] for each in values],
             },
         )
@@ -171,14 +168,16 @@ class TurnLog(Repository, turns.TurnLog):
             frozenset(turn_id for turn_id, _, is_free in found if not is_free),
         )
 
-    def _append_alone(self, batch: Sequence[LogAppend]) -> Appended:
-        """For a writer that has the whole database: nobody is busy, and nothing changes between two statements."""
-        values = [_append_values(append) for append in batch]
-        if self._session.count_each(_ADD_IF_OPEN, values) == len(values):
-            self._session.count_each(_MOVE_ON, values)
-            return Appended(frozenset(append.turn_id for append in batch))
-        # Whose events are in tells the same condition once more.
-        return Appended(frozenset(each["of_turn"] for each in values if self._session.count(_MOVE_ON, each)))
+    def _append_alone(self, values: Sequence[dict[str, Any]]) -> Appended:
+        """For a writer that has the whole database: nobody is busy."""
+        if not self._session.hopeful:
+            return Appended(
+                frozenset(each["of_turn"] for each in values if self._session.count(_ADD_IF_OPEN, each))
+            )
+        self._session.hoped = True
+        if self._session.count_each(_ADD_IF_OPEN, values) != len(values):
+            raise Conflict
+        return Appended(frozenset(each["of_turn"] for each in values))
 
     def read(self, turn_id: str, after: int = 0) -> Sequence[LogEntry]:
         rows = self._session.rows(_READ, {"of_turn": turn_id, "behind": after})
@@ -211,6 +210,5 @@ def _append_values(append: LogAppend) -> dict[str, Any]:
         "of_epoch": append.epoch,
         "start": append.position,
         "position": append.position + sum(map(extent, append.events)),
-        "new_attempt": attempt_of(append.events),
         "events": m.dump_events(append.events),
     }

@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 
-from sqlalchemy import Integer, String, and_, bindparam, exists, func, insert, literal_column, select, update
+from sqlalchemy import Integer, String, and_, bindparam, case, exists, func, insert, literal_column, select, update
 
 from adapters.sql import mapping as m
 from adapters.sql import tables as t
@@ -30,17 +30,21 @@ _owner = bindparam("of_owner", type_=_c.owner.type)
 _now = bindparam("now", type_=UtcDateTime)
 _limit = bindparam("limit", type_=Integer)
 
-_one = select(t.turns).where(_c.id == _turn_id)
+# Where a turn stands that has not ended, its log alone tells: an append writes no other row.
+_in_log = select(func.max(t.turn_log.c.position)).where(t.turn_log.c.turn_id == _c.id).scalar_subquery()
+_stands_at = case((unfinished(_c.state), func.coalesce(_in_log, _c.last_position)), else_=_c.last_position)
+_turns = select(*(column for column in _c if column is not _c.last_position), _stands_at.label("last_position"))
+_one = _turns.where(_c.id == _turn_id)
 _FIND = Statement(_one)
 _GET = Statement(_one.where(_c.user_id == bindparam("of_user")))
-_LOCK = Statement(_one.with_for_update())
+_LOCK = Statement(select(_c.id).where(_c.id == _turn_id).with_for_update())
 _LOCK_THREAD = Statement(
     select(t.threads.c.id)
     .where(t.threads.c.id == select(_c.thread_id).where(_c.id == _turn_id).scalar_subquery())
     .with_for_update()
 )
 _BY_REQUEST = Statement(
-    select(t.turns).where(
+    _turns.where(
         _c.caller == bindparam("caller"),
         _c.user_id == bindparam("of_user"),
         _c.request_id == bindparam("request_id"),
@@ -48,10 +52,9 @@ _BY_REQUEST = Statement(
 )
 
 _unfinished = and_(_c.thread_id == _thread_id, unfinished(_c.state))
-_UNFINISHED = Statement(select(t.turns).where(_unfinished).order_by(accepted(_c.state), _c.place))
+_UNFINISHED = Statement(_turns.where(_unfinished).order_by(accepted(_c.state), _c.place))
 _OF_THREAD = Statement(
-    select(t.turns)
-    .where(_c.thread_id == _thread_id, _c.id > bindparam("after_id", type_=_c.id.type))
+    _turns.where(_c.thread_id == _thread_id, _c.id > bindparam("after_id", type_=_c.id.type))
     .order_by(_c.id)
     .limit(_limit)
 )
@@ -59,7 +62,7 @@ _OF_THREAD = Statement(
 
 @cache
 def _open(*, of_user: bool) -> Statement:
-    query = select(t.turns).where(unfinished(_c.state), _c.id > bindparam("after_id", type_=_c.id.type))
+    query = _turns.where(unfinished(_c.state), _c.id > bindparam("after_id", type_=_c.id.type))
     if of_user:
         query = query.where(_c.user_id == bindparam("of_user"))
     return Statement(query.order_by(_c.id).limit(_limit))
@@ -149,10 +152,11 @@ class Turns(Repository, turns.Turns):
     def lock(self, turn_id: str) -> Turn | None:
         if not self._session.is_server:
             return self.find(turn_id)  # whoever writes has the whole database
-        # In the order in which everybody locks: two processes never wait for each other.
-        self._session.rows(_LOCK_THREAD, {"of_turn": turn_id})
-        row = self._session.row(_LOCK, {"of_turn": turn_id})
-        return None if row is None else m.turn_of(row)
+        # In the order in which everybody locks: two processes never wait for each other. Read by a statement
+        # behind the locks, which sees what whoever had them has appended.
+        self._session.run(_LOCK_THREAD, {"of_turn": turn_id})
+        self._session.run(_LOCK, {"of_turn": turn_id})
+        return self.find(turn_id)
 
     def by_request(self, caller: str, user_id: str, request_id: str) -> tuple[Turn, str] | None:
         key = {"caller": caller, "of_user": user_id, "request_id": request_id}
