@@ -31,6 +31,9 @@ REBUILD, SHRINK = Remedy.REBUILD, Remedy.SHRINK
         (400, LOCKED, "Another process is currently operating", "conversation", R.PROVIDER_UNAVAILABLE, WAIT),
         (400, "context_length_exceeded", "", "input", R.CONTEXT_TOO_LONG, SHRINK),
         (400, "", "This model's maximum context length is 4096 tokens.", "", R.CONTEXT_TOO_LONG, SHRINK),
+        (400, "", "The prompt length 9 exceeds the max_model_len 8.", "input", R.CONTEXT_TOO_LONG, SHRINK),
+        (400, "", "The request exceeds the available context size.", "", R.CONTEXT_TOO_LONG, SHRINK),
+        (None, "", "More tokens than the context length.", "", R.CONTEXT_TOO_LONG, SHRINK),
         (413, "", "", "", R.CONTEXT_TOO_LONG, SHRINK),
         (307, "", "", "", R.PROVIDER_CONFIG, NONE),
         (400, "content_filter", "", "", R.CONTENT_FILTERED, NONE),
@@ -118,6 +121,7 @@ def status_error(status: int, headers: dict[str, str], body: object = None) -> o
         ({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}, 0.0),
         ({"retry-after": "soon"}, 0.02),
         ({"retry-after": "nan"}, 0.02),
+        ({"retry-after": "Wed, 21 Oct 99999999999999999999 07:28:00 GMT"}, 0.02),
         ({}, 0.02),
     ],
 )

@@ -133,6 +133,40 @@ def test_an_answer_that_falls_short_calls_nothing() -> None:
     assert (reader.end.calls, reader.end.shortfall) == ((), TurnReason.OUTPUT_LIMIT)
 
 
+@pytest.mark.parametrize(
+    ("response", "shortfall", "fault"),
+    [
+        ({"status": "completed"}, None, None),
+        ({"status": "in_progress"}, None, None),
+        (
+            {"status": "incomplete", "incomplete_details": {"reason": "max_output_tokens"}},
+            TurnReason.OUTPUT_LIMIT,
+            None,
+        ),
+        ({"status": "incomplete", "incomplete_details": None}, None, TurnReason.PROVIDER_TRUNCATED),
+        ({"status": "cancelled"}, None, TurnReason.PROVIDER_TRUNCATED),
+        ({"status": "failed", "error": {"code": "server_error"}}, None, TurnReason.PROVIDER_UNAVAILABLE),
+    ],
+)
+def test_what_a_response_says_of_itself_counts_where_its_last_event_is_always_the_same(
+    response: object, shortfall: TurnReason | None, fault: TurnReason | None
+) -> None:
+    reader = RoundReader()
+    assert reader.read([delta("a"), event("response.completed", response=response)]) == [TextDelta("a")]
+    assert (reader.fault.reason if reader.fault else None) is fault
+    assert (reader.end is None) is (fault is not None)
+    assert reader.end is None or reader.end.shortfall is shortfall
+
+
+@pytest.mark.parametrize("details", [None, [], {}, {"reason": ["max_output_tokens"]}, {"reason": "something_new"}])
+def test_a_shortfall_without_a_reason_keeps_what_was_said(details: object) -> None:
+    reader = RoundReader()
+    cut = event("response.incomplete", response={"incomplete_details": details})
+    assert reader.read([delta("a"), cut]) == [TextDelta("a")]
+    assert reader.fault is not None
+    assert reader.fault.reason is TurnReason.PROVIDER_TRUNCATED
+
+
 def test_what_follows_the_end_is_not_read() -> None:
     reader = RoundReader()
     assert reader.read([delta("a"), event("response.completed", response={}), delta("b")]) == [TextDelta("a")]

@@ -89,6 +89,7 @@ _LIMITED = frozenset({"rate_limit_exceeded"})
 _OVERLOADED = frozenset({"overloaded", "server_error", "server_is_overloaded", "slow_down"})
 _GONE = frozenset({"conversation_not_found", "not_found", "previous_response_not_found"})
 _CODE = re.compile(r"[\w.-]{1,64}", re.ASCII)
+_NO_ROOM = re.compile(r"context (?:window|length|size)|max_model_len")
 _TRY_AGAIN = re.compile(r"try again in ([0-9]+(?:\.[0-9]+)?) ?(ms|s)\b")
 
 
@@ -173,7 +174,7 @@ def _meaning(status: int | None, code: str, message: str, param: str) -> tuple[T
         return TurnReason.PROVIDER_UNAVAILABLE, Remedy.WAIT
     if code in _TOO_LONG or status == 413:
         return TurnReason.CONTEXT_TOO_LONG, Remedy.SHRINK
-    if status in (None, 400) and ("context window" in message or "maximum context length" in message):
+    if status in (None, 400) and _NO_ROOM.search(message):
         return TurnReason.CONTEXT_TOO_LONG, Remedy.SHRINK  # compatible servers have no code for it
     if code in _FILTERED:
         return TurnReason.CONTENT_FILTERED, Remedy.NONE
@@ -229,7 +230,7 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
 def _date(text: str | None) -> datetime | None:
     try:
         found = parsedate_to_datetime(text or "")
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     return found if found.tzinfo else found.replace(tzinfo=UTC)
 

@@ -140,16 +140,13 @@ class RoundReader:
                 self._open.discard(index)
                 self.all_said = not self._open and item.get("type") != "reasoning"
             case "response.completed":
-                self._finish(_mapping(event, "response"), None)
-            case "response.incomplete":
                 response = _mapping(event, "response")
-                details = response.get("incomplete_details")
-                reason = details.get("reason") if isinstance(details, Mapping) else None
-                if reason not in _SHORTFALLS:
-                    raise ProviderFault(TurnReason.PROVIDER_TRUNCATED, Remedy.LOOK)
-                self._finish(response, _SHORTFALLS[reason])
+                # Some servers end each response with this event, and say only in it how it has ended.
+                self._finish(str(response.get("status")), response)
+            case "response.incomplete":
+                self._finish("incomplete", _mapping(event, "response"))
             case "response.failed":
-                raise fault_in_stream(_mapping(event, "response").get("error"))
+                self._finish("failed", _mapping(event, "response"))
             case "error":
                 raise fault_in_stream(event.get("error") or event)
             case None if event.get("error"):
@@ -222,7 +219,16 @@ class RoundReader:
             text = self._out.pop().text + text
         self._out.append(TextDelta(text, refusal))
 
-    def _finish(self, response: Mapping[str, Any], shortfall: TurnReason | None) -> None:
+    def _finish(self, status: str, response: Mapping[str, Any]) -> None:
+        shortfall = None
+        if status == "failed":
+            raise fault_in_stream(response.get("error"))
+        if status in ("incomplete", "cancelled"):
+            details = response.get("incomplete_details")
+            reason = details.get("reason") if isinstance(details, Mapping) else None
+            shortfall = _SHORTFALLS.get(reason) if isinstance(reason, str) else None
+            if shortfall is None:
+                raise ProviderFault(TurnReason.PROVIDER_TRUNCATED, Remedy.LOOK)
         self.response_id = self.response_id or _id(response)
         output = response.get("output")
         silent = not self._parts
