@@ -7,6 +7,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from adapters.sql.engines import database_file, is_embedded
 from adapters.sql.schema import migrate, require_current
 from entrypoints.container import Container, running
+from entrypoints.grpc_api.server import Server
 from entrypoints.identity import OWNER
 from entrypoints.observability import log_loop_errors
 from entrypoints.ownership import Ownership, socket_path
@@ -40,7 +41,20 @@ async def hosted(
             await asyncio.to_thread(require_current, settings.database)
         container = await stack.enter_async_context(running(settings, watching=listen is not None))
         address = None
-        servers = []
+        servers: list[Server] = []
+        access = OWNER if listen is None else container.access()
+        stack.push_async_callback(access.aclose)
+        grace = 0.0  # for a process that can't serve
+
+        async def drain() -> None:
+            for server in servers:
+                await server.refuse()
+            container.engine().refuse()
+            await container.accept().settle()
+            await container.engine().drain(grace)
+            await asyncio.gather(*(server.stop(_LAST_CALLS) for server in servers))
+
+        stack.push_async_callback(drain)
         if embedded:
             # Only this user can open it: nobody need be asked who they are.
             admin = container.server(access=OWNER, encrypted=False, admin=container.admin_service())
@@ -48,8 +62,6 @@ async def hosted(
             servers.append(admin)
         if listen is not None:
             host = listen.rpartition(":")[0]
-            access = container.access()
-            stack.push_async_callback(access.aclose)
             public = container.server(
                 reflected=reflected(settings, host),
                 channelz=settings.channelz,
@@ -57,16 +69,7 @@ async def hosted(
             )
             address = f"{host}:{await public.start(listen)}"
             servers.append(public)
-
-        async def drain() -> None:
-            for server in servers:
-                await server.refuse()
-            container.engine().refuse()
-            await container.accept().settle()
-            await container.engine().drain(settings.drain)
-            await asyncio.gather(*(server.stop(_LAST_CALLS) for server in servers))
-
-        stack.push_async_callback(drain)
+        grace = settings.drain
         yield container, address
 
 

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Self
 
 from adapters.sql.engines import require_database
+from adapters.sql.errors import UnusableFileError
 
 _MAX_SOCKET_PATH = 100
 """Bytes; the kernel's limit is 108 with the final NUL."""
@@ -44,8 +45,15 @@ class Ownership:
     def take(self) -> None:
         """Takes the lock, waiting for a short command that holds it.
 
-        Raises DatabaseOwnedError, and UnreadableDatabaseError where the file is no database.
+        Raises DatabaseOwnedError, UnreadableDatabaseError where the file is no database, and
+        UnusableFileError where it, or the lock beside it, can't be opened and written.
         """
+        try:
+            self._take()
+        except OSError as error:
+            raise UnusableFileError(self._database, error) from error
+
+    def _take(self) -> None:
         require_database(self._database)
         self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

@@ -76,6 +76,15 @@ def _setting(name: str, description: str, default: Any = ..., **rules: Any) -> A
     return Field(default, validation_alias=name, description=description, **rules)
 
 
+def require_address(address: str) -> str:
+    """HOST:PORT as it is. Raises ValueError for anything else, such as an IPv6 address without its brackets."""
+    host, _, port = address.rpartition(":")
+    bare = host.removeprefix("[").removesuffix("]")
+    if not host or not port.isdecimal() or int(port) > 65_535 or (":" in bare and bare == host):
+        raise ValueError("must be HOST:PORT, with an IPv6 address in brackets")
+    return address
+
+
 class Settings(BaseSettings):
     """All settings. `load_settings` reads them from the environment, `NAME_FILE` files and an `.env` file."""
 
@@ -207,10 +216,7 @@ class Settings(BaseSettings):
     def _check_listen(cls, listen: str | None) -> str | None:
         if listen is None:
             return None
-        host, colon, port = listen.rpartition(":")
-        if not colon or not host or not port.isdecimal() or int(port) > 65_535:
-            raise ValueError("must be HOST:PORT")
-        return listen
+        return require_address(listen)
 
     @field_validator("agents_dir")
     @classmethod

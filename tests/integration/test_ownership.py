@@ -2,11 +2,13 @@
 
 import os
 import signal
+import socket
+import sqlite3
 import stat
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,10 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from sqlalchemy import exc, text
 
+from adapters.sql import engines
 from adapters.sql.engines import reader_engine, writer_engine
 from adapters.sql.store import SqlStore
+from core.model.errors import StoreUnavailable
 from doubles import ManualClock
 from entrypoints.ownership import DatabaseOwnedError, Ownership, socket_path
 
@@ -59,6 +63,51 @@ def test_a_second_server_is_told_who_owns_the_database(tmp_path: Path) -> None:
         assert f"`vida-coach serve` (process {server.pid})" in done.stderr
         assert "Traceback" not in done.stderr
         assert healthy(database)  # the first one is none the worse for it
+
+
+def test_a_port_in_use_is_named_and_nothing_is_left(tmp_path: Path) -> None:
+    database = tmp_path / "x.db"
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        environment = {**os.environ, "VIDA_DATABASE_URL": f"sqlite:///{database}"}
+        done = subprocess.run(
+            [*SERVE[:-1], address], env=environment, capture_output=True, text=True, timeout=30, check=False
+        )
+    assert (done.returncode, done.stdout) == (1, "")
+    (line,) = done.stderr.splitlines()
+    assert address in line
+    assert "VIDA_LISTEN" in line
+    assert not socket_path(database).exists()
+
+
+@pytest.mark.parametrize("name", ["folder", "file/x.db"])
+def test_a_file_that_can_not_be_used_is_named_with_its_setting(tmp_path: Path, name: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    database = tmp_path / name
+    done = second(database)
+    assert (done.returncode, done.stdout) == (1, "")
+    (line,) = done.stderr.splitlines()
+    assert str(database) in line
+    assert "VIDA_DATABASE_URL" in line
+
+
+async def test_an_outage_is_told_once_and_so_is_its_end(
+    sqlite_url: str, clock: ManualClock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(engines, "BUSY_TIMEOUT", 1)
+    store = SqlStore(sqlite_url, clock)
+    try:
+        with closing(sqlite3.connect(sqlite_url.removeprefix("sqlite:///"), isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            for _ in range(3):
+                with pytest.raises(StoreUnavailable):
+                    await store.write(lambda tx: tx.users.ensure("ada", tx.about_now()))
+        await store.write(lambda tx: tx.users.ensure("ada", tx.about_now()))
+    finally:
+        await store.aclose()
+    told = [record.getMessage() for record in caplog.records if record.name == "adapters.sql.writer"]
+    assert [line.rpartition(" ")[2] for line in told] == ["SQLITE_BUSY", "again"]
 
 
 def test_kill_9_frees_the_database_at_once(tmp_path: Path) -> None:

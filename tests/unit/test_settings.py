@@ -121,7 +121,7 @@ BAD = {
         "sqlite:///:memory:",
         f"postgresql://u:{SECRET}@h:port/d",
     ],
-    "VIDA_LISTEN": ["50051", ":50051", "host:", "host:x", "host:65536", f"{SECRET}", "host:-1"],
+    "VIDA_LISTEN": ["50051", ":50051", "host:", "host:x", "host:65536", f"{SECRET}", "host:-1", "::1:50051"],
     "VIDA_PROVIDER": ["anthropic", SECRET],
     "VIDA_AGENTS_DIR": [f"/nowhere/{SECRET}", "/dev/null"],
     "VIDA_TURN_BUDGET": ["0", "-1", "3601", "nan", SECRET],

@@ -1,6 +1,7 @@
 """What can be wrong with a database as a whole, and what a database's errors mean."""
 
 import sqlite3
+from pathlib import Path
 
 import psycopg
 from sqlalchemy import exc
@@ -48,6 +49,17 @@ class UnreadableDatabaseError(DatabaseFault):
         super().__init__("VIDA_DATABASE_URL names something that is no database, or a damaged one: check it")
 
 
+class UnusableFileError(DatabaseFault):
+    """An embedded database, or its lock, can't be opened and written. `why` is the system's own word."""
+
+    def __init__(self, file: Path, error: OSError) -> None:
+        self.why = error.strerror or type(error).__name__
+        super().__init__(
+            f"{file} can't be used: {self.why}. VIDA_DATABASE_URL must name a file that this user may read and "
+            "write, in a folder that it may write, on a disk with room"
+        )
+
+
 class SchemaOutdatedError(DatabaseFault):
     """A server database must be migrated first."""
 
@@ -57,6 +69,14 @@ class SchemaOutdatedError(DatabaseFault):
 
 class StoreFaultError(Exception):
     """The database refused a statement. Names the kind of refusal only: its text may hold what a user wrote."""
+
+
+def named(error: BaseException | None) -> str:
+    """What kind of error a driver has raised, in its own code: no text, which may hold what a user wrote."""
+    if error is None:
+        return ""
+    cause = _cause(error)
+    return getattr(cause, "sqlite_errorname", None) or _sqlstate(cause) or type(cause).__name__
 
 
 def is_outage(error: BaseException) -> bool:

@@ -1,6 +1,7 @@
 """The one writer of a process: runs changes in groups that share a commit."""
 
 import asyncio
+import logging
 import queue
 import random
 import threading
@@ -13,13 +14,15 @@ from heapq import heappop, heappush
 from itertools import count
 from typing import Any, Protocol
 
-from adapters.sql.errors import FAULTS, StoreFaultError, collided, is_held, is_outage, translated
+from adapters.sql.errors import FAULTS, StoreFaultError, collided, is_held, is_outage, named, translated
 from adapters.sql.fiber import Fiber, rest
 from adapters.sql.notifications import announce
 from adapters.sql.transaction import SqlTransaction
 from core.model.errors import StoreBusy, StoreUnavailable
 from core.ports.store import Conflict, Transaction
 from core.ports.telemetry import UNMEASURED, Telemetry
+
+_log = logging.getLogger(__name__)
 
 _MAX_GROUP = 256
 _MAX_TRIES = 3
@@ -183,6 +186,7 @@ class Writer:
         self._news: set[str] = set()
         self._due = 0.0
         self._closing = False
+        self._away = False  # told once, however long it lasts
         self.given_up = False
         """Whether it waits no more for a database that does not answer."""
         desk.open(self._work)
@@ -301,12 +305,18 @@ class Writer:
             return 1  # the job's own error stands
         except FAULTS as error:
             self.consider(error)
+            if is_outage(error) and not self._away:
+                self._away = True
+                _log.warning("the database does not answer, or can't do its work: %s", named(error))
             for job in group:
                 job.error, job.again = translated(error), collided(error) or is_held(error)
         except BaseException as error:  # noqa: BLE001 - the writer must outlive it, and every job be answered
             for job in group:
                 job.error, job.again = StoreFaultError(type(error).__name__), False
         else:
+            if self._away:
+                self._away = False
+                _log.warning("the database does its work again")
             self._telemetry.committed(done, self._telemetry.time() - begun)
             return done
         return len(group)

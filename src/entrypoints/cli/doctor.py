@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import URL
 
+    from adapters.sql.errors import UnusableFileError
     from core.model.agent import Catalog
     from core.model.errors import StoreUnavailable
     from core.use_cases.read_erasures import Erasures
@@ -273,6 +274,7 @@ def _server(settings: "Settings", url: "URL") -> Iterator[Check]:
 
 def _embedded(settings: "Settings") -> Iterator[Check]:
     from adapters.sql.engines import database_file
+    from adapters.sql.errors import UnusableFileError
     from entrypoints.ownership import DatabaseOwnedError, Ownership
 
     file = database_file(settings.database)
@@ -292,9 +294,15 @@ def _embedded(settings: "Settings") -> Iterator[Check]:
     except DatabaseOwnedError as owned:
         # Its owner alone may open it for writing, and has migrated it.
         yield _owner(file, owned)
+    except UnusableFileError as error:
+        yield _unusable(file, error)
     except OSError as error:
-        advice = "Give this user the right to read and write it and its folder."
-        yield Check("database", Status.FAIL, f"{file}: {error.strerror or 'can not be opened'}", advice)
+        yield _unusable(file, UnusableFileError(file, error))
+
+
+def _unusable(file: Path, error: "UnusableFileError") -> Check:
+    advice = "Give this user the right to read and write it and its folder, and the disk room."
+    return Check("database", Status.FAIL, f"{file}: {error.why}", advice)
 
 
 def _owned_file(settings: "Settings", file: Path) -> Iterator[Check]:
@@ -309,7 +317,10 @@ def _owned_file(settings: "Settings", file: Path) -> Iterator[Check]:
     except StoreUnavailable as error:
         cause = _cause(error, make_url(settings.database))
         yield Check(
-            "database", Status.FAIL, f"{file}: {cause}", "Give this user the right to read and write the file."
+            "database",
+            Status.FAIL,
+            f"{file}: {cause}",
+            "Give this user the right to read and write the file, and the disk room.",
         )
         return
     except UnreadableDatabaseError:

@@ -19,7 +19,7 @@ class Failure(Exception):
 @contextmanager
 def explained() -> Iterator[None]:
     """Turns the faults that any command can meet into Failures."""
-    from adapters.sql.errors import DatabaseFault
+    from adapters.sql.errors import DatabaseFault, named
     from core.model.errors import StoreUnavailable
     from entrypoints.ownership import DatabaseOwnedError
     from entrypoints.settings import SettingsError
@@ -33,8 +33,10 @@ def explained() -> Iterator[None]:
     except DatabaseFault as error:
         raise Failure(str(error)) from error
     except StoreUnavailable as error:
+        name = named(error.__cause__)
         raise Failure(
-            "the database does not answer: check VIDA_DATABASE_URL, or try `vida-coach doctor`"
+            f"the database does not answer{f', or can not do its work ({name})' if name else ''}: check "
+            "VIDA_DATABASE_URL, or try `vida-coach doctor`"
         ) from error
     except OSError as error:
         raise Failure(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}") from error

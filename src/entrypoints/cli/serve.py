@@ -53,13 +53,14 @@ def run(options: argparse.Namespace) -> int:
 
         from entrypoints.identity import faults
         from entrypoints.observability import set_up_logging
-        from entrypoints.settings import SettingsError, is_loopback, load_settings
+        from entrypoints.settings import SettingsError, is_loopback, load_settings, require_address
 
         settings = load_settings(faults)
         listen = options.listen or settings.listen
-        host, _, port = listen.rpartition(":")
-        if not host or not port.isdecimal() or int(port) > 65_535:
-            raise SettingsError([f"--listen: must be HOST:PORT, not {listen!r}"])
+        try:
+            host = require_address(listen).rpartition(":")[0]
+        except ValueError as error:
+            raise SettingsError([f"--listen: {error}, not {listen!r}"]) from error
         if not is_loopback(host) and (danger := _danger(settings)):
             if not options.insecure:
                 raise Failure(

@@ -133,7 +133,10 @@ class Server:
                 port = self._server.add_secure_port(address, self._credentials)
         except RuntimeError as error:
             await self._server.stop(None)
-            raise OSError(f"can't listen on {address}") from error
+            raise OSError(
+                f"can't listen on {address}: VIDA_LISTEN or --listen must name an address of this machine, and a "
+                "port that is free"
+            ) from error
         self._address = port
         await self._serve()
         return port
