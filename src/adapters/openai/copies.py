@@ -8,7 +8,7 @@ from openai import AsyncOpenAI
 from adapters.openai.errors import Exchange, ProviderFault, translated
 from adapters.openai.memory import PROVIDER
 from adapters.openai.repair import PAGE
-from adapters.openai.stream import decoded
+from adapters.openai.stream import decoded, identifier
 from core.ports.provider_copies import CopyStays, ProviderCopies
 
 _GONE = frozenset({404, 410})
@@ -52,6 +52,7 @@ class OpenAICopies(ProviderCopies):
 
     async def _erase_conversation(self, conversation_id: str) -> None:
         conversations = self._client.conversations
+        deleted: set[str] = set()
         while True:
             found = await _unless_gone(
                 lambda: conversations.items.with_raw_response.list(conversation_id, order="asc", limit=PAGE)
@@ -61,6 +62,9 @@ class OpenAICopies(ProviderCopies):
             ids = _ids((decoded(found.content) or {}).get("data"))
             if not ids:
                 break
+            if not deleted.isdisjoint(ids):
+                raise CopyStays("items stay that were deleted")
+            deleted.update(ids)
             for item_id in ids:
                 await self._erase_item(conversation_id, item_id)
         await _unless_gone(lambda: conversations.with_raw_response.delete(conversation_id))
@@ -72,10 +76,11 @@ class OpenAICopies(ProviderCopies):
 
 def _ids(listed: object) -> list[str]:
     items = listed if isinstance(listed, list) else [None]
-    ids = [item["id"] for item in items if isinstance(item, dict) and isinstance(item.get("id"), str)]
-    if len(ids) < len(items):
+    ids = [identifier(item.get("id")) for item in items if isinstance(item, dict)]
+    known = [item_id for item_id in ids if item_id is not None]
+    if len(known) < len(items):
         raise CopyStays("the list of items can't be read")
-    return ids
+    return known
 
 
 async def _unless_gone(call: Callable[[], Awaitable[Any]]) -> Any:

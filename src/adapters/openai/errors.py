@@ -112,7 +112,7 @@ def fault_of(error: Exception, exchange: Exchange) -> ProviderFault | None:
             fault = ProviderFault(reason, Remedy.LOOK)
         case openai.APIResponseValidationError() | httpx2.DecodingError():
             fault = ProviderFault(TurnReason.PROVIDER_PROTOCOL)
-        case json.JSONDecodeError() | UnicodeDecodeError():
+        case json.JSONDecodeError() | UnicodeDecodeError() | RecursionError():
             fault = ProviderFault(TurnReason.PROVIDER_PROTOCOL)
         case httpx2.UnsupportedProtocol() | httpx2.InvalidURL() | httpx2.TooManyRedirects():
             fault = ProviderFault(TurnReason.PROVIDER_CONFIG)

@@ -14,7 +14,7 @@ from adapters.openai.context import Context
 from adapters.openai.errors import Exchange, ProviderFault, Remedy, translated
 from adapters.openai.items import aside, history_items, labels, output_items
 from adapters.openai.repair import MAX_ITEMS, PAGE, Repair, orphaned_calls, repair
-from adapters.openai.stream import decoded
+from adapters.openai.stream import decoded, identifier
 from core.model.thread import UNSYNCED, ProviderState
 from core.model.turn import TurnReason
 from core.ports.agent import CopyFound, ReplyRequest, Standing, StateChanged
@@ -128,8 +128,8 @@ class ConversationMemory(Memory):
         first, rest = items[:MAX_ITEMS], items[MAX_ITEMS:]
         with translated(Exchange()):
             created = await self._client.conversations.create(items=first or omit, metadata=labels(self._request))
-        conversation = getattr(created, "id", None)
-        if not isinstance(conversation, str):
+        conversation = identifier(getattr(created, "id", None))
+        if conversation is None:
             raise ProviderFault(TurnReason.PROVIDER_PROTOCOL)
         self._gone = False
         mirrored = self._request.message.index - 1
@@ -171,7 +171,9 @@ class ConversationMemory(Memory):
             found = await raw.list(conversation, order="desc", limit=PAGE)
         listed = decoded(found.content) or {}
         newest = listed.get("data")
-        if not isinstance(newest, list) or not all(isinstance(item, dict) for item in newest):
+        if not isinstance(newest, list) or not all(
+            isinstance(item, dict) and identifier(item.get("id")) for item in newest
+        ):
             return (), False
         return newest[::-1], listed.get("has_more") is False
 

@@ -90,8 +90,8 @@ def repair(
 def orphaned_calls(newest: Iterable[Mapping[str, Any]]) -> int:
     """How many calls of tools among some items have no answer there."""
     items = list(newest)
-    answered = {item.get("call_id") for item in items if item.get("type") == "function_call_output"}
-    return sum(item.get("type") == "function_call" and item.get("call_id") not in answered for item in items)
+    answered = {str(item.get("call_id")) for item in items if item.get("type") == "function_call_output"}
+    return sum(item.get("type") == "function_call" and str(item.get("call_id")) not in answered for item in items)
 
 
 def _same(copy: Iterable[_Question], record: Iterable[_Question]) -> int:
@@ -138,5 +138,5 @@ def _words(item: Mapping[str, Any]) -> str:
     content = item.get("content")
     if isinstance(content, str):
         return clean(content)
-    parts = content if isinstance(content, list) else []
+    parts = [part for part in content if isinstance(part, Mapping)] if isinstance(content, list) else []
     return clean("".join(str(part.get("text") or part.get("refusal") or "") for part in parts))

@@ -1,12 +1,11 @@
 """From the events of one response to what the core is told of it."""
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from adapters.openai.errors import ProviderFault, Remedy, fault_in_stream
-from adapters.openai.stream import TextCleaner, clean, decoded
+from adapters.openai.stream import TextCleaner, clean, decoded, identifier
 from core.model.events import TextDelta, ToolCalled
 from core.model.turn import TurnReason, Usage
 
@@ -23,8 +22,6 @@ _SHORTFALLS = {
 
 Key = tuple[int, int]
 """Which part of which output item."""
-
-_ID = re.compile(r"[A-Za-z0-9][!-~]{0,511}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,9 +255,7 @@ def _usage(usage: object) -> Usage:
 
 
 def _id(response: object) -> str | None:
-    """The id of a response; None for what can't be part of an address."""
-    value = response.get("id") if isinstance(response, Mapping) else None
-    return value if isinstance(value, str) and _ID.fullmatch(value) else None
+    return identifier(response.get("id")) if isinstance(response, Mapping) else None
 
 
 def _key(event: Mapping[str, Any]) -> Key:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ T = TypeVar("T")
 
 MAX_EVENT_BYTES = 1 << 20
 DRAIN_SECONDS = 0.5
+
+_ID = re.compile(r"[A-Za-z0-9][!-~]{0,511}", re.ASCII)
 
 _WANTED = frozenset(
     {
@@ -114,6 +117,11 @@ def _read_leniently(data: bytes) -> Any:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
         raise ProviderFault(TurnReason.PROVIDER_PROTOCOL) from error
+
+
+def identifier(value: object) -> str | None:
+    """A name that the provider has given to something; None for what can't be part of an address or of a row."""
+    return value if isinstance(value, str) and _ID.fullmatch(value) else None
 
 
 class TextCleaner:
