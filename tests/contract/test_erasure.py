@@ -340,11 +340,12 @@ class Shelf(ProviderCopies):
 
 
 async def test_nothing_is_given_up(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("_FIRST_WAIT", "_LONGEST_WAIT"):
+    for name in ("_FIRST_WAIT", "_LONGEST_WAIT", "_LONGEST_ASKED"):
         monkeypatch.setattr(finish_erasures, name, -1.0)  # due again at once, on any clock
     monkeypatch.setattr(finish_erasures, "_SHORTEST_PAUSE", 0.0)
     thread = await with_thread(store)
-    shelf = Shelf(CopyStays("500"), CopyStays("401", refused=True), RuntimeError("broken"), TimeoutError())
+    never = CopyStays("429", retry_after=250e9)
+    shelf = Shelf(CopyStays("500"), CopyStays("401", refused=True), never, RuntimeError("broken"), TimeoutError())
     wanted = asyncio.Event()
     finish = FinishErasures(store=store, copies=shelf, erase_user=eraser(store), wanted=wanted)
     await eraser(store)("ada")
@@ -353,7 +354,7 @@ async def test_nothing_is_given_up(store: Store, monkeypatch: pytest.MonkeyPatch
         await nothing_left(store)
     finally:
         await finish.stop()
-    assert shelf.asked == [f"of {thread.id}"] * 5
+    assert shelf.asked == [f"of {thread.id}"] * 6
 
 
 async def test_two_processes_do_not_take_the_same(store: Store) -> None:

@@ -28,6 +28,8 @@ _TAKEN_FOR = 120.0
 _LONGEST = 100.0
 """Seconds that one try may take: a conversation of many items goes on where the last one stopped."""
 _FIRST_WAIT, _LONGEST_WAIT = 5.0, 3_600.0
+_LONGEST_ASKED = 86_400.0
+"""Seconds for which a provider may put a try off: nothing is kept for years because it says so."""
 _SHORTEST_PAUSE = 1.0
 """Seconds between two looks that were asked for: many deletions share what follows them."""
 
@@ -98,7 +100,8 @@ class FinishErasures:
             reason = "took too long"
         except CopyStays as stays:
             reason = stays.reason
-            wait = _LONGEST_WAIT if stays.refused else max(wait, stays.retry_after or 0.0)
+            asked = min(stays.retry_after or 0.0, _LONGEST_ASKED)
+            wait = _LONGEST_WAIT if stays.refused else max(wait, asked)
         except Exception as error:  # noqa: BLE001 - one that breaks must not keep the others from being erased
             _log.error("copy %s of thread %s can't be erased", copy.ref, copy.thread_id, exc_info=error)
             reason = type(error).__name__
