@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import quote, urlsplit
 
+from dotenv.parser import parse_stream
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, DotEnvSettingsSource, NoDecode, SettingsConfigDict
 
 from adapters.identity import ALGORITHMS
+
+_ENV_FILE = Path(".env")
 
 
 class SettingsError(Exception):
@@ -89,7 +92,7 @@ class Settings(BaseSettings):
     """All settings. `load_settings` reads them from the environment, `NAME_FILE` files and an `.env` file."""
 
     model_config = SettingsConfigDict(
-        env_file=".env", env_ignore_empty=True, extra="ignore", frozen=True, allow_inf_nan=False
+        env_file=_ENV_FILE, env_ignore_empty=True, extra="ignore", frozen=True, allow_inf_nan=False
     )
 
     openai_api_key: SecretStr | None = _setting("OPENAI_API_KEY", "the provider's key", None)
@@ -285,6 +288,8 @@ class Settings(BaseSettings):
 
 def load_settings(examine: Callable[[Settings], list[str]] | None = None) -> Settings:
     """Reads the settings. Raises SettingsError with every fault; `examine` finds those beyond the values."""
+    if unread := list(_unread_lines()):
+        raise SettingsError(unread)  # what they were to set is not known
     environ = {**DotEnvSettingsSource(Settings, case_sensitive=True).env_vars, **os.environ}
     faults = _unknown_names(environ)
     from_files = _read_files(environ, faults)
@@ -303,6 +308,23 @@ def load_settings(examine: Callable[[Settings], list[str]] | None = None) -> Set
     if faults or settings is None:
         raise SettingsError(faults)
     return settings
+
+
+def _unread_lines() -> Iterator[str]:
+    """What can't be read of the `.env` file, and would be ignored."""
+    if not _ENV_FILE.is_file():
+        return
+    try:
+        with _ENV_FILE.open(encoding="utf-8") as lines:
+            bindings = list(parse_stream(lines))
+    except (OSError, UnicodeError) as error:
+        yield f"{_ENV_FILE}: can't be read ({type(error).__name__})"
+        return
+    for binding in bindings:
+        if binding.error:
+            text = binding.original.string
+            line = binding.original.line + text[: -len(text.lstrip())].count("\n")
+            yield f"{_ENV_FILE}: line {line} can't be read: write NAME=value, and close quotes"
 
 
 def _contradictions(settings: Settings) -> Iterator[str]:

@@ -139,7 +139,7 @@ def test_what_is_no_copy_is_not_restored(
             execute(copy, "UPDATE alembic_version SET version_num = '9999'")
     assert main(["restore", str(copy)]) == 1
     said = {"nothing": "no such file", "newer": "newer than this version"}
-    assert said.get(what, "is no database, or a damaged one") in capsys.readouterr().err
+    assert said.get(what, f"{copy} is no database, or a damaged one") in capsys.readouterr().err
     assert users(database) == ["ada"]
     assert not list(tmp_path.glob("*.replaced-*"))
 

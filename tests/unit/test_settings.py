@@ -265,6 +265,20 @@ def test_an_env_file_counts_least(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     ]
 
 
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (f"VIDA_MAX_TURNS=7\n\n{SECRET} is a word too many\n".encode(), [".env: line 3 "]),
+        (f"OPENAI_API_KEY='{SECRET}\n".encode(), [".env: line 1 "]),
+        (b"OPENAI_API_KEY=\xff\n", [".env: can't be read (UnicodeDecodeError)"]),
+    ],
+)
+def test_a_line_of_an_env_file_that_can_not_be_read_is_not_ignored(content: bytes, told: list[str]) -> None:
+    Path(".env").write_bytes(content)
+    found = faults()
+    assert [fault[: len(start)] for fault, start in zip(found, told, strict=True)] == told
+
+
 def test_an_env_file_may_name_files(tmp_path: Path) -> None:
     """What is accepted is not ignored."""
     key = tmp_path / "key"

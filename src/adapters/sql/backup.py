@@ -9,7 +9,7 @@ from tempfile import mkstemp
 from urllib.parse import quote
 
 from adapters.sql.engines import require_database
-from adapters.sql.errors import DatabaseFault, SchemaTooNewError, UnreadableDatabaseError
+from adapters.sql.errors import DatabaseFault, SchemaTooNewError, UnreadableCopyError, UnreadableDatabaseError
 from adapters.sql.schema import SchemaState, schema_state
 from core.model.errors import StoreUnavailable
 
@@ -44,16 +44,19 @@ def back_up(database: Path, copy: Path, progress: Progress) -> int:
 def restore(copy: Path, database: Path, progress: Progress) -> list[Path]:
     """Puts a copy in a database's place; returns where the files are now that were there.
 
-    Nobody else may have the database open. The copy stays. Raises FileNotFoundError, UnreadableDatabaseError,
+    Nobody else may have the database open. The copy stays. Raises FileNotFoundError, UnreadableCopyError,
     DamagedBackupError, SchemaTooNewError and OSError, and has changed nothing then.
     """
     with _made(database, replacing=True) as part:
-        _copy(copy, part, progress)
-        match schema_state(f"sqlite:///{quote(str(part))}"):
-            case SchemaState.NEWER:
-                raise SchemaTooNewError
-            case SchemaState.EMPTY:
-                raise UnreadableDatabaseError
+        try:
+            _copy(copy, part, progress)
+            state = schema_state(f"sqlite:///{quote(str(part))}")
+        except UnreadableDatabaseError as error:
+            raise UnreadableCopyError(copy) from error
+        if state is SchemaState.NEWER:
+            raise SchemaTooNewError
+        if state is SchemaState.EMPTY:
+            raise UnreadableCopyError(copy)
         return _move_away(database)
 
 

@@ -49,6 +49,13 @@ class UnreadableDatabaseError(DatabaseFault):
         super().__init__("VIDA_DATABASE_URL names something that is no database, or a damaged one: check it")
 
 
+class UnreadableCopyError(UnreadableDatabaseError):
+    """A file that was to take a database's place is none, or a damaged one."""
+
+    def __init__(self, copy: Path) -> None:
+        DatabaseFault.__init__(self, f"{copy} is no database, or a damaged one: name a copy made by `backup`")
+
+
 class UnusableFileError(DatabaseFault):
     """An embedded database, or its lock, can't be opened and written. `why` is the system's own word."""
 
