@@ -255,7 +255,7 @@ class OpenAIAgent(Agent):
             body["text"] = cast("ResponseTextConfigParam", {"verbosity": verbosity})
         if memory.stores and (compact_at := tuning.compact_at(model)) is not None:
             body["context_management"] = [{"type": "compaction", "compact_threshold": compact_at}]
-        return self._client.responses.with_streaming_response.create(
+        return self._client.responses.with_raw_response.create(
             # What comes as a parameter the SDK walks through, type by type: that costs more than all else here.
             extra_body=body,
             extra_headers={"X-Client-Request-Id": f"{request.turn_id}-{len(request.rounds)}-{number}"},

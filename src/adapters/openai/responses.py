@@ -2,11 +2,12 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing
-from typing import Any
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
+from contextlib import aclosing
+from typing import Any, cast
 
-from openai import AsyncAPIResponse, AsyncOpenAI, omit
+import httpx2
+from openai import AsyncOpenAI, omit
 
 from adapters.openai.client import WATCHED
 from adapters.openai.errors import Exchange, ProviderFault, Remedy, translated
@@ -19,8 +20,8 @@ from core.ports.agent import CannotResume
 
 STOP_SECONDS = 8.0
 
-Call = AbstractAsyncContextManager[AsyncAPIResponse[Any]]
-"""A request for a streamed answer, sent when entered."""
+Call = Awaitable[Any]
+"""A request for a streamed answer, sent when awaited: with the SDK's raw response, whose body is not read yet."""
 
 _ENDED = frozenset({"completed", "incomplete", "failed"})
 _REFUSED = frozenset({400, 404, 409, 410})
@@ -46,26 +47,22 @@ class Responses:
         watchdog = Watchdog(self._silence)
         splitter = SseSplitter()
         with translated(exchange):
-            async with AsyncExitStack() as stack:
-                response = await watchdog.wait(stack.enter_async_context(call))
-                exchange.opened = True
-                exchange.request_id = response.request_id or ""
-                chunks = await stack.enter_async_context(aclosing(response.http_response.aiter_bytes()))
+            response = (await watchdog.wait(call)).http_response
+            exchange.opened = True
+            exchange.request_id = response.headers.get("x-request-id", "")
+            body = _body(response)
+            del call, response  # they hold the request and all that it says, which nobody needs any more
+            async with aclosing(body), aclosing(_pieces(body)) as pieces:
                 while reading.end is None:
-                    chunk = await watchdog.wait(anext(chunks, None))
-                    if chunk is None:
-                        raise ProviderFault(TurnReason.PROVIDER_TRUNCATED, Remedy.LOOK)
-                    events = splitter.feed(chunk)
-                    if events:
-                        exchange.started = True
-                        deltas = reading.read(events)
-                        watchdog.heard(all_said=reading.all_said)
-                        yield deltas
+                    deltas = reading.read(await _events(pieces, splitter, watchdog))
+                    exchange.started = True
+                    watchdog.heard(all_said=reading.all_said)
+                    yield deltas
                     if reading.has_gap:
                         raise ProviderFault(TurnReason.PROVIDER_TRUNCATED, Remedy.LOOK)
                     if reading.fault is not None:
                         raise reading.fault
-                await drain(chunks)
+                await drain(pieces)
 
     async def read_background(self, call: Call, reading: Reading) -> AsyncGenerator[list[TextDelta], None]:
         """Reads the answer to the request that begins a response in the background, and what follows it where
@@ -99,7 +96,7 @@ class Responses:
                 reading.rewind()
             reading.reopen()
             place = reading.place
-            call = self._client.responses.with_streaming_response.retrieve(
+            call = self._client.responses.with_raw_response.retrieve(
                 response_id, stream=True, starting_after=omit if cursor is None else cursor, timeout=WATCHED
             )
             try:
@@ -184,6 +181,29 @@ class Responses:
         except ProviderFault as fault:
             return fault
         return None
+
+
+def _body(response: httpx2.Response) -> httpx2.Response | httpx2.AsyncByteStream:
+    """What is closed at the end: the body alone, as nobody compresses a stream, or the response that decodes it."""
+    if "content-encoding" in response.headers:
+        return response
+    assert isinstance(response.stream, httpx2.AsyncByteStream)
+    return response.stream
+
+
+def _pieces(body: httpx2.Response | httpx2.AsyncByteStream) -> AsyncGenerator[bytes, None]:
+    """Its bytes as they come."""
+    if isinstance(body, httpx2.Response):
+        return body.aiter_bytes()
+    return cast("AsyncGenerator[bytes, None]", aiter(body))  # the client has made one of it
+
+
+async def _events(pieces: AsyncIterator[bytes], splitter: SseSplitter, watchdog: Watchdog) -> list[bytes]:
+    """The next events that have come as a whole. Raises ProviderFault where there are no more."""
+    while (piece := await watchdog.wait(anext(pieces, None))) is not None:
+        if events := splitter.feed(piece):
+            return events
+    raise ProviderFault(TurnReason.PROVIDER_TRUNCATED, Remedy.LOOK)
 
 
 def _as_event(status: str, response: bytes) -> bytes:

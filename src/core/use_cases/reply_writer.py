@@ -183,14 +183,14 @@ class ReplyWriter:
                         case Begun(handle):
                             work.handle = handle
                             begun = Continuation(handle, work.attempt, len(request.rounds))
-                            work.keeping.append(self._keep(turn.thread_id, [handle]))
+                            work.await_also(self._keep(turn.thread_id, [handle]))
                             await patiently(partial(self._store.write, partial(_save_continuation, turn, begun)))
                         case Stored(ref):
-                            work.keeping.append(self._keep(turn.thread_id, [ref]))
+                            work.await_also(self._keep(turn.thread_id, [ref]))
                         case StateChanged(state):
                             work.state = state
                             request = replace(request, state=state)
-                            work.keeping.append(self._keep(turn.thread_id, state.refs))
+                            work.await_also(self._keep(turn.thread_id, state.refs))
                             await patiently(partial(self._store.write, partial(_save_state, turn, state)))
                         case RoundFinished():
                             work.handle = None
@@ -287,7 +287,7 @@ class _Work:
         self.log = log
         self.usage = claimed.turn.usage
         self.asked = self._accounted = 0
-        self.keeping: list[asyncio.Task[None]] = []
+        self._keeping: set[asyncio.Task[None]] = set()
         self.deadline = math.inf
         self.attempt = claimed.turn.attempt
         self.kept = claimed.rounds
@@ -305,10 +305,15 @@ class _Work:
         all_told = self.asked == self._accounted and self.claimed.turn.attempt == 1
         return Ending(reason=reason, usage=self.usage, all_told=all_told, copy=copy)
 
+    def await_also(self, keeping: asyncio.Task[None]) -> None:
+        """Has `kept_all` wait for this, too."""
+        self._keeping.add(keeping)
+        keeping.add_done_callback(self._keeping.discard)
+
     async def kept_all(self) -> None:
         """Waits until all that the provider keeps is on record, or can't be."""
-        if pending := [task for task in self.keeping if not task.done()]:
-            await asyncio.wait(pending)
+        if self._keeping:
+            await asyncio.wait(self._keeping)
 
     def begin_again(self, kept: tuple[Round, ...]) -> None:
         """The provider's copy may hold anything of the attempt before."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 from core.model.events import LogEntry, TurnEvent, TurnFinished, after, merged, place
+from core.use_cases.bell import Bell
 
 POLL_SECONDS = 0.1
 """How often a turn that does not run in this process is looked at."""
@@ -23,20 +24,20 @@ class TurnFeed:
     def __init__(self, entries: Sequence[LogEntry]) -> None:
         self._entries = list(entries)
         self._positions = [entry.position for entry in entries]
-        self._changed = asyncio.Event()
+        self._changed = Bell()
         self.closed = False
 
     def publish(self, entries: Sequence[LogEntry]) -> None:
         """Adds what was committed. Entries continue where the last ones ended."""
         self._entries.extend(entries)
         self._positions.extend(entry.position for entry in entries)
-        self._wake()
+        self._changed.ring()
 
     def close(self) -> None:
         """Sends the followers to the store, unless the end has been published."""
         if not self.ended:
             self.closed = True
-        self._wake()
+        self._changed.ring()
 
     @property
     def events(self) -> list[TurnEvent]:
@@ -63,29 +64,28 @@ class TurnFeed:
         while self._positions[-1] <= position and not (self.closed or self.ended):
             await self._changed.wait()
 
-    def _wake(self) -> None:
-        changed, self._changed = self._changed, asyncio.Event()
-        changed.set()
-
 
 class News:
     """Word that a turn may have changed: a hint, kept until it is waited for."""
 
     def __init__(self) -> None:
-        self._heard = asyncio.Event()
+        self._told = False
+        self._bell = Bell()
         self.position = 0
         """Up to where whoever waits has read."""
 
     def tell(self) -> None:
         """Wakes whoever waits."""
-        self._heard.set()
+        self._told = True
+        self._bell.ring()
 
     async def wait(self, seconds: float) -> None:
         """Waits for word, at most so long."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self._heard.wait()
-        self._heard.clear()
+        if not self._told:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await self._bell.wait()
+        self._told = False
 
 
 class TurnFeeds:

@@ -17,6 +17,7 @@ from core.model.turn import Turn, TurnState
 from core.ports.store import Store, Transaction
 from core.ports.telemetry import UNMEASURED, Telemetry
 from core.ports.turns import Appended, LogAppend
+from core.use_cases.bell import Bell
 from core.use_cases.turn_feed import TurnFeed
 
 _log = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ class OpenLog:
         self._telemetry = telemetry
         self._begun = telemetry.time()
         self._asked = -math.inf
-        self._landed = asyncio.Event()
+        self._landed = Bell()
         self.silent = True
         """Whether nothing was added since the log was opened."""
 
@@ -122,8 +123,7 @@ class OpenLog:
         self.error = error
         if error is None:
             self.publish(append.events)
-        landed, self._landed = self._landed, asyncio.Event()
-        landed.set()
+        self._landed.ring()
 
     def _take(self) -> tuple[TurnEvent, ...]:
         events = tuple(merged(self.pending))
