@@ -64,7 +64,6 @@ class Context:
         self.begins_at = request.message.index
         """The number of the first line in what `items` has given."""
         self._shrunk = False
-        self._lines: Sequence[Message] | None = None
 
     @cached_property
     def _room(self) -> int:
@@ -75,10 +74,10 @@ class Context:
 
     async def lines(self) -> Sequence[Message]:
         """The whole transcript before this turn. What was attached to a question that had no answer is not shown
-        again: a picture that the provider refuses would else spoil every turn behind it."""
-        if self._lines is None:
-            self._lines = _only_answered(await self._request.history(MAX_DATA))
-        return self._lines
+        again: a picture that the provider refuses would else spoil every turn behind it.
+
+        It is read each time, which is seldom more than once, and not held while the model writes."""
+        return _only_answered(await self._request.history(MAX_DATA))
 
     async def turn(self) -> list[ResponseInputItemParam]:
         """The turn so far."""

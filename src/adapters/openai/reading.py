@@ -6,6 +6,7 @@ from dataclasses import replace
 from adapters.openai.errors import ProviderFault
 from adapters.openai.round import RoundEnd, RoundReader
 from core.model.events import TextDelta
+from core.model.growing import GrowingText
 from core.ports.agent import CannotResume
 
 
@@ -19,13 +20,14 @@ class Reading:
     def __init__(self, *, follows_text: bool, known: str = "", again: bool = False) -> None:
         self._follows_text = follows_text
         self._again = again
-        self._said = [known]
+        self._said = GrowingText(known)
+        self._steps = 0
         self.rewind()
 
     def rewind(self) -> None:
         """The response comes again from its beginning: what was said of it is known."""
         self._reader = RoundReader(follows_text=self._follows_text, again=self._again)
-        self._known = "".join(self._said)
+        self._known = str(self._said)
         self._recalled = 0
 
     @property
@@ -76,7 +78,7 @@ class Reading:
     @property
     def place(self) -> tuple[int, int]:
         """How far it has come: grows with every step forward, and with nothing else."""
-        return len(self._said), self._reader.sequence
+        return self._steps, self._reader.sequence
 
     def read(self, events: Iterable[bytes]) -> list[TextDelta]:
         """Takes the data of some events and returns the text that they add.
@@ -88,7 +90,9 @@ class Reading:
             deltas = self._unknown(deltas)
             if self.end is not None and self._recalled < len(self._known):
                 raise CannotResume
-        self._said += [delta.text for delta in deltas]
+        for delta in deltas:
+            self._said.add(delta.text)
+            self._steps += 1
         return deltas
 
     def _unknown(self, deltas: Iterable[TextDelta]) -> list[TextDelta]:

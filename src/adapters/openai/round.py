@@ -7,6 +7,7 @@ from typing import Any
 from adapters.openai.errors import ProviderFault, Remedy, fault_in_stream
 from adapters.openai.stream import TextCleaner, clean, decoded, identifier
 from core.model.events import TextDelta, ToolCalled
+from core.model.growing import GrowingText
 from core.model.turn import TurnReason, Usage
 
 MAX_TEXT = 1_000_000
@@ -37,7 +38,7 @@ class RoundEnd:
 class _Part:
     """Text as it came, to be compared with the whole text at its end."""
 
-    pieces: list[str] = field(default_factory=list)
+    said: GrowingText = field(default_factory=GrowingText)
     settled: bool = False
 
 
@@ -182,7 +183,7 @@ class RoundReader:
         part = self._parts.get(key)
         if part is None:
             part = self._parts[key] = _Part()
-        part.pieces.append(text)
+        part.said.add(text)
         self.all_said = False
         self._say(self._cleaner.feed(text), refusal)
 
@@ -192,7 +193,7 @@ class RoundReader:
         if part.settled:
             return
         part.settled = True
-        whole, said = clean(whole), clean("".join(part.pieces))
+        whole, said = clean(whole), clean(str(part.said))
         if whole.startswith(said):
             if len(whole) > len(said):
                 self._add(key, whole[len(said) :], refusal=refusal)

@@ -4,10 +4,12 @@ import asyncio
 import io
 import ssl
 from collections.abc import AsyncIterator, Callable
+from typing import Any
 from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 import httpx2
+from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
 KEEPALIVE_SECONDS = 4.0
@@ -18,6 +20,7 @@ MAX_FIELD = 65_536
 
 _SMALL = 65_536
 """Bytes of a request that are written at once; more of it is written piece by piece."""
+_NO_HEADERS: CIMultiDictProxy[str] = CIMultiDictProxy(CIMultiDict())
 _FAILURES = (aiohttp.ClientError, aiohttp.http_exceptions.HttpProcessingError, OSError)
 """What a connection can come to; TimeoutError is an OSError."""
 
@@ -62,9 +65,10 @@ class PullTransport(httpx2.AsyncBaseTransport):
         except BaseException:
             self._room.release()
             raise
+        assert isinstance(response, _Answer)
         return httpx2.Response(
             response.status,
-            headers=response.raw_headers,
+            headers=response.take_headers(),
             stream=_Body(response, limits["read"], self._room.release),
             extensions={"http_version": b"HTTP/1.1", "reason_phrase": (response.reason or "").encode()},
         )
@@ -91,6 +95,7 @@ class PullTransport(httpx2.AsyncBaseTransport):
                 auto_decompress=False,
                 skip_auto_headers=("Accept", "Accept-Encoding", "Content-Type", "User-Agent"),
                 middlewares=(_once,),
+                response_class=_Answer,
                 max_line_size=MAX_FIELD,
                 max_field_size=MAX_FIELD,
             )
@@ -111,6 +116,20 @@ class PullTransport(httpx2.AsyncBaseTransport):
         if proxy is not None and not proxy.startswith(("http://", "https://")):
             raise httpx2.UnsupportedProtocol("a proxy must be one for HTTP")
         return proxy
+
+
+class _Answer(aiohttp.ClientResponse):
+    """One that keeps no headers while its body is read: they are most of what it would hold."""
+
+    def __init__(self, method: str, url: URL, *, request_info: aiohttp.RequestInfo, **more: Any) -> None:
+        bare = aiohttp.RequestInfo(url, method, _NO_HEADERS, request_info.real_url)
+        super().__init__(method, url, request_info=bare, **more)
+
+    def take_headers(self) -> tuple[tuple[bytes, bytes], ...]:
+        """Its headers, once."""
+        headers = self.raw_headers
+        self._headers, self._raw_headers = _NO_HEADERS, ()
+        return headers
 
 
 class _Body(httpx2.AsyncByteStream):

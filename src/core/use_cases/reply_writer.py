@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 
 from core.model.events import AttemptRestarted, Round, TextDelta, ToolAnswered, ToolCalled
+from core.model.growing import GrowingText
 from core.model.message import Message, ToolExchange
 from core.model.thread import UNSYNCED, ProviderState
 from core.model.turn import Continuation, Turn, TurnReason, Usage
@@ -159,7 +160,7 @@ class ReplyWriter:
             pause=log.pause,
         )
         while True:
-            text: list[str] = [request.resume.text] if request.resume else []
+            text = GrowingText(request.resume.text if request.resume else "")
             calls: list[ToolCalled] = []
             finished: RoundFinished | None = None
             work.asked += 1
@@ -175,7 +176,7 @@ class ReplyWriter:
                                 return work.ending(TurnReason.OUTPUT_LIMIT)
                             if event.text:
                                 written += len(event.text)
-                                text.append(event.text)
+                                text.add(event.text)
                                 log.add(event)
                                 await log.drain()
                         case ToolCalled():
@@ -205,7 +206,7 @@ class ReplyWriter:
             if len(request.rounds) == MAX_TOOL_ROUNDS or len(seen) > MAX_TOOL_CALLS:
                 return work.ending(TurnReason.TOOL_LIMIT)
             await self._record(calls, work)
-            done = ToolRound("".join(text), await self._call_tools(calls, work))
+            done = ToolRound(str(text), await self._call_tools(calls, work))
             copy = finished.copy or request.state
             request = replace(request, rounds=(*request.rounds, done), resume=None, state=copy)
 

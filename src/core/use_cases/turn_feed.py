@@ -1,17 +1,19 @@
 """What followers of a turn share while it runs in this process."""
 
 import asyncio
-from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
-from core.model.events import LogEntry, TurnEvent, TurnFinished, after, merged, place
+from core.model.events import LogEntry, TextDelta, TurnEvent, TurnFinished, after, merged, place
 from core.use_cases.bell import Bell
 
 POLL_SECONDS = 0.1
 """How often a turn that does not run in this process is looked at."""
 HINTED_POLL_SECONDS = 1.0
 """The same where the store sends hints: one may get lost."""
+
+_LONG = 4_096
+"""Code points."""
 
 
 class TurnFeed:
@@ -22,15 +24,14 @@ class TurnFeed:
     """
 
     def __init__(self, entries: Sequence[LogEntry]) -> None:
-        self._entries = list(entries)
-        self._positions = [entry.position for entry in entries]
+        self._entries: list[LogEntry] = []
+        self._extend(entries)
         self._changed = Bell()
         self.closed = False
 
     def publish(self, entries: Sequence[LogEntry]) -> None:
         """Adds what was committed. Entries continue where the last ones ended."""
-        self._entries.extend(entries)
-        self._positions.extend(entry.position for entry in entries)
+        self._extend(entries)
         self._changed.ring()
 
     def close(self) -> None:
@@ -47,7 +48,7 @@ class TurnFeed:
     @property
     def position(self) -> int:
         """Where the committed events end."""
-        return self._positions[-1]
+        return self._entries[-1].position
 
     @property
     def ended(self) -> bool:
@@ -56,13 +57,30 @@ class TurnFeed:
 
     def after(self, position: int) -> list[LogEntry]:
         """What follows `position`, in the fewest entries."""
-        rest = after(self._entries[bisect_right(self._positions, position) :], position)
+        rest = after(self._entries, position)
         return rest if len(rest) < 2 else place(merged([entry.event for entry in rest]), position)
 
     async def changed(self, position: int) -> None:
         """Waits until there is something after `position`, or there will be nothing more here."""
-        while self._positions[-1] <= position and not (self.closed or self.ended):
+        while self.position <= position and not (self.closed or self.ended):
             await self._changed.wait()
+
+    def _extend(self, entries: Iterable[LogEntry]) -> None:
+        """Text joins the text before it: as long as a turn speaks its feed is a few entries, however often it does."""
+        for entry in entries:
+            if self._entries and (whole := _joined(self._entries[-1].event, entry.event)) is not None:
+                self._entries[-1] = LogEntry(entry.position, whole)
+            else:
+                self._entries.append(entry)
+
+
+def _joined(event: TurnEvent, following: TurnEvent) -> TextDelta | None:
+    """Two pieces of one text as one; None for anything else, and where that has become too long to copy."""
+    if not isinstance(event, TextDelta) or not isinstance(following, TextDelta):
+        return None
+    if event.refusal is not following.refusal or len(event.text) > _LONG:
+        return None
+    return TextDelta(event.text + following.text, event.refusal)
 
 
 class News:

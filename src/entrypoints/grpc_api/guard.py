@@ -52,6 +52,7 @@ class Guard(grpc.aio.ServerInterceptor):
         self._access = access
         self._telemetry = telemetry
         self._calls = 0
+        self._guarded: dict[str, _Handler] = {}
         self.idle = asyncio.Event()
         """Set while there is no call whose status has not been sent."""
         self.idle.set()
@@ -66,8 +67,13 @@ class Guard(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None:
             return None  # an unknown method: the library answers UNIMPLEMENTED
-        decode = _tolerant(handler.request_deserializer)
         method = handler_call_details.method
+        if (guarded := self._guarded.get(method)) is None:
+            guarded = self._guarded[method] = self._guard(method, handler)
+        return guarded
+
+    def _guard(self, method: str, handler: Any) -> _Handler:
+        decode = _tolerant(handler.request_deserializer)
         if handler.stream_stream is not None:
             return grpc.stream_stream_rpc_method_handler(
                 self._streams(method, handler.stream_stream), decode, handler.response_serializer
