@@ -65,10 +65,9 @@ class PullTransport(httpx2.AsyncBaseTransport):
         except BaseException:
             self._room.release()
             raise
-        assert isinstance(response, _Answer)
         return httpx2.Response(
             response.status,
-            headers=response.take_headers(),
+            headers=response.raw_headers,
             stream=_Body(response, limits["read"], self._room.release),
             extensions={"http_version": b"HTTP/1.1", "reason_phrase": (response.reason or "").encode()},
         )
@@ -119,17 +118,11 @@ class PullTransport(httpx2.AsyncBaseTransport):
 
 
 class _Answer(aiohttp.ClientResponse):
-    """One that keeps no headers while its body is read: they are most of what it would hold."""
+    """One that does not keep the headers of its request while its body is read."""
 
     def __init__(self, method: str, url: URL, *, request_info: aiohttp.RequestInfo, **more: Any) -> None:
         bare = aiohttp.RequestInfo(url, method, _NO_HEADERS, request_info.real_url)
         super().__init__(method, url, request_info=bare, **more)
-
-    def take_headers(self) -> tuple[tuple[bytes, bytes], ...]:
-        """Its headers, once."""
-        headers = self.raw_headers
-        self._headers, self._raw_headers = _NO_HEADERS, ()
-        return headers
 
 
 class _Body(httpx2.AsyncByteStream):
