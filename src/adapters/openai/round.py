@@ -76,7 +76,7 @@ class RoundReader:
         self._current: tuple[Key, bool] | None = None
         self._gap_due = follows_text
         self._length = 0
-        self._out: list[TextDelta] = []
+        self._out: list[tuple[list[str], bool]] = []
 
     def read(self, events: Iterable[bytes]) -> list[TextDelta]:
         """Takes the data of some events and returns the text that they add, in as few deltas as possible.
@@ -97,7 +97,7 @@ class RoundReader:
             # Returned beside the text that came before it, which must not depend on how the bytes were cut.
             self.fault = fault
         out, self._out = self._out, []
-        return out
+        return [TextDelta("".join(texts), refusal) for texts, refusal in out]
 
     def reopen(self) -> None:
         """The events behind `sequence` come again."""
@@ -213,9 +213,10 @@ class RoundReader:
         self._length += len(text)
         if self._length > MAX_TEXT:
             raise ProviderFault(TurnReason.OUTPUT_LIMIT)
-        if self._out and self._out[-1].refusal is refusal:
-            text = self._out.pop().text + text
-        self._out.append(TextDelta(text, refusal))
+        if self._out and self._out[-1][1] is refusal:
+            self._out[-1][0].append(text)
+        else:
+            self._out.append(([text], refusal))
 
     def _finish(self, status: str, response: Mapping[str, Any]) -> None:
         shortfall = None

@@ -167,17 +167,17 @@ class ReplyWriter:
             async with aclosing(self._agent.reply(request)) as events:
                 async for event in events:
                     match event:
-                        case TextDelta():
-                            event = replace(event, text=_storable(event.text))
+                        case TextDelta(said, refusal):
+                            said = _storable(said)
                             room = MAX_OUTPUT - written
-                            if len(event.text) > room:
+                            if len(said) > room:
                                 if room:
-                                    log.add(replace(event, text=event.text[:room]))
+                                    log.add(TextDelta(said[:room], refusal))
                                 return work.ending(TurnReason.OUTPUT_LIMIT)
-                            if event.text:
-                                written += len(event.text)
-                                text.add(event.text)
-                                log.add(event)
+                            if said:
+                                written += len(said)
+                                text.add(said)
+                                log.add(TextDelta(said, refusal))
                                 await log.drain()
                         case ToolCalled():
                             calls.append(_checked(event, seen))

@@ -26,6 +26,8 @@ _PACE_PER_TURN = 0.0003
 _MIN_PACE, _MAX_PACE = 0.004, 0.15
 """Seconds between two pieces of a turn's text; less than the least is not waited for."""
 _COMMITS_IN_A_PACE = 5
+_FETCHES_IN_A_PACE = 30
+"""How many times turns are sent to fetch more, those together whose time it is."""
 _MIN_TICK = 0.005
 _MAX_PENDING = 65_536
 _RETRY_FIRST = 0.05
@@ -82,8 +84,8 @@ class OpenLog:
         """Waits until it is time to fetch more text. What comes meanwhile gathers where it comes from."""
         loop = asyncio.get_running_loop()
         pace = self._writer.pace
-        if pace >= _MIN_PACE and (wait := self._asked + pace - loop.time()) > 0:
-            await asyncio.sleep(wait)
+        if pace >= _MIN_PACE and (due := self._asked + pace) > loop.time():
+            await self._writer.until(due, pace / _FETCHES_IN_A_PACE)
         self._asked = loop.time()
 
     async def flush(self) -> None:
@@ -143,11 +145,24 @@ class TurnLogWriter:
         self._urgent = asyncio.Event()
         self._held: set[asyncio.Task[None]] = set()
         self._live = 0
+        self._fetches: dict[float, Bell] = {}
 
     @property
     def pace(self) -> float:
         """Seconds that are to be between two pieces of one turn's text."""
         return min(_MAX_PACE, _PACE_PER_TURN * self._live)
+
+    async def until(self, due: float, step: float) -> None:
+        """Waits until `due`, in the loop's time, and up to a `step` longer, for the others of that step."""
+        when = math.ceil(due / step) * step
+        bell = self._fetches.get(when)
+        if bell is None:
+            bell = self._fetches[when] = Bell()
+            asyncio.get_running_loop().call_at(when, self._fetch, when)
+        await bell.wait()
+
+    def _fetch(self, when: float) -> None:
+        self._fetches.pop(when).ring()
 
     def open(self, turn: Turn, feed: TurnFeed) -> OpenLog:
         """Opens a turn's log for the process that has claimed it."""
