@@ -1,9 +1,13 @@
 """Streams that the provider sends badly, byte by byte: beside the SDK's own reading, and at random."""
 
 import asyncio
+import gc
+import gzip
 import json
+import weakref
 from collections.abc import AsyncIterator, Iterable, Sequence
-from dataclasses import replace
+from contextlib import aclosing
+from dataclasses import fields, replace
 from typing import Any
 
 import httpx2
@@ -17,7 +21,8 @@ from openai.types.responses import ResponseStreamEvent
 from adapters.openai.agent import OpenAIAgent
 from adapters.openai.round import RoundReader
 from adapters.openai.stream import SseSplitter
-from core.model.events import ToolCalled
+from core.model.events import TextDelta, ToolCalled
+from core.model.message import Message
 from core.model.turn import TurnReason, TurnState
 from fake_provider import (
     Answer,
@@ -156,8 +161,9 @@ class Body(httpx2.AsyncByteStream):
 class Player:
     """A provider that plays a stream for each request."""
 
-    def __init__(self, *streams: Sequence[bytes | float]) -> None:
+    def __init__(self, *streams: Sequence[bytes | float], **headers: str) -> None:
         self.streams = list(streams)
+        self.headers = {"content-type": "text/event-stream", **headers}
         self.requests: list[httpx2.Request] = []
 
     def client(self) -> AsyncOpenAI:
@@ -168,8 +174,7 @@ class Player:
 
     async def _answer(self, request: httpx2.Request) -> httpx2.Response:
         self.requests.append(request)
-        headers = {"content-type": "text/event-stream"}
-        return httpx2.Response(200, headers=headers, stream=Body(self.streams.pop(0)), request=request)
+        return httpx2.Response(200, headers=self.headers, stream=Body(self.streams.pop(0)), request=request)
 
 
 def at_player(player: Player, **more: Any) -> ThreadOfTest:
@@ -179,6 +184,41 @@ def at_player(player: Player, **more: Any) -> ThreadOfTest:
 
 ANSWER = Answer(output=(Text(pieces=("One ", "and ", "two.")),))
 EVENTS = rendered(ANSWER)
+
+
+async def test_while_an_answer_is_read_neither_its_request_nor_the_transcript_is_held() -> None:
+    player = Player(EVENTS, EVENTS)
+    thread = at_player(player)
+    await thread.say("Hello")
+    request = thread.begin("And now?")
+    held: list[weakref.ref[Any]] = []
+
+    class Line(Message):
+        """A line of which one can see whether anybody holds it."""
+
+    async def history(data: int = 0) -> Sequence[Message]:
+        lines = [
+            Line(**{field.name: getattr(line, field.name) for field in fields(line)})
+            for line in await request.history(data)
+        ]
+        held.extend(map(weakref.ref, lines))
+        return lines
+
+    async with aclosing(thread.agent.reply(replace(request, history=history))) as events:
+        async for event in events:
+            if isinstance(event, TextDelta):
+                break
+        assert len(json.loads(player.requests[-1].content)["input"]) == 3
+        assert len(held) == 2
+        held.append(weakref.ref(player.requests.pop()))
+        gc.collect()
+        assert [each() for each in held] == [None, None, None]
+
+
+async def test_a_stream_is_read_that_comes_compressed() -> None:
+    packed = gzip.compress(b"".join(EVENTS))
+    player = Player([packed[:50], packed[50:]], **{"content-encoding": "gzip"})
+    assert await at_player(player).say("Hello") == "One and two."
 
 
 def place_of(kind: str, number: int = 0) -> int:

@@ -188,3 +188,16 @@ def test_a_feed_gives_the_same_log_in_whatever_pieces_it_was_committed(
 )
 def test_replies(log: list[TurnEvent], reply: Reply) -> None:
     assert reply_of(log) == reply
+
+
+def test_a_feed_holds_a_long_text_in_few_entries() -> None:
+    feed = TurnFeed([LogEntry(1, TurnStarted("t", "th", "a"))])
+    for number in range(10_000):
+        feed.publish([LogEntry(2 + number, TextDelta("x"))])
+    feed.publish([LogEntry(10_002, ToolCalled("c", "goals", "{}")), LogEntry(10_003, TextDelta("y"))])
+    assert len(feed.events) < 10
+    assert [entry.event for entry in feed.after(9_999)] == [
+        TextDelta("xx"),
+        ToolCalled("c", "goals", "{}"),
+        TextDelta("y"),
+    ]
