@@ -103,7 +103,7 @@ def _agent(settings: Settings, client: "Callable[[], AsyncOpenAI]", telemetry: T
 
 
 def _copies(settings: Settings, client: "Callable[[], AsyncOpenAI]") -> ProviderCopies:
-    if settings.provider is Provider.PRACTICE:
+    if settings.erased_at is Provider.PRACTICE:
         from adapters.practice.copies import NoCopies
 
         return NoCopies()
@@ -360,11 +360,11 @@ class Container(containers.DeclarativeContainer):
         left_after=providers.Callable(_left_after, settings),
     )
     finish_erasures = providers.Singleton(
-        FinishErasures, store=store, copies=copies, erase_user=erase_user, wanted=erased
+        FinishErasures, store=store, copies=copies, erase_user=erase_user, wanted=erased, telemetry=telemetry
     )
     export_user = providers.Singleton(ExportUser, store)
     hold_user = providers.Singleton(HoldUser, store)
-    erasures = providers.Singleton(ReadErasures, store)
+    erasures = providers.Singleton(ReadErasures, store, settings.provided.erased_at.value)
     threads = providers.Singleton(ReadThreads, store)
     cleanup = providers.Singleton(CleanUpThreads, store, erased=erased.provided.set)
     usage = providers.Singleton(ReadUsage, store, quotas)
@@ -434,6 +434,8 @@ async def running(settings: Settings, *, watching: bool = False) -> AsyncIterato
         stack.push_async_callback(container.store().aclose)
         catalog = _checked(container)
         stack.push_async_callback(container.agent().aclose)
+        if settings.erased_at is not settings.provider:
+            stack.push_async_callback(container.client().close)  # the agent has no use for it
         await _publish(container.store(), catalog)
         container.engine().start()
         stack.push_async_callback(container.engine().drain, 0)

@@ -258,8 +258,12 @@ class Settings(BaseSettings):
     @property
     def provider(self) -> Provider:
         """The chosen provider; by default OpenAI where a key or a server is given, else the practice coach."""
-        if self.provider_choice is not None:
-            return self.provider_choice
+        return self.provider_choice or self.erased_at
+
+    @property
+    def erased_at(self) -> Provider:
+        """The provider whose copies of erased threads are deleted: OpenAI where a key or a server is given,
+        whoever writes the replies."""
         return Provider.OPENAI if self.openai_api_key or self.openai_base_url else Provider.PRACTICE
 
     @property

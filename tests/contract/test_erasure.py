@@ -1,6 +1,7 @@
 """What erasure promises, on every store."""
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -19,6 +20,7 @@ from core.model.turn import TurnState
 from core.ports.agent import Begun, StateChanged, Stored
 from core.ports.provider_copies import CopyStays, ProviderCopies
 from core.ports.store import Conflict, Store, Transaction
+from core.ports.telemetry import Unmeasured
 from core.ports.turns import LogAppend
 from core.use_cases import finish_erasures
 from core.use_cases.accept_message import IncomingMessage
@@ -28,6 +30,7 @@ from core.use_cases.delete_thread import DeleteThread
 from core.use_cases.erase_user import EraseUser
 from core.use_cases.finish_erasures import FinishErasures
 from core.use_cases.hold_user import HoldUser
+from core.use_cases.read_erasures import ReadErasures
 from doubles import CATALOG, DONE, Gate, ManualClock, ScriptedAgent, service
 from harness import until
 from records import IDS, a_line, a_thread, a_turn, request
@@ -205,7 +208,7 @@ async def test_what_is_noted_of_an_erased_thread_is_due_at_once(store: Store) ->
     assert not await store.read(lambda tx: tx.copies.any_due("p"))
     await store.write(lambda tx: tx.threads.delete(thread.id, tx.now(), in_use=True))
     assert not await store.read(lambda tx: tx.copies.any_due("p"))  # the provider has a moment to notice
-    assert await store.read(lambda tx: tx.copies.count_left()) == 3
+    assert await store.read(lambda tx: tx.copies.count_left()) == {"p": 3}
     await store.write(lambda tx: tx.copies.keep(thread.id, "p", ["resp_1", "resp_late"]))
     taken = await store.write(lambda tx: tx.copies.claim("p", 9, 60))
     assert [(copy.ref, copy.tries) for copy in taken] == [("resp_late", 1)]
@@ -216,7 +219,7 @@ async def test_what_is_noted_of_an_erased_thread_is_due_at_once(store: Store) ->
     assert again == replace(taken[0], tries=2, reason="500")
     assert (await store.read(lambda tx: tx.copies.left(1))) == [again]
     await store.write(lambda tx: tx.copies.erased(again))
-    assert await store.read(lambda tx: tx.copies.count_left()) == 3
+    assert await store.read(lambda tx: tx.copies.count_left()) == {"p": 3}
     alive = await with_thread(store)
     await store.write(lambda tx: tx.copies.keep(alive.id, "p", ["stray"], erase=True))
     assert [copy.ref for copy in await store.write(lambda tx: tx.copies.claim("p", 9, 60))] == ["stray"]
@@ -302,7 +305,7 @@ async def test_exactly_what_is_forgotten_is_erased(store: Store, batch_size: int
         for thread_id in await store.read(lambda tx, u=user: tx.threads.ids_of(u, "", 100))  # type: ignore[misc]
     ]
     assert sorted(left) == sorted(thread.id for thread in (*kept, busy, health, held))
-    assert await store.read(lambda tx: tx.copies.count_left()) == 20
+    assert await store.read(lambda tx: tx.copies.count_left()) == {"p": 20}
     grave = await store.read(lambda tx: tx.threads.tombstone(due[0].id))
     assert isinstance(grave, Tombstone)
     assert grave.erasure_id == ""
@@ -355,6 +358,45 @@ async def test_nothing_is_given_up(store: Store, monkeypatch: pytest.MonkeyPatch
     finally:
         await finish.stop()
     assert shelf.asked == [f"of {thread.id}"] * 6
+
+
+class Counted(Unmeasured):
+    """Keeps how many copies it was told are left."""
+
+    def __init__(self) -> None:
+        self.copies: dict[str, tuple[int, bool]] = {}
+
+    def copies_left(self, provider: str, count: int, *, reached: bool) -> None:
+        self.copies[provider] = (count, reached)
+
+
+async def test_what_is_at_a_provider_out_of_reach_is_told_and_waits(
+    store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(finish_erasures, "_SHORTEST_PAUSE", 0.0)
+    monkeypatch.setattr(finish_erasures, "_PERIOD", 0.0)
+    monkeypatch.setattr(finish_erasures, "_COUNTED_EVERY", 0.0)
+    first = await with_thread(store)
+    await store.write(lambda tx: tx.copies.keep(first.id, "gone", ["a", "b"]))
+    await eraser(store)("ada")
+    shelf, counted = Shelf(), Counted()
+    finish = FinishErasures(
+        store=store, copies=shelf, erase_user=eraser(store), wanted=asyncio.Event(), telemetry=counted
+    )
+    finish.start()
+    try:
+        await until(lambda: counted.copies == {"p": (0, True), "gone": (2, False)})
+        second = await with_thread(store, "eve")
+        await store.write(lambda tx: tx.copies.keep(second.id, "gone", ["c"], erase=True))
+        await until(lambda: counted.copies == {"p": (0, True), "gone": (3, False)})
+    finally:
+        await finish.stop()
+    assert shelf.asked == [f"of {first.id}"]
+    (told,) = [line.getMessage() for line in caplog.records if line.levelno >= logging.WARNING]
+    assert told.startswith("2 objects of erased threads are at gone, which this process can't reach")
+    found = await ReadErasures(store, "p")()
+    assert (found.copies_left, found.waiting) == (3, {"gone": 3})
+    assert (await ReadErasures(store, "gone")()).waiting == {}
 
 
 async def test_two_processes_do_not_take_the_same(store: Store) -> None:

@@ -30,6 +30,28 @@ async def provider(database_url: str, monkeypatch: pytest.MonkeyPatch) -> AsyncI
         yield fake
 
 
+async def test_copies_are_deleted_by_whoever_has_the_key(
+    provider: FakeProvider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with served() as client:
+        started = (await client.chat("Hello"))[0].event.started
+    assert (len(provider.conversations), len(provider.responses)) == (1, 1)
+    monkeypatch.setenv("VIDA_PROVIDER", "practice")
+    with monkeypatch.context() as without:
+        without.delenv("OPENAI_BASE_URL")
+        without.delenv("OPENAI_API_KEY")
+        async with served() as client:
+            await client.threads.DeleteThread(
+                threads_api.DeleteThreadRequest(user_id="ada", thread_id=started.thread_id)
+            )
+            assert (await client.container.erasures()()).waiting == {"openai": 2}
+    async with served() as client:
+        assert (await client.chat("Hello"))[-1].event.finished.turn.provider == "practice"
+        while (await client.container.erasures()()).copies_left:  # noqa: ASYNC110 - no event of ours
+            await asyncio.sleep(0.01)
+    assert (provider.conversations, provider.items, provider.responses) == ({}, {}, {})
+
+
 async def test_two_turns_use_one_conversation_and_a_tool_goes_round(provider: FakeProvider) -> None:
     goal = json.dumps({"goal": "find a new job", "commitment": "call Sam"})
     provider.then(

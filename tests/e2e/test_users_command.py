@@ -55,7 +55,12 @@ async def the_whole_story(capsys: pytest.CaptureFixture[str]) -> None:
     assert (forecast["id"], forecast["erased"]) == ("", counts)
     receipt = await as_json(capsys, "erase", "ada")
     assert (receipt["state"], receipt["erased"], receipt["copies_left"]) == ("done", counts, 0)
-    assert await as_json(capsys, "erasures") == {"receipts": [receipt], "copies_left": 0, "copies": []}
+    assert await as_json(capsys, "erasures") == {
+        "receipts": [receipt],
+        "copies_left": 0,
+        "copies": [],
+        "waiting": {},
+    }
     assert await command(capsys, "export", "ada") == (0, "", "")
     code, output, _ = await command(capsys, "erase", "ada")
     assert (code, "erased 0 threads" in output) == (0, True)
@@ -75,6 +80,16 @@ async def test_alone(capsys: pytest.CaptureFixture[str]) -> None:
     async with served(ScriptedAgent()) as client:
         await client.chat("Remember me")
     await the_whole_story(capsys)
+
+
+async def test_what_waits_at_a_provider_that_is_not_configured_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    async with served(ScriptedAgent()) as client:
+        await client.container.store().write(lambda tx: tx.copies.keep("gone", "openai", ["conv_1"]))
+        code, output, _ = await command(capsys, "erasures", "--format", "json")
+        assert (code, json.loads(output)["waiting"]) == (0, {"openai": 1})
+    code, output, _ = await command(capsys, "erasures")
+    assert code == 0
+    assert "1 of them wait: openai is not configured here. Give the service OPENAI_API_KEY" in output
 
 
 async def test_an_id_that_none_can_have_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

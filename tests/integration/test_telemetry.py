@@ -175,6 +175,7 @@ async def test_labels_have_few_values_and_none_from_callers(page: Page) -> None:
     labels = {name for all_of_it in samples.values() for has, _ in all_of_it for name in has}
     known = "job le error_type vida_attached vida_turn_state rpc_method rpc_response_status_code rpc_system_name"
     known += " gen_ai_operation_name gen_ai_provider_name gen_ai_request_model gen_ai_token_type gen_ai_tool_name"
+    known += " vida_provider_reached"
     target = {name for has, _ in samples["target_info"] for name in has}
     assert labels - target <= set(known.split())
     assert "ada" not in {value for all_of_it in samples.values() for has, _ in all_of_it for value in has.values()}

@@ -131,9 +131,11 @@ def test_a_current_database_that_nobody_uses_is_well_and_left_alone(examine: Any
     assert file.read_bytes() == before
 
 
-def test_what_is_left_at_a_provider_is_told(examine: Any, file: Path) -> None:
+def test_what_is_left_at_a_provider_is_told(examine: Any, monkeypatch: pytest.MonkeyPatch, file: Path) -> None:
     file.parent.mkdir()
     migrate(f"sqlite:///{file}")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
+    monkeypatch.setenv("VIDA_PROVIDER", "practice")
     assert examine().status("erasures") == "ok"
     row = "INSERT INTO copies VALUES ('openai', ?, 't', '2026-01-01 00:00:00', 1, ?)"
     with sqlite3.connect(file) as connection:
@@ -147,6 +149,11 @@ def test_what_is_left_at_a_provider_is_told(examine: Any, file: Path) -> None:
     assert report.status("erasures") == "warn"
     assert report.of("erasures")["detail"].startswith("2 objects")
     assert "users erasures" in report.of("erasures")["advice"]
+    monkeypatch.delenv("OPENAI_API_KEY")
+    report = examine()
+    assert report.status("erasures") == "warn"
+    assert "2 at openai, which is not configured here" in report.of("erasures")["detail"]
+    assert "OPENAI_API_KEY" in report.of("erasures")["advice"]
 
 
 def test_an_outdated_embedded_database_is_migrated_by_whatever_opens_it(examine: Any, file: Path) -> None:

@@ -677,8 +677,8 @@ class Copies(erasures.Copies):
         found = sorted(tables.due, key=lambda key: (-tables.copies[key].tries, tables.due[key], key[1]))
         return [tables.copies[key] for key in found[:limit]]
 
-    def count_left(self) -> int:
-        return len(self._tables.due)
+    def count_left(self) -> Mapping[str, int]:
+        return Counter(provider for provider, _ in self._tables.due)
 
     def _due(self, provider: str) -> Sequence[tuple[str, str]]:
         due = self._tables.due

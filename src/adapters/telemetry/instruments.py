@@ -53,6 +53,9 @@ class Instruments:
             "vida.provider.refusing", "1", "1 while the breaker is open and new messages are refused."
         )
         self.outages = meter.create_counter("vida.provider.outages", "{outage}", "Times that the breaker opened.")
+        self.copies_left = meter.create_gauge(
+            "vida.copies.left", "{object}", "Objects of erased threads that a provider still has."
+        )
         self.tools = seconds("vida.tool.duration", "Calls of tools.", _LONG)
         self.commits = seconds("vida.commit.duration", "Commits of the record.", _SHORT)
         self.changes = meter.create_histogram(

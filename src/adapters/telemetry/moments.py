@@ -110,6 +110,10 @@ class Moments(Telemetry):
         self._instruments.commits.record(seconds)
         self._instruments.changes.record(changes)
 
+    def copies_left(self, provider: str, count: int, *, reached: bool) -> None:
+        attributes: Attributes = {"gen_ai.provider.name": provider, "vida.provider.reached": reached}
+        self._instruments.copies_left.set(count, attributes)
+
     def called(self, method: str, status: str, seconds: float) -> None:
         self._instruments.calls.record(
             seconds,

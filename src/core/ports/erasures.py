@@ -1,7 +1,7 @@
 """The repositories of erasures, and of what providers keep."""
 
 from abc import abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol
@@ -76,5 +76,5 @@ class Copies(Protocol):
         """What is to be erased, of every provider, the most often tried first."""
 
     @abstractmethod
-    def count_left(self) -> int:
-        """How many there are."""
+    def count_left(self) -> Mapping[str, int]:
+        """How many there are, by provider; none with none."""

@@ -71,6 +71,11 @@ class Telemetry(Protocol):
         """So many changes were committed to the record together, in so many seconds."""
 
     @abstractmethod
+    def copies_left(self, provider: str, count: int, *, reached: bool) -> None:
+        """Of what was erased from the record, a provider has so many objects; `reached` where this process can
+        erase them."""
+
+    @abstractmethod
     def called(self, method: str, status: str, seconds: float) -> None:
         """A call of the API has ended. `method` and `status` are the API's own names."""
 
@@ -118,6 +123,9 @@ class Unmeasured(Telemetry):
         """Nothing."""
 
     def committed(self, changes: int, seconds: float) -> None:
+        """Nothing."""
+
+    def copies_left(self, provider: str, count: int, *, reached: bool) -> None:
         """Nothing."""
 
     def called(self, method: str, status: str, seconds: float) -> None:

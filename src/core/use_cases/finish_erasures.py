@@ -2,18 +2,21 @@
 have left.
 
 Copies at a provider are worked off one by one. Whoever takes some is given them for a time; nobody has to be told
-if that process dies. Nothing is given up: what fails is tried again, less and less often, and can be seen.
+if that process dies. Nothing is given up: what fails is tried again, less and less often, and can be seen. So can
+what is at a provider that this process can't reach: it waits for one that can.
 """
 
 import asyncio
 import contextlib
 import logging
+import math
 import random
 
 from core.model.erasure import Copy
 from core.model.errors import StoreUnavailable
 from core.ports.provider_copies import CopyStays, ProviderCopies
 from core.ports.store import Store
+from core.ports.telemetry import UNMEASURED, Telemetry
 from core.use_cases.erase_user import EraseUser
 from core.use_cases.patience import patiently
 
@@ -30,6 +33,8 @@ _LONGEST = 100.0
 _FIRST_WAIT, _LONGEST_WAIT = 5.0, 3_600.0
 _LONGEST_ASKED = 86_400.0
 """Seconds for which a provider may put a try off: nothing is kept for years because it says so."""
+_COUNTED_EVERY = 60.0
+"""Seconds between two counts of what is left."""
 _SHORTEST_PAUSE = 1.0
 """Seconds between two looks that were asked for: many deletions share what follows them."""
 
@@ -41,13 +46,22 @@ class FinishErasures:
     """
 
     def __init__(
-        self, *, store: Store, copies: ProviderCopies, erase_user: EraseUser, wanted: asyncio.Event
+        self,
+        *,
+        store: Store,
+        copies: ProviderCopies,
+        erase_user: EraseUser,
+        wanted: asyncio.Event,
+        telemetry: Telemetry = UNMEASURED,
     ) -> None:
         self._store = store
         self._copies = copies
         self._erase_user = erase_user
         self._random = random.Random()  # noqa: S311 - spreads load, guards nothing
         self._wanted = wanted
+        self._telemetry = telemetry
+        self._count_at = -math.inf
+        self._told = {copies.provider}
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -70,6 +84,7 @@ class FinishErasures:
                     self._wanted.set()  # somebody still reads what was there before
                 await self._erase_user.go_on()
                 await self._erase_copies()
+                await self._count()
             except StoreUnavailable:
                 _log.debug("the store does not answer")
                 self._wanted.set()
@@ -90,6 +105,24 @@ class FinishErasures:
             async with asyncio.TaskGroup() as group:
                 for copy in taken:
                     group.create_task(self._erase(copy), name=f"erase-{copy.ref}")
+
+    async def _count(self) -> None:
+        """Now and then tells how much is left; of a provider that is not ours, aloud when it is first met."""
+        now = asyncio.get_running_loop().time()
+        if now < self._count_at:
+            return
+        left = await self._store.read(lambda tx: tx.copies.count_left())
+        for provider in left.keys() - self._told:
+            _log.warning(
+                "%d objects of erased threads are at %s, which this process can't reach: they wait for one that "
+                "is given its key",
+                left[provider],
+                provider,
+            )
+        self._told |= left.keys()
+        for provider in self._told:
+            self._telemetry.copies_left(provider, left.get(provider, 0), reached=provider == self._copies.provider)
+        self._count_at = now + _COUNTED_EVERY
 
     async def _erase(self, copy: Copy) -> None:
         wait = min(_LONGEST_WAIT, _FIRST_WAIT * 2 ** min(copy.tries - 1, 20))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from entrypoints.cli.failure import FAILED
+from entrypoints.cli.users import REACH
 
 if TYPE_CHECKING:
     from datetime import date
@@ -351,6 +352,9 @@ def _erasures(settings: "Settings") -> Check:
     found = asyncio.run(read())
     failed = sum(copy.reason != "" for copy in found.copies)
     detail = f"{found.copies_left} objects of erased threads are left at providers"
+    if found.waiting:
+        waiting = ", ".join(f"{count} at {provider}" for provider, count in sorted(found.waiting.items()))
+        return Check("erasures", Status.WARN, f"{detail}: {waiting}, which is not configured here", REACH)
     if failed:
         advice = "`vida-coach users erasures` says which and why. A running service tries them again."
         return Check("erasures", Status.WARN, f"{detail}; deleting {failed} of them has failed", advice)

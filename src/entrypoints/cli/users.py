@@ -12,6 +12,9 @@ from entrypoints.cli.record import on_record
 if TYPE_CHECKING:
     from entrypoints.cli.record import Record
 
+REACH = "Give the service OPENAI_API_KEY (and OPENAI_BASE_URL) of that time; VIDA_PROVIDER may stay as it is."
+"""How to have deleted what waits at a provider that is not configured."""
+
 _ERASURES = "newest first; what providers still have is deleted by the running service"
 
 
@@ -144,6 +147,7 @@ async def _erasures(record: "Record", options: argparse.Namespace) -> None:
                 }
                 for copy in found.copies
             ],
+            "waiting": dict(found.waiting),
         }
         print(json.dumps(report))
         return
@@ -151,6 +155,8 @@ async def _erasures(record: "Record", options: argparse.Namespace) -> None:
         values = _as_json(receipt)
         print(f"{values['requested_at']}  {receipt.id}  {values['state']}  {receipt.copies_left} at the provider")
     print(f"{found.copies_left} objects at providers to delete")
+    for provider, count in sorted(found.waiting.items()):
+        print(f"{count} of them wait: {provider} is not configured here. {REACH}")
     for copy in found.copies:
         print(f"  {copy.provider} {copy.ref}: {copy.tries} tries{f', {copy.reason}' if copy.reason else ''}")
 

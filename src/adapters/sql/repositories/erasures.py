@@ -1,7 +1,7 @@
 """The repositories of erasures, and of what providers keep."""
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime, timedelta
 
 from sqlalchemy import Integer, bindparam, delete, exists, func, select, update
@@ -100,7 +100,9 @@ _ERASED_COPY = Statement(delete(t.copies).where(*_one))
 _LEFT_COPIES = Statement(
     select(t.copies).where(_c.due.is_not(None)).order_by(_c.tries.desc(), _c.due, _c.ref).limit(_limit)
 )
-_COUNT_LEFT = Statement(select(func.count().label("left_")).select_from(t.copies).where(_c.due.is_not(None)))
+_COUNT_LEFT = Statement(
+    select(_c.provider, func.count().label("left_")).where(_c.due.is_not(None)).group_by(_c.provider)
+)
 
 
 class Copies(Repository, erasures.Copies):
@@ -137,8 +139,8 @@ class Copies(Repository, erasures.Copies):
     def left(self, limit: int) -> Sequence[Copy]:
         return [m.copy_of(row) for row in self._session.rows(_LEFT_COPIES, {"limit": limit})]
 
-    def count_left(self) -> int:
-        return int(self._session.row(_COUNT_LEFT).left_)
+    def count_left(self) -> Mapping[str, int]:
+        return {row.provider: row.left_ for row in self._session.rows(_COUNT_LEFT)}
 
 
 def _this(copy: Copy) -> m.Values:

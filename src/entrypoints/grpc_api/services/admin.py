@@ -191,4 +191,5 @@ def to_erasures(erasures: Erasures) -> api.ListErasuresResponse:
             )
             for copy in erasures.copies
         ],
+        waiting=erasures.waiting,
     )

@@ -242,9 +242,30 @@ class ListErasuresResponse(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class WaitingEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     RECEIPTS_FIELD_NUMBER: _builtins.int
     COPIES_LEFT_FIELD_NUMBER: _builtins.int
     COPIES_FIELD_NUMBER: _builtins.int
+    WAITING_FIELD_NUMBER: _builtins.int
     copies_left: _builtins.int
     """Objects that providers still have of anything that was erased."""
     @_builtins.property
@@ -255,16 +276,23 @@ class ListErasuresResponse(_message.Message):
     def copies(self) -> _containers.RepeatedCompositeFieldContainer[Global___CopyLeft]:
         """Some of them, the most often tried first, at most 100."""
 
+    @_builtins.property
+    def waiting(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Of `copies_left`, how many are at providers that are not configured here, by
+        provider. They wait until a service is given that provider's key.
+        """
+
     def __init__(
         self,
         *,
         receipts: _abc.Iterable[_user_service_pb2.ErasureReceipt] | None = ...,
         copies_left: _builtins.int = ...,
         copies: _abc.Iterable[Global___CopyLeft] | None = ...,
+        waiting: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["copies", b"copies", "copies_left", b"copies_left", "receipts", b"receipts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["copies", b"copies", "copies_left", b"copies_left", "receipts", b"receipts", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
