@@ -1,14 +1,20 @@
-"""A server kills itself in the middle of an erasure, another one goes on: nothing of the user is left."""
+"""A server kills itself in the middle of an erasure, another one goes on: nothing of the user is left. Two that
+delete at the provider at the same time share the work."""
 
 import asyncio
 import json
+from collections import Counter
+from contextlib import AsyncExitStack
 from typing import Any
 
 import grpc
+import psycopg
 import pytest
 
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import user_service_pb2 as users_api
 from entrypoints.grpc_api.gen.vidacoach.agents.v1.user_service_pb2_grpc import UserServiceStub
+from fake_provider import FakeProvider
+from fake_provider.exchange import Exchange
 from faults.checker import Tables
 from faults.client import Client, Told
 from faults.cluster import DEADLINE, Cluster
@@ -17,6 +23,7 @@ from faults.figures import FIGURES, chance, chosen, sized, stores
 SUITE = "erasures"
 REPEATS = sized("ERASURE_REPEATS", 1, 1, 10)
 THREADS = sized("ERASURE_THREADS", 4, 12, 100)
+COPIES = sized("ERASURE_COPIES", 200, 2_000, 20_000)
 POINTS = [f"delete.{commit}-commit#{number}" for commit in ("before", "after") for number in (1, 2, THREADS)]
 
 _UNFINISHED = "SELECT id FROM erasures WHERE finished_at IS NULL"
@@ -56,6 +63,53 @@ async def test_an_erasure_goes_on_after_kill_9(point: str, database_url: str, cl
         assert await survivor.terminate() == 0
         cluster.forget(survivor)
         FIGURES.add(SUITE, {"erasures": 1, "threads left at the kill": left})
+
+
+class Shelf(FakeProvider):
+    """Answers once `asked` is had by as many shelves as there are."""
+
+    def __init__(self, asked: asyncio.Barrier) -> None:
+        super().__init__()
+        self._asked = asked
+        self._first = True
+
+    @property
+    def deleted(self) -> list[str]:
+        """The paths that were to be deleted."""
+        return [request.path for request in self.requests if request.method == "DELETE"]
+
+    async def _serve(self, exchange: Exchange) -> None:
+        if self._first:
+            self._first = False
+            await self._asked.wait()
+        await super()._serve(exchange)
+
+
+@pytest.mark.timeout(60 + COPIES / 50)
+async def test_two_processes_delete_each_copy_once(postgres_url: str, cluster: Cluster) -> None:
+    async with AsyncExitStack() as stack:
+        both_have_some = asyncio.Barrier(2)
+        shelves = [await stack.enter_async_context(Shelf(both_have_some)) for _ in range(2)]
+        channels = []
+        for shelf in shelves:
+            server = await cluster.start(postgres_url, VIDA_PROVIDER="practice", OPENAI_BASE_URL=shelf.base_url)
+            channels.append(await stack.enter_async_context(grpc.aio.insecure_channel(server.address)))
+        with psycopg.connect(postgres_url) as connection:
+            connection.execute(
+                "INSERT INTO copies SELECT 'openai', 'resp_' || n, 'gone', now() - interval '1 minute', 0, '' "
+                "FROM generate_series(1, %s) n",
+                [COPIES],
+            )
+        await asyncio.gather(*map(_erase, channels))  # so that both look now
+        tables = Tables(postgres_url)
+        while tables.rows("SELECT 1 FROM copies LIMIT 1"):  # noqa: ASYNC110 - other processes are waited for
+            await asyncio.sleep(0.05)
+    shares = [Counter(shelf.deleted) for shelf in shelves]
+    assert all(shares), "one of them had nothing to do"
+    assert sum(shares, Counter()) == Counter(f"/v1/responses/resp_{n}" for n in range(1, COPIES + 1))
+    FIGURES.add(
+        SUITE, {"copies deleted by two": COPIES, "by the one that did less": min(s.total() for s in shares)}
+    )
 
 
 async def _erase(channel: grpc.aio.Channel) -> users_api.ErasureReceipt:
