@@ -479,6 +479,23 @@ async def test_clients_authorities_are_replaced_too(
         assert await connects(lab.channel_with(client.address, lab.authority.issue(uris=(APP,))))
 
 
+async def test_a_flood_of_refused_calls_is_no_flood_of_lines(
+    lab: Lab, sqlite_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("VIDA_DATABASE_URL", sqlite_url)
+    lab.set()
+    caplog.set_level(logging.INFO)
+    async with lab.served(ScriptedAgent()) as client:
+        caller = Caller(client.channel, None)
+        of = Belongings(Ids().new(), Ids().new())
+        for name in [*ABOUT_SOMETHING] * 20:
+            assert (await caller.refusal(name, "ada", of))[1] == "UNAUTHENTICATED"
+    lines = [line for line in caplog.messages if "refused" in line]
+    assert len(lines) == 2
+    assert lines[0].endswith("refused: no token")
+    assert lines[1].startswith(f"refused {20 * len(ABOUT_SOMETHING) - 1} times more within 60 s: no token")
+
+
 async def test_no_log_and_no_refusal_holds_a_token_or_a_key(
     lab: Lab, sqlite_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -1,8 +1,8 @@
 """Who may call what for whom: the one place that decides."""
 
-import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import grpc
@@ -10,14 +10,15 @@ import grpc
 from adapters.identity import BadToken, KeysUnavailable, Token
 from core.model.errors import CallerNotAllowed, IdentityUnavailable, Unauthenticated
 from entrypoints.grpc_api.methods import Need, need_of
+from entrypoints.grpc_api.refusals import Refusals
 from entrypoints.policy import Policy, Rule
 
 if TYPE_CHECKING:
     from adapters.identity.tokens import Tokens
 
-_log = logging.getLogger(__name__)
-
 _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+_Refused: TypeAlias = Callable[[str, Unauthenticated | CallerNotAllowed], Exception]
+"""Notes why a call is refused, and returns what to raise."""
 
 LOCAL = "local"
 """The caller where the transport identifies nobody."""
@@ -37,22 +38,24 @@ class Access:
         self._policy = policy
         self._certified = certified
         self._tokens = tokens
+        self._refusals = Refusals()
 
     async def admit(self, method: str, context: _Context) -> "Admission":
         """Lets a caller in, before its request is looked at. Raises Unauthenticated, CallerNotAllowed and
         IdentityUnavailable."""
+        refused = partial(self._refused, method)
         needed = need_of(method)
         if needed is None:
-            raise _refused(method, "nobody may call it", CallerNotAllowed())
+            raise refused(f"nobody may call {method}", CallerNotAllowed())
         need, short = needed
         if need is Need.NOTHING:
-            return Admission(method, "", None)
-        caller, user, rule = await self._identified(method, context)
+            return Admission(refused, "", None)
+        caller, user, rule = await self._identified(refused, context)
         if rule is None:
-            raise _refused(method, f"no rule for {caller}", CallerNotAllowed())
+            raise refused(f"no rule for {caller}", CallerNotAllowed())
         if not (rule.admin if need is Need.ADMIN else rule.allows(short)):
-            raise _refused(method, f"{caller} may not call it", CallerNotAllowed())
-        return Admission(method, caller, user if need is Need.USER else None)
+            raise refused(f"{caller} may not call {short}", CallerNotAllowed())
+        return Admission(refused, caller, user if need is Need.USER else None)
 
     @property
     def administered(self) -> bool:
@@ -61,33 +64,38 @@ class Access:
 
     async def aclose(self) -> None:
         """Gives up what is under way."""
+        self._refusals.close()
         if self._tokens is not None:
             await self._tokens.aclose()
 
-    async def _identified(self, method: str, context: _Context) -> tuple[str, str | None, Rule | None]:
+    def _refused(self, method: str, why: str, error: Unauthenticated | CallerNotAllowed) -> Exception:
+        self._refusals.note(method, why)
+        return error
+
+    async def _identified(self, refused: _Refused, context: _Context) -> tuple[str, str | None, Rule | None]:
         """The caller, the only user that it may act for (None: any), and its rule."""
-        certified = _name_of(method, context) if self._certified else None
+        certified = _name_of(refused, context) if self._certified else None
         if self._tokens is None:
             caller = certified or LOCAL
             return caller, None, self._policy.rule(caller)
         rule = self._policy.rule(certified) if certified is not None else None
-        text = _bearer(method, context)
+        text = _bearer(refused, context)
         if text is None:
             if certified is not None and rule is not None and rule.any_user:
                 return certified, None, rule
-            raise _refused(method, "no token", Unauthenticated())
-        token = await self._read(method, text, self._tokens)
+            raise refused("no token", Unauthenticated())
+        token = await self._read(refused, text, self._tokens)
         if certified is not None:
             return certified, token.subject, rule
-        caller = _token_name(method, token)
+        caller = _token_name(refused, token)
         rule = self._policy.rule(caller)
         return caller, None if rule is not None and rule.any_user else token.subject, rule
 
-    async def _read(self, method: str, text: str, tokens: "Tokens") -> Token:
+    async def _read(self, refused: _Refused, text: str, tokens: "Tokens") -> Token:
         try:
             return await tokens.read(text)
         except BadToken as bad:
-            raise _refused(method, f"token: {bad.why}", Unauthenticated()) from None
+            raise refused(f"token: {bad.why}", Unauthenticated()) from None
         except KeysUnavailable:
             raise IdentityUnavailable from None
 
@@ -95,17 +103,17 @@ class Access:
 class Admission:
     """A caller that was let in: `caller` names it. It may act for `user` alone, where there is one."""
 
-    __slots__ = ("_method", "caller", "user")
+    __slots__ = ("_refused", "caller", "user")
 
-    def __init__(self, method: str, caller: str, user: str | None) -> None:
-        self._method = method
+    def __init__(self, refused: _Refused, caller: str, user: str | None) -> None:
+        self._refused = refused
         self.caller = caller
         self.user = user
 
     def check(self, request: Any) -> None:
         """Raises CallerNotAllowed for a request that is for another user."""
         if self.user is not None and request.user_id != self.user:
-            raise _refused(self._method, f"{self.caller} is not there for this user", CallerNotAllowed())
+            raise self._refused(f"{self.caller} is not there for this user", CallerNotAllowed())
 
 
 def certificate_name(identity: Mapping[str, Iterable[bytes]]) -> str | None:
@@ -132,31 +140,26 @@ def _usable(prefix: str, name: bytes | str) -> str | None:
     return prefix + text if known and not (prefix and text.startswith("//")) else None
 
 
-def _name_of(method: str, context: _Context) -> str:
+def _name_of(refused: _Refused, context: _Context) -> str:
     name = certificate_name(context.auth_context())
     if name is None:
-        raise _refused(method, "the client's certificate has no name that can be used", Unauthenticated())
+        raise refused("the client's certificate has no name that can be used", Unauthenticated())
     return name
 
 
-def _token_name(method: str, token: Token) -> str:
+def _token_name(refused: _Refused, token: Token) -> str:
     name = _usable("token:", token.client) if token.client else "token"
     if name is None:
-        raise _refused(method, "the token's client has no name that can be used", Unauthenticated())
+        raise refused("the token's client has no name that can be used", Unauthenticated())
     return name
 
 
-def _bearer(method: str, context: _Context) -> str | None:
+def _bearer(refused: _Refused, context: _Context) -> str | None:
     """The token of the call. None if there is none; two of them, or another scheme, are Unauthenticated."""
     found = [value for key, value in context.invocation_metadata() or () if key == "authorization"]
     if not found:
         return None
     scheme, _, token = str(found[0]).partition(" ")
     if len(found) > 1 or scheme.lower() != "bearer" or not token:
-        raise _refused(method, "the authorization is not one bearer token", Unauthenticated())
+        raise refused("the authorization is not one bearer token", Unauthenticated())
     return token
-
-
-def _refused(method: str, why: str, error: Unauthenticated | CallerNotAllowed) -> Exception:
-    _log.info("%s refused: %s", method, why)
-    return error
