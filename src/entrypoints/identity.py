@@ -1,6 +1,7 @@
 """Who may call: certificates, tokens and the policy, made of the settings. What is not set is not imported."""
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,7 +9,7 @@ import grpc
 
 from entrypoints.grpc_api.access import Access
 from entrypoints.grpc_api.methods import named_methods
-from entrypoints.policy import Policy, PolicyFault, Rule, read_policy
+from entrypoints.policy import Policy, PolicyFault, PolicyFile, Rule, read_policy
 from entrypoints.settings import Settings, SettingsError
 
 if TYPE_CHECKING:
@@ -80,12 +81,12 @@ def _tokens(settings: Settings) -> "Tokens | None":
     return Tokens(keys, settings.auth_issuer, settings.auth_audience, settings.auth_algorithms)
 
 
-def _policy(settings: Settings) -> Policy:
+def _policy(settings: Settings) -> Policy | PolicyFile:
     """Who may do what. Without a file all may do all but administer, where there are tokens for their users."""
     tokens_are_used = settings.auth_issuer is not None
     if settings.auth_policy is None:
         return Policy((Rule("*", any_user=not tokens_are_used),))
-    return read_policy(settings.auth_policy, named_methods(), tokens=tokens_are_used)
+    return PolicyFile(settings.auth_policy, partial(read_policy, methods=named_methods(), tokens=tokens_are_used))
 
 
 def _certificate_faults(settings: Settings) -> Iterator[str]:

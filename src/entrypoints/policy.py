@@ -1,9 +1,19 @@
 """What each caller may do: the rules of VIDA_AUTH_POLICY."""
 
+import logging
+import time
 import tomllib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from adapters.identity.files import stamp
+
+_log = logging.getLogger(__name__)
+
+LOOKED_AT_EVERY = 1.0
+"""Seconds between two looks at whether the file has changed."""
 
 _KEYS = {"name": str, "users": str, "methods": list, "admin": bool}
 _USERS = {"any": True, "token": False}
@@ -48,6 +58,45 @@ class Policy:
     def administered(self) -> bool:
         """Whether anybody may call AdminService."""
         return any(rule.admin for rule in self.rules)
+
+
+class PolicyFile:
+    """The rules of a file, read anew when it changes. One that can't be used changes nothing."""
+
+    def __init__(
+        self, file: Path, read: Callable[[Path], Policy], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Raises PolicyFault."""
+        self._file = file
+        self._read = read
+        self._clock = clock
+        self._look_at = clock() + LOOKED_AT_EVERY
+        self._stamp = stamp(file)
+        self._held = read(file)
+
+    def rule(self, caller: str) -> Rule | None:
+        """The rule for a caller, by what the file held a second ago or less."""
+        if self._clock() >= self._look_at:
+            self._look()
+        return self._held.rule(caller)
+
+    @property
+    def administered(self) -> bool:
+        """Whether anybody may call AdminService, now or by rules that are still to come."""
+        return True
+
+    def _look(self) -> None:
+        self._look_at = self._clock() + LOOKED_AT_EVERY
+        found = stamp(self._file)
+        if found == self._stamp:
+            return
+        self._stamp = found  # of before the reading: what changes meanwhile is read again
+        try:
+            self._held = self._read(self._file)
+        except PolicyFault as fault:
+            _log.error("the new policy is not taken, the one before stays in force: %s", fault)
+        else:
+            _log.info("a new policy is in force, of %d rules", len(self._held.rules))
 
 
 def read_policy(file: Path, methods: frozenset[str], *, tokens: bool) -> Policy:

@@ -22,6 +22,7 @@ from adapters.identity import MAX_TOKEN
 from adapters.system import Ids
 from certificates import Issuer, Pair
 from doubles import DONE, Gate, ScriptedAgent
+from entrypoints import policy
 from entrypoints.grpc_api import gen
 from entrypoints.grpc_api.gen.vidacoach.admin.v1 import admin_service_pb2 as admin_api
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import agent_service_pb2 as api
@@ -30,7 +31,7 @@ from entrypoints.grpc_api.gen.vidacoach.agents.v1 import thread_service_pb2 as t
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import user_service_pb2 as users_api
 from entrypoints.grpc_api.methods import TABLE, Need, need_of
 from harness import DEADLINE, Client, message, reason, rest_of, served
-from identity_lab import APP, BATCH, OPERATOR, READER, Lab, bearer, stubs
+from identity_lab import APP, BATCH, OPERATOR, POLICY, READER, Lab, bearer, stubs
 
 TEXT = [pb.ContentPart(text="Hello")]
 
@@ -464,6 +465,55 @@ async def test_certificates_are_replaced_while_streams_go_on(
         assert await shown(client, lab) == second.certificate
         gate.open()
         assert (await rest_of(chat))[-1].event.finished.turn.state == pb.TURN_STATE_COMPLETED
+
+
+async def test_the_policy_is_replaced_while_it_serves(
+    lab: Lab, sqlite_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("VIDA_DATABASE_URL", sqlite_url)
+    monkeypatch.setattr(policy, "LOOKED_AT_EVERY", 0.0)
+    lab.set()
+    operators = f"{POLICY}\n[[caller]]\nname = 'spiffe://example.org/new'\nusers = 'any'\nadmin = true"
+
+    def replace(text: str) -> None:
+        new = lab.policy.with_suffix(".new")
+        new.write_text(text)
+        new.rename(lab.policy)
+
+    async with (
+        lab.served(ScriptedAgent()) as client,
+        lab.channel(client.address, "spiffe://example.org/new") as channel,
+    ):
+        app, new = (Caller(one, lab.issuer.token("ada")) for one in (client.channel, channel))
+        of = await begin(app, "ada")
+        assert await app.call("AgentService/GetTurn", "ada", of)
+        assert (await new.refusal("AdminService/ListTurns", "", of))[1] == "CALLER_NOT_ALLOWED"
+
+        replace(operators)
+        assert await new.call("AdminService/ListTurns", "", of)
+        replace(operators.replace(APP, "spiffe://example.org/other"))
+        assert (await app.refusal("AgentService/GetTurn", "ada", of))[1] == "CALLER_NOT_ALLOWED"
+        assert await new.call("AdminService/ListTurns", "", of)
+        replace(POLICY)
+        assert await app.call("AgentService/GetTurn", "ada", of)
+        assert (await new.refusal("AdminService/ListTurns", "", of))[1] == "CALLER_NOT_ALLOWED"
+
+        for broken in ("[[caller", '[[caller]]\nname = "*"\nusers = "all"\n', None):
+            if broken is None:
+                lab.policy.unlink()
+            else:
+                replace(broken)
+            for _ in range(2):
+                assert await app.call("AgentService/GetTurn", "ada", of)
+                assert (await new.refusal("AdminService/ListTurns", "", of))[1] == "CALLER_NOT_ALLOWED"
+        errors = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
+        assert [error.partition(": ")[2] for error in errors] == [
+            "is no TOML",
+            'caller 1: users must be "any" or "token"',
+            "can't be read (FileNotFoundError)",
+        ]
+        replace(operators)
+        assert await new.call("AdminService/ListTurns", "", of)
 
 
 async def test_clients_authorities_are_replaced_too(

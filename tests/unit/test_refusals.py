@@ -11,6 +11,10 @@ from entrypoints.grpc_api.refusals import PERIOD, Refusals
 from simulation.loop import simulate
 
 
+def fail(error: BaseException) -> None:
+    raise error
+
+
 def test_a_flood_is_a_line_a_minute(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
 
@@ -25,7 +29,7 @@ def test_a_flood_is_a_line_a_minute(caplog: pytest.LogCaptureFixture) -> None:
         noted.close()
         await asyncio.sleep(3 * PERIOD)
 
-    simulate(flood(), surprised=pytest.fail)
+    simulate(flood(), surprised=fail)
     lines = caplog.messages
     assert lines[0] == "/a/B refused: no token"
     assert "/a/D refused: no rule for eve" in lines
@@ -44,7 +48,7 @@ def test_who_calls_again_after_a_while_is_told_at_once(caplog: pytest.LogCapture
             noted.note("/a/B", "no token")
             await asyncio.sleep(PERIOD + 1)
 
-    simulate(seldom(), surprised=pytest.fail)
+    simulate(seldom(), surprised=fail)
     assert caplog.messages == ["/a/B refused: no token"] * 3
 
 
@@ -58,7 +62,7 @@ def test_kinds_are_bounded(caplog: pytest.LogCaptureFixture, monkeypatch: pytest
             noted.note("/a/B", f"no rule for {number}")
         noted.close()
 
-    simulate(many(), surprised=pytest.fail)
+    simulate(many(), surprised=fail)
     assert caplog.messages == [
         *(f"/a/B refused: no rule for {number}" for number in range(4)),
         "refused 96 times more within 60 s: other reasons",

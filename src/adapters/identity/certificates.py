@@ -9,6 +9,8 @@ from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 
+from adapters.identity.files import stamp
+
 _MAX_BYTES = 2**20
 
 
@@ -33,7 +35,7 @@ class CertificateFiles:
 
     def stamp(self) -> tuple[object, ...]:
         """Changes when one of the files does. Costs three system calls and never raises."""
-        return tuple(_stamp(file) for file in (self.certificate, self.key, self.client_ca))
+        return tuple(stamp(file) for file in (self.certificate, self.key, self.client_ca))
 
 
 @dataclass(frozen=True, repr=False)
@@ -85,11 +87,3 @@ def _parsed(part: Part, content: bytes) -> list[x509.Certificate]:
         return x509.load_pem_x509_certificates(content)
     except ValueError as error:
         raise CertificateFault(part, "holds no certificate in PEM") from error
-
-
-def _stamp(file: Path | None) -> tuple[int, int, int] | None:
-    try:
-        found = file.stat() if file is not None else None
-    except OSError:
-        return None
-    return (found.st_ino, found.st_mtime_ns, found.st_size) if found is not None else None

@@ -11,7 +11,7 @@ from adapters.identity import BadToken, KeysUnavailable, Token
 from core.model.errors import CallerNotAllowed, IdentityUnavailable, Unauthenticated
 from entrypoints.grpc_api.methods import Need, need_of
 from entrypoints.grpc_api.refusals import Refusals
-from entrypoints.policy import Policy, Rule
+from entrypoints.policy import Policy, PolicyFile, Rule
 
 if TYPE_CHECKING:
     from adapters.identity.tokens import Tokens
@@ -34,7 +34,9 @@ class Access:
     reaches the address is one caller, LOCAL.
     """
 
-    def __init__(self, policy: Policy, *, certified: bool = False, tokens: "Tokens | None" = None) -> None:
+    def __init__(
+        self, policy: Policy | PolicyFile, *, certified: bool = False, tokens: "Tokens | None" = None
+    ) -> None:
         self._policy = policy
         self._certified = certified
         self._tokens = tokens
