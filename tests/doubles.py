@@ -89,6 +89,8 @@ class ScriptedAgent(Agent):
         self._default = default
         self.requests: list[ReplyRequest] = []
         self.stopped: list[str] = []
+        self.used: dict[str, Usage] = {}
+        """What rounds that are stopped have used, by their handles."""
         self.refused: float | None = None
         self.closed = 0
 
@@ -122,8 +124,9 @@ class ScriptedAgent(Agent):
         finally:
             self.closed += 1
 
-    async def stop(self, handle: str) -> None:
+    async def stop(self, handle: str) -> Usage | None:
         self.stopped.append(handle)
+        return self.used.get(handle)
 
     async def aclose(self) -> None:
         """Nothing is held."""

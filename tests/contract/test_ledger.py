@@ -14,10 +14,12 @@ from core.model.errors import QuotaSpent
 from core.model.events import ToolCalled
 from core.model.ledger import FORGOTTEN, Dimension, LedgerKey, LedgerLine, Quotas, Tally, day_after, day_of
 from core.model.turn import BusyPolicy, Turn, TurnReason, TurnState, Usage
-from core.ports.agent import AgentFailed, RoundFinished
+from core.ports.agent import AgentFailed, Begun, RoundFinished
 from core.ports.store import Store, Transaction
 from core.use_cases.accept_message import AcceptMessage
 from core.use_cases.end_turn import Ending, end_turn
+from core.use_cases.erase_user import EraseUser
+from core.use_cases.stop_round import stop_round
 from core.use_cases.turn_engine import TurnLimits
 from doubles import DONE, Gate, ManualClock, NotedTools, ScriptedAgent, Service, service
 from harness import until
@@ -160,6 +162,56 @@ async def test_a_turn_that_is_cut_off_keeps_what_its_rounds_have_cost(store: Sto
         (turn,) = await turns_of(store, [turn_id])
         assert turn.usage == ROUND.usage
     assert await booked(store) == Tally(turns=2, unmetered_turns=2, usage=ROUND.usage + ROUND.usage)
+
+
+USED = Usage(input_tokens=40, output_tokens=11)
+
+
+@pytest.mark.parametrize("how", ["cancelled", "deleted"])
+async def test_what_a_stopped_round_has_used_is_booked_once(store: Store, how: str) -> None:
+    agent = ScriptedAgent([CALL, ROUND], [Begun("h1"), "Well", Gate()])
+    agent.used["h1"] = USED
+    async with service(store, agent) as it:
+        turn_id = await it.say()
+        await it.stream(turn_id, "Well")
+        (turn,) = await turns_of(store, [turn_id])
+        if how == "cancelled":
+            await it.cancel("ada", turn_id)
+        else:
+            await it.delete("ada", turn.thread_id)
+    assert agent.stopped == ["h1"]
+    # Of a turn that is gone with its thread nothing is left to say whether the rest of it is known.
+    tally = Tally(turns=1, unmetered_turns=int(how == "deleted"), usage=ROUND.usage + USED)
+    assert await booked(store, "ada") == tally
+    if how == "cancelled":
+        (ended,) = await turns_of(store, [turn_id])
+        assert (ended.usage, ended.continuation) == (ROUND.usage, None)
+        await stop_round(store, agent, turn, "h1")
+        assert await booked(store, "ada") == tally
+
+
+async def test_what_a_round_had_used_before_its_turn_began_again_is_booked_too(store: Store) -> None:
+    agent = ScriptedAgent([Begun("h1"), AgentFailed(TurnReason.INTERRUPTED)], [Begun("h2"), "Well", DONE])
+    agent.used["h1"] = USED
+    async with service(store, agent) as it:
+        turn_id = await it.say()
+        await it.events(turn_id)
+    (turn,) = await turns_of(store, [turn_id])
+    assert (turn.state, turn.attempt, turn.usage) == (TurnState.COMPLETED, 2, DONE.usage)
+    assert await booked(store) == Tally(turns=1, unmetered_turns=1, usage=DONE.usage + USED)
+
+
+async def test_what_a_round_has_used_of_a_user_who_is_gone_is_nobodys(store: Store) -> None:
+    agent = ScriptedAgent([Begun("h1"), "Well", Gate()])
+    async with service(store, agent) as it:
+        turn_id = await it.say()
+        await it.stream(turn_id, "Well")
+        (turn,) = await turns_of(store, [turn_id])
+    agent.used["h1"] = USED
+    await EraseUser(store=store, ids=IDS, gone=lambda _: None, erased=lambda: None)("ada")
+    await stop_round(store, agent, turn, "h1")
+    assert await booked(store, "ada") == Tally()
+    assert (await booked(store)).usage == USED
 
 
 async def test_usage_is_noted_in_the_epoch_of_its_turn_and_in_no_other(store: Store) -> None:

@@ -62,7 +62,7 @@ class Writing:
     def cancel(self) -> None:
         """Ends it where it stands. What has ended stays as it is."""
         if not self.is_over:
-            self._end({**self.response, "status": "cancelled"})
+            self._end({**self.response, "status": "cancelled", "usage": self.answer.used_when_cancelled})
 
     async def events(self, after: int, connection: Connection) -> AsyncGenerator[Json, None]:
         """The events with greater numbers, as they come. Raises Disconnected."""

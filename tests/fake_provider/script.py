@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 At = Literal["header", "start", "before_text", "middle", "after_text", "end"]
 """A place in a streamed answer: before the HTTP header, before the first event, before the first delta of text,
@@ -132,7 +132,7 @@ class Answer:
     """A response, and how its bytes travel. `fault` befalls the connection on which it was asked for.
 
     `pace` is deltas per second; `kept_when_aborted` says that a response whose reader leaves is finished and kept
-    all the same, as has been seen at OpenAI.
+    all the same, as has been seen at OpenAI. `used_when_cancelled` is the `usage` of one that is cancelled.
     """
 
     output: tuple[Text | Call | Reasoning, ...] = (Text(),)
@@ -151,6 +151,7 @@ class Answer:
     response_id: str | None = None
     pace: float | None = None
     kept_when_aborted: bool = False
+    used_when_cancelled: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

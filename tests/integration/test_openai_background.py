@@ -20,7 +20,7 @@ from adapters.openai.memory import StateMode
 from core.model.events import TextDelta, ToolCalled
 from core.model.message import Role, ToolExchange
 from core.model.thread import UNSYNCED
-from core.model.turn import TurnReason
+from core.model.turn import TurnReason, Usage
 from core.ports.agent import (
     AgentEvent,
     AgentFailed,
@@ -583,6 +583,39 @@ async def test_closing_the_reply_leaves_the_provider_at_work_until_it_is_stopped
     assert provider.running == 0
     (conversation,) = provider.conversations.values()
     assert (conversation.items, conversation.busy) == ([], False)
+
+
+async def test_what_a_cancelled_response_has_used_is_told_where_the_provider_says(
+    provider: FakeProvider, thread: ThreadOfTest
+) -> None:
+    counts: dict[str, Any] = {
+        "input_tokens": 30,
+        "input_tokens_details": {"cached_tokens": 10},
+        "output_tokens": 7,
+    }
+    said = {**counts, "output_tokens_details": {"reasoning_tokens": 2}, "total_tokens": 37}
+    pause = Pause(after=2)
+    provider.then(Answer(pauses=(pause,), used_when_cancelled=said))
+    gone = await left(thread, thread.begin("Hello"), 3)
+    used = Usage(input_tokens=30, cached_input_tokens=10, output_tokens=7, reasoning_tokens=2)
+    for _ in range(2):
+        assert await thread.agent.stop(gone.handle) == used
+    assert provider.cancelled == [gone.handle]
+    provider.then(Answer(pauses=(Pause(after=2),)))  # one that says nothing
+    gone = await left(thread, thread.begin("Hello"), 3)
+    assert await thread.agent.stop(gone.handle) is None
+
+
+async def test_what_has_ended_was_not_cut_short(
+    provider: FakeProvider, client: AsyncOpenAI, thread: ThreadOfTest
+) -> None:
+    """Whoever read its end has booked what it has used."""
+    await thread.say("Hello")
+    (response_id,) = provider.responses
+    ended = await client.responses.cancel(response_id)
+    assert ended.status == "completed"
+    assert ended.usage is not None
+    assert await thread.agent.stop(response_id) is None
 
 
 async def test_two_hundred_that_are_left_keep_no_connection(provider: FakeProvider, agent: OpenAIAgent) -> None:

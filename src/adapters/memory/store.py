@@ -488,7 +488,7 @@ class Turns(_Repository, turns.Turns):
         self._tables.put(self._tables.claims, turn.id, replace(claim, owner=owner, waiting=waiting))
         self._tables.put(self._tables.turns, turn.id, turn)
 
-    def save_continuation(self, turn_id: str, continuation: Continuation) -> None:
+    def save_continuation(self, turn_id: str, continuation: Continuation | None) -> None:
         turn = replace(self._tables.turns[turn_id], continuation=continuation)
         self._tables.put(self._tables.turns, turn_id, turn)
 

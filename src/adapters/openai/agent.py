@@ -162,8 +162,8 @@ class OpenAIAgent(Agent):
             async for change in changes:
                 yield change
 
-    async def stop(self, handle: str) -> None:
-        await self._responses.stop(handle)
+    async def stop(self, handle: str) -> Usage | None:
+        return await self._responses.stop(handle)
 
     def _memory(self, request: ReplyRequest) -> Memory:
         context = Context(request, tuning.window(self.model(request.definition)) or self._context_tokens)

@@ -13,6 +13,7 @@ from adapters.openai.client import WATCHED
 from adapters.openai.errors import Exchange, ProviderFault, Remedy, translated
 from adapters.openai.reading import Reading
 from adapters.openai.retry import Patience, Policy
+from adapters.openai.round import usage_of
 from adapters.openai.stream import Silence, SseSplitter, Watchdog, decoded, drain
 from core.model.events import TextDelta
 from core.model.turn import TurnReason, Usage
@@ -158,29 +159,36 @@ class Responses:
             raise ProviderFault(reading.end.shortfall or TurnReason.CONTENT_FILTERED)
         return "".join(delta.text for delta in deltas), reading.end.usage
 
-    async def stop(self, response_id: str) -> None:
-        """Cancels a response that is written in the background. Never fails, and takes STOP_SECONDS at most."""
+    async def stop(self, response_id: str) -> Usage | None:
+        """Cancels a response that is written in the background. Never fails, and takes STOP_SECONDS at most.
+
+        Returns what a cancelled one has used where the provider says. One that had ended before was not cancelled:
+        whoever has read its end knows what it has used.
+        """
         patience = Patience(self._policy)
         try:
             async with asyncio.timeout(STOP_SECONDS):
-                while (fault := await self._cancel(response_id)) is not None:
-                    if fault.status in _REFUSED:
-                        return
-                    if not await patience.wait_to_look_again(fault):
-                        _log("a response can't be stopped", response_id, fault)
-                        return
+                while True:
+                    try:
+                        return await self._cancel(response_id)
+                    except ProviderFault as fault:
+                        if fault.status in _REFUSED:
+                            return None
+                        if not await patience.wait_to_look_again(fault):
+                            _log("a response can't be stopped", response_id, fault)
+                            return None
         except TimeoutError:
             logger.warning("a response can't be stopped in time: response_id=%s", response_id)
         except Exception as error:  # noqa: BLE001 - nobody could do anything about it
             logger.warning("a response can't be stopped: %s response_id=%s", type(error).__name__, response_id)
-
-    async def _cancel(self, response_id: str) -> ProviderFault | None:
-        try:
-            with translated(Exchange()):
-                await self._client.responses.with_raw_response.cancel(response_id)
-        except ProviderFault as fault:
-            return fault
         return None
+
+    async def _cancel(self, response_id: str) -> Usage | None:
+        with translated(Exchange()):
+            found = await self._client.responses.with_raw_response.cancel(response_id)
+        response = decoded(found.content) or {}
+        usage = response.get("usage")
+        return usage_of(usage) if response.get("status") == "cancelled" and usage else None
 
 
 def _body(response: httpx2.Response) -> httpx2.Response | httpx2.AsyncByteStream:

@@ -237,10 +237,11 @@ class RoundReader:
                 self._take_item(index, item)
         self._leave_part()
         calls = () if shortfall else tuple(self._calls.values())
-        self.end = RoundEnd(_usage(response.get("usage")), calls, shortfall)
+        self.end = RoundEnd(usage_of(response.get("usage")), calls, shortfall)
 
 
-def _usage(usage: object) -> Usage:
+def usage_of(usage: object) -> Usage:
+    """What a response has used. What is not said counts as nothing."""
     facts: Mapping[str, Any] = usage if isinstance(usage, Mapping) else {}
 
     def count(facts: object, name: str) -> int:

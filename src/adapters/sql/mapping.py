@@ -150,15 +150,15 @@ def turn_values(turn: Turn) -> Values:
         "user_id": turn.user_id,
         "agent_id": turn.agent_id,
         "accepted_at": turn.accepted_at,
-        "continuation": None if turn.continuation is None else continuation_values(turn.continuation),
+        "continuation": continuation_values(turn.continuation),
         **claim_values(turn),
         **ending_values(turn),
     }
 
 
-def continuation_values(continuation: Continuation) -> list[Any]:
+def continuation_values(continuation: Continuation | None) -> list[Any] | None:
     """Writes what another process could go on with."""
-    return [continuation.handle, continuation.attempt, continuation.round]
+    return None if continuation is None else [continuation.handle, continuation.attempt, continuation.round]
 
 
 def claim_values(turn: Turn) -> Values:

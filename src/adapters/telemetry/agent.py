@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from core.model.agent import AgentDefinition
 from core.model.events import TextDelta, ToolCalled
+from core.model.turn import Usage
 from core.ports.agent import (
     Agent,
     AgentEvent,
@@ -82,8 +83,8 @@ class MeasuredAgent(Agent):
             async for step in steps:
                 yield step
 
-    async def stop(self, handle: str) -> None:
-        await self._agent.stop(handle)
+    async def stop(self, handle: str) -> Usage | None:
+        return await self._agent.stop(handle)
 
     async def complete_json(self, request: JsonRequest[T]) -> JsonAnswer[T]:
         """Not measured: it belongs to no turn."""

@@ -207,9 +207,9 @@ class Agent(Protocol):
         """
 
     @abstractmethod
-    async def stop(self, handle: str) -> None:
+    async def stop(self, handle: str) -> Usage | None:
         """Stops a round that was `Begun` and that nobody will read. Never fails: what can't be stopped ends by
-        itself."""
+        itself. Returns what it has used if this, or an earlier stop, has cut it short and the provider says."""
 
     async def reconcile(
         self, request: ReplyRequest, *, dry_run: bool

@@ -149,7 +149,7 @@ class Turns(Protocol):
         owner (empty: none). A turn that is at work no longer keeps a waiting message."""
 
     @abstractmethod
-    def save_continuation(self, turn_id: str, continuation: Continuation) -> None:
+    def save_continuation(self, turn_id: str, continuation: Continuation | None) -> None:
         """Stores what another process could go on with, for a locked turn."""
 
     @abstractmethod

@@ -78,7 +78,7 @@ class ReplyWriter:
         tools: Tools,
         claimant: Claimant,
         sure_of_lease: Callable[[], Awaitable[None]],
-        stop_round: Callable[[str], None],
+        stop_round: Callable[[Turn, str], None],
         keep: Callable[[str, Sequence[str]], asyncio.Task[None]],
     ) -> None:
         self._store = store
@@ -135,7 +135,7 @@ class ReplyWriter:
             work.log.add(event)
         await work.log.flush()
         if work.handle is not None:
-            self._stop_round(work.handle)
+            self._stop_round(work.claimed.turn, work.handle)
         work.begin_again(kept_rounds(events))
         return True
 

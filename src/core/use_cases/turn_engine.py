@@ -33,6 +33,7 @@ from core.use_cases.end_turn import Ended, Ending, end_turn
 from core.use_cases.patience import patiently
 from core.use_cases.places import Places
 from core.use_cases.reply_writer import ReplyWriter
+from core.use_cases.stop_round import stop_round
 from core.use_cases.turn_feed import TurnFeeds
 from core.use_cases.turn_log_writer import OpenLog, TurnLogWriter
 
@@ -233,15 +234,15 @@ class TurnEngine:
     def stop_reply(self, turn: Turn) -> None:
         """Stops what the provider still writes for a turn that has ended or is gone."""
         if turn.continuation is not None and turn.provider == self._agent.provider:
-            self._stop_round(turn.continuation.handle)
+            self._stop_round(turn, turn.continuation.handle)
 
     def gone(self, turn: Turn) -> None:
         """Takes notice of a turn that was erased with its thread."""
         self.abandon(turn.id)
         self.stop_reply(turn)
 
-    def _stop_round(self, handle: str) -> None:
-        self._do_aside(self._agent.stop(handle), "stop-round")
+    def _stop_round(self, turn: Turn, handle: str) -> None:
+        self._do_aside(stop_round(self._store, self._agent, turn, handle), "stop-round")
 
     def _keep(self, thread_id: str, refs: Sequence[str]) -> "asyncio.Task[None]":
         """Notes what the provider keeps, with the first text of it or a moment later. Whoever has lost the turn

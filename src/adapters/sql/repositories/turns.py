@@ -212,7 +212,7 @@ class Turns(Repository, turns.Turns):
         self._session.run(_SAVE, values)
         self._session.changed.add(turn.id)
 
-    def save_continuation(self, turn_id: str, continuation: Continuation) -> None:
+    def save_continuation(self, turn_id: str, continuation: Continuation | None) -> None:
         self._session.run(_SAVE, {"of_turn": turn_id, "continuation": m.continuation_values(continuation)})
 
     def save_usage(self, turn_id: str, epoch: int, usage: Usage) -> None:
