@@ -332,8 +332,9 @@ OTHER = replace(COPY, conversation_id="other", synced_to=1)
 class KeepingAgent(ScriptedAgent):
     """An agent with a copy that stands as the test says, and what happens at the provider meanwhile."""
 
-    def __init__(self, *steps: CopyFound | StateChanged | AgentFailed) -> None:
+    def __init__(self, *steps: CopyFound | StateChanged | AgentFailed, failing: bool = False) -> None:
         super().__init__()
+        self._failing = failing
         self._steps = steps
         self.asked: list[ReplyRequest] = []
         self.seen: list[int] = []
@@ -360,6 +361,8 @@ class KeepingAgent(ScriptedAgent):
             if self.ends:
                 ending = Ending(copy=OTHER)
                 await self.store.write(lambda tx: end_turn(tx, IDS, turn.id, ending))
+        if self._failing:
+            raise AgentFailed(TurnReason.PROVIDER_UNAVAILABLE)
 
 
 async def at_rest(store: Store) -> Thread:
@@ -413,15 +416,17 @@ async def test_a_copy_stays_in_doubt_where_reconciling_fails(record: Store) -> N
 
 
 @pytest.mark.parametrize("ended", [False, True])
-async def test_a_turn_that_begins_meanwhile_leaves_the_copy_in_doubt(record: Store, ended: bool) -> None:
+@pytest.mark.parametrize("fails", [False, True])
+async def test_a_turn_that_begins_meanwhile_has_a_copy_of_its_own(record: Store, ended: bool, fails: bool) -> None:
     thread = await at_rest(record)
-    agent = KeepingAgent(CopyFound(Standing.OUT_OF_STEP, 1))
+    agent = KeepingAgent(CopyFound(Standing.OUT_OF_STEP, 1), failing=fails)
     agent.store, agent.meanwhile, agent.ends = record, a_turn(thread), ended
     with pytest.raises(TurnInProgress) as error:
         await ReconcileThread(record, lambda: agent)(thread.id)
     assert error.value.turn_id == agent.meanwhile.id
-    # Both may have changed what the provider has: also what the turn took for granted is looked at again.
-    assert await copy_of(record, thread) == replace(OTHER if ended else COPY, synced_to=UNSYNCED)
+    # The turn has found none, and what it has made is not touched.
+    aside = ProviderState(provider="scripted", synced_to=UNSYNCED)
+    assert await copy_of(record, thread) == (replace(OTHER, synced_to=3) if ended else aside)
     if not ended:
         with pytest.raises(TurnInProgress):
             await ReconcileThread(record, lambda: agent)(thread.id)

@@ -2,13 +2,17 @@
 often the provider is asked, and that the next turn finds the provider's copy as the record has it."""
 
 import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 
-from core.model.errors import ProviderUnavailable
+from core.model.errors import ProviderUnavailable, TurnInProgress
 from core.model.turn import TurnReason, TurnState
+from core.ports.agent import CopyFound, ReplyRequest, StateChanged
+from core.use_cases.reconcile_thread import ReconcileThread
 from fake_provider import (
     Answer,
     Break,
@@ -25,6 +29,7 @@ from fake_provider import (
 from fake_provider.script import Step
 from harness import until
 from openai_lab import MODES, lab, outcome, run
+from openai_thread import words
 
 COMPLETED, INCOMPLETE, FAILED = TurnState.COMPLETED, TurnState.INCOMPLETE, TurnState.FAILED
 R = TurnReason
@@ -407,3 +412,36 @@ def test_two_hundred_cancelled_streams_leave_nothing(mode: str) -> None:
                 assert outcome(await it.ended(turn_id)) == (COMPLETED, None)
 
     run(main())
+
+
+def test_a_message_beside_a_reconciliation_has_a_conversation_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test() -> None:
+        async with lab("conversation") as it:
+            await it.say("one")
+            (first,) = it.provider.conversations.values()
+            del first.items[1:]
+            gate, reconcile = Gate(), it.agent.reconcile
+
+            async def slow(
+                request: ReplyRequest, *, dry_run: bool
+            ) -> AsyncGenerator[CopyFound | StateChanged, None]:
+                async with aclosing(reconcile(request, dry_run=dry_run)) as steps:
+                    async for step in steps:
+                        yield step
+                        gate.reached.set()
+                        await gate.released.wait()
+
+            monkeypatch.setattr(it.agent, "reconcile", slow)
+            operator = asyncio.create_task(ReconcileThread(it.it.store, lambda: it.agent)(it.thread_id))
+            await gate.reached.wait()
+            turn = await it.say("two")
+            assert turn.state is TurnState.COMPLETED
+            gate.released.set()
+            with pytest.raises(TurnInProgress):
+                await operator
+            await it.say("three")
+            _, second = it.provider.conversations.values()
+            assert words(second.items) == await it.transcript()
+            assert words(first.items) == (await it.transcript())[:2]
+
+    run(test())

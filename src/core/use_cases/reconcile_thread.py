@@ -39,9 +39,9 @@ class Reconciled:
 class ReconcileThread:
     """Compares, and repairs or rebuilds, while nothing goes on in the thread.
 
-    From the beginning to the end the copy is on record as doubted: whoever crashes here leaves a copy that is
-    looked at before it is used. A turn that begins meanwhile is noticed and TurnInProgress raised; if it was still
-    at work then, lines may stand in the copy twice until it is reconciled again.
+    From the beginning to the end the copy is put aside: a turn that begins meanwhile finds none and makes its own,
+    and TurnInProgress is raised. So the two never change the same one. After a crash here the next turn makes one
+    as well. What was put aside, and not put back, is deleted at the provider with the thread.
     """
 
     def __init__(self, store: Store, agent: Callable[[], Agent]) -> None:
@@ -64,17 +64,18 @@ class ReconcileThread:
                     else:
                         state = step.state
                         await self._store.write(partial(_keep, request, state))
-                        await self._write(request, replace(state, synced_to=UNSYNCED))
         except AgentFailed as failure:
             _log.warning("the copy of thread %s can't be reconciled: %s", thread_id, failure.reason.value)
+            if state is not None and not dry_run:
+                await self._put_back(request, replace(state, synced_to=UNSYNCED))
             raise ProviderUnavailable(_RETRY_AFTER) from failure
         if dry_run:
             return Reconciled(found, _planned(found))
         if state is not None:
-            await self._write(request, state)
+            await self._put_back(request, state)
         return Reconciled(found, _done(found, request.state, state))
 
-    async def _write(self, request: ReplyRequest, state: ProviderState) -> None:
+    async def _put_back(self, request: ReplyRequest, state: ProviderState) -> None:
         if turn_id := await self._store.write(partial(_save, request, state)):
             raise TurnInProgress(turn_id)
 
@@ -94,10 +95,10 @@ class _History:
         return await self._store.read(read)
 
 
-def _begin(thread_id: str, provider: str, history: _History, doubt: bool, tx: Transaction) -> ReplyRequest:
-    """The request that the next message would be answered with. Marks the copy as doubted."""
+def _begin(thread_id: str, provider: str, history: _History, aside: bool, tx: Transaction) -> ReplyRequest:
+    """The request that the next message would be answered with. With `aside`, puts the copy there."""
     thread = tx.threads.find(thread_id)
-    if thread is None or (doubt and tx.threads.lock(thread.user_id, thread_id) is None):
+    if thread is None or (aside and tx.threads.lock(thread.user_id, thread_id) is None):
         raise ThreadNotFound
     if unfinished := tx.turns.unfinished(thread_id):
         raise TurnInProgress(unfinished[0].id)
@@ -107,8 +108,8 @@ def _begin(thread_id: str, provider: str, history: _History, doubt: bool, tx: Tr
     state = tx.threads.provider_state(thread_id)
     if state is not None and state.provider != provider:
         state = None  # another provider's, which nobody here can look at
-    if doubt and state is not None:
-        tx.threads.save_provider_state(thread_id, replace(state, synced_to=UNSYNCED))
+    if aside and state is not None:
+        tx.threads.save_provider_state(thread_id, _aside(provider))
     return ReplyRequest(
         turn_id="",
         thread_id=thread_id,
@@ -120,6 +121,11 @@ def _begin(thread_id: str, provider: str, history: _History, doubt: bool, tx: Tr
         tools=(),
         state=state,
     )
+
+
+def _aside(provider: str) -> ProviderState:
+    """What is on record of a copy that was put aside."""
+    return ProviderState(provider=provider, synced_to=UNSYNCED)
 
 
 def _next_line(thread: Thread) -> Message:
@@ -141,19 +147,17 @@ def _keep(request: ReplyRequest, state: ProviderState, tx: Transaction) -> None:
 
 
 def _save(request: ReplyRequest, state: ProviderState, tx: Transaction) -> str:
-    """Stores what is known of the copy now. Returns the id of a turn that has begun since, empty if none has: then
-    the copy is in doubt, as both may have changed it."""
+    """Puts the copy back. Returns the id of a turn that has begun since, empty if none has: its own copy stays."""
     thread = tx.threads.lock(request.user_id, request.thread_id)
     if thread is None:
         raise ThreadNotFound
     if unfinished := tx.turns.unfinished(request.thread_id):
-        return unfinished[0].id  # it has looked at the copy, or will
+        return unfinished[0].id
     if thread.message_count < request.message.index:
-        tx.threads.save_provider_state(request.thread_id, state)
+        # Unless an operator did the same meanwhile, and was done first.
+        if tx.threads.provider_state(request.thread_id) == _aside(state.provider):
+            tx.threads.save_provider_state(request.thread_id, state)
         return ""
-    current = tx.threads.provider_state(request.thread_id)
-    if current is not None:
-        tx.threads.save_provider_state(request.thread_id, replace(current, synced_to=UNSYNCED))
     (newest,) = tx.messages.list(request.thread_id, after=None, newest_first=True, limit=1)
     return newest.turn_id
 
