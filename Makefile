@@ -29,8 +29,10 @@ chat: $(VENV)/run.stamp ## talk to a coach; with piped lines, answer each
 test: $(VENV)/dev.stamp ## run the tests, two at a time
 	@$(BIN)/python -m pytest -n 2 --dist worksteal
 
+# Suites elsewhere that have sizes as well.
+SIZED_SUITES := tests/e2e/test_malformed_input.py tests/integration/test_openai_streams.py
 faults-small: $(VENV)/dev.stamp ## kill, freeze and cut everything, for about a quarter of an hour
-	@VIDA_TEST_SIZE=small $(BIN)/python -m pytest -q -s tests/faults tests/simulation tests/integration/test_openai_streams.py
+	@VIDA_TEST_SIZE=small $(BIN)/python -m pytest -q -s tests/faults tests/simulation $(SIZED_SUITES)
 
 faults: faults-kill faults-others faults-simulated ## the same at the large size, for hours; -j3 keeps two cores busy
 	@$(MAKE) faults-load
@@ -44,7 +46,7 @@ faults-others: $(VENV)/dev.stamp
 		$(filter-out tests/faults/test_kill.py $(LOAD_SUITES),$(wildcard tests/faults/test_*.py))
 
 faults-simulated: $(VENV)/dev.stamp
-	@VIDA_TEST_SIZE=large nice $(BIN)/python -m pytest -q -s tests/simulation tests/integration/test_openai_streams.py
+	@VIDA_TEST_SIZE=large nice $(BIN)/python -m pytest -q -s tests/simulation $(SIZED_SUITES)
 
 # These measure what others get while one takes all that there is: they need the machine to themselves.
 LOAD_SUITES := $(addprefix tests/faults/test_,backup.py hostile_clients.py load.py proxy.py soak.py)

@@ -3,8 +3,12 @@
 import asyncio
 import json
 import logging
+import math
 import sys
+import threading
+import time
 import traceback
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -21,12 +25,14 @@ class PlainFormatter(logging.Formatter):
     quote what a user wrote."""
 
     def __init__(self) -> None:
-        super().__init__("%(asctime)s %(levelname)s %(name)s %(message)s%(trail)s")
+        super().__init__("%(asctime)s %(levelname)s %(name)s %(message)s%(left_out)s%(trail)s")
 
     def format(self, record: logging.LogRecord) -> str:
         """The record as a line. What another handler has made of its exception is not used."""
         record = logging.makeLogRecord(record.__dict__)
         record.exc_text = None
+        left_out = _left_out(record)
+        record.left_out = f" ({left_out} lines before this one were left out)" if left_out else ""
         record.trail = "".join(f" {name}={value}" for name, value in _ids(trail()))
         return super().format(record)
 
@@ -49,13 +55,15 @@ class JsonFormatter(PlainFormatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """The record as JSON."""
-        fields = {
+        fields: dict[str, object] = {
             "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S"),
             "level": record.levelname,
             "logger": record.name,
             "message": record.getMessage(),
             **dict(_ids(trail())),
         }
+        if left_out := _left_out(record):
+            fields["left_out"] = left_out
         if record.exc_info:
             fields["exception"] = self.formatException(record.exc_info)
         return json.dumps(fields, ensure_ascii=False)
@@ -65,10 +73,43 @@ _OURS = ("core", "adapters", "entrypoints")
 """Whose lines are heard from the level that is set."""
 
 
-def _is_heard(record: logging.LogRecord) -> bool:
-    """Below WARNING libraries quote requests, values and keys, and some set their own level: nothing less is heard
-    of whoever is not ours."""
-    return record.levelno >= logging.WARNING or record.name.partition(".")[0] in _OURS
+_MOST = 20
+_PERIOD = 60.0
+"""Seconds in which a library's logger writes _MOST lines, no more."""
+
+
+class Hearing:
+    """Decides what is written.
+
+    Below WARNING libraries quote requests, values and keys, and some set their own level: nothing less is heard
+    of whoever is not ours. And what strangers send may have a library write lines, as many as they like: what is
+    beyond the most is left out, and counted by the next line of that logger.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._written: dict[str, tuple[float, int]] = {}
+
+    def __call__(self, record: logging.LogRecord) -> bool:
+        """Whether a record is written."""
+        if record.name.partition(".")[0] in _OURS:
+            return True
+        if record.levelno < logging.WARNING:
+            return False
+        with self._lock:
+            now = self._clock()
+            since, count = self._written.get(record.name, (-math.inf, 0))
+            if now - since >= _PERIOD:
+                record.left_out = max(0, count - _MOST)
+                since, count = now, 0
+            self._written[record.name] = (since, count + 1)
+            return count < _MOST
+
+
+def _left_out(record: logging.LogRecord) -> int:
+    left_out: int = getattr(record, "left_out", 0)
+    return left_out
 
 
 def _ids(trail: Trail) -> list[tuple[str, str]]:
@@ -95,7 +136,7 @@ def set_up_logging(settings: Settings) -> None:
     logging.raiseExceptions = False  # a record that can't be formatted would be printed with its arguments
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if settings.log_format is LogFormat.JSON else PlainFormatter())
-    handler.addFilter(_is_heard)
+    handler.addFilter(Hearing())
     level = logging.getLevelNamesMapping()[settings.log_level.value.upper()]
     logging.basicConfig(level=max(level, logging.WARNING), handlers=[handler], force=True)
     for name in _OURS:

@@ -4,10 +4,13 @@ import asyncio
 import gc
 import gzip
 import json
+import random
 import weakref
+from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import fields, replace
+from itertools import pairwise
 from typing import Any
 
 import httpx2
@@ -40,6 +43,7 @@ from fake_provider.rendering import Rendering, as_bytes
 from fake_provider.script import Step
 from fake_provider.store import Numbers
 from faults.figures import FIGURES, chance, sized
+from mutations import mutated
 from openai_lab import MODES, lab, run
 from openai_thread import ThreadOfTest, fails
 from openai_wire import URL
@@ -48,6 +52,8 @@ STREAMS = sized("STREAMS", 150, 3_000, 20_000)
 """Turns with faults at random."""
 CUTS = sized("CUTS", 6, 60, 600)
 """Streams that are cut at every byte."""
+SPOILT = sized("SPOILT_STREAMS", 1_000, 20_000, 300_000)
+"""Streams whose bytes are tampered with."""
 
 # --- the lean path beside the SDK's own
 
@@ -139,6 +145,42 @@ def test_what_ends_before_its_end_has_none_and_says_nothing_else(answer: Answer)
         assert reader.end is None
         assert reader.fault is None
         assert whole.startswith(text)
+
+
+def pieces_of(data: bytes, draw: random.Random) -> list[bytes]:
+    """The same bytes, cut anywhere."""
+    cuts = sorted(draw.randrange(len(data) + 1) for _ in range(draw.randrange(6)))
+    return [data[start:end] for start, end in pairwise([0, *cuts, len(data)])]
+
+
+@pytest.mark.timeout(60 + SPOILT // 100)
+def test_bytes_that_were_tampered_with_break_nothing_however_they_are_cut() -> None:
+    draw = chance("spoilt streams")
+    texts = (Text(pieces=("Grüße, ", "👋 ", "und mehr")), Text(text="No.", refusal=True))
+    outputs = [(texts[0],), texts, (texts[0], Call("goals", '{"a": "\u00e9 b"}')), (Reasoning("Hm."), texts[1])]
+    answers = [
+        Answer(output=output, ending=ending, event_names=names)
+        for output in outputs
+        for ending in ("completed", Incomplete(), Failed(), ErrorEvent())
+        for names in (True, False)
+    ]
+    good = [b"".join(rendered(answer)) for answer in answers]
+    ends: Counter[str] = Counter()
+    for number in range(SPOILT):
+        data = mutated(draw, good[number % len(good)], good)
+        text, reader = lean([data])
+        again, cut = lean(pieces_of(data, draw))
+        assert (again, cut.end) == (text, reader.end), data
+        faults = [fault and (fault.reason, fault.code, fault.remedy) for fault in (reader.fault, cut.fault)]
+        assert faults[0] == faults[1], data
+        assert "\0" not in text
+        text.encode()  # no half of a pair
+        if reader.end is not None and reader.end.shortfall is None:
+            assert b"response.completed" in data
+        ends["end" if reader.end else "fault" if reader.fault else "neither"] += 1
+    assert ends["end"] > SPOILT / 20
+    assert ends["fault"] > SPOILT / 2
+    FIGURES.add("malformed", {"spoilt streams": SPOILT})
 
 
 # --- streams by hand

@@ -2,11 +2,14 @@
 
 import asyncio
 import os
+import traceback
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import grpc
+from grpc._cython import cygrpc  # type: ignore[attr-defined] # has no stubs
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -76,6 +79,9 @@ class Server:
         admin: AdminService | None = None,
         telemetry: Telemetry = UNMEASURED,
     ) -> None:
+        # A call whose path is no UTF-8 never comes to us: the library refuses it, logs that, and where the caller
+        # has left prints a traceback as well, past every log, as often as somebody likes.
+        cygrpc.traceback = SimpleNamespace(**{**vars(traceback), "print_exc": lambda: None})
         self._guard = Guard(ids, bounds.calls, access, telemetry)
         self._credentials = credentials
         self._address: int | Path | None = None
