@@ -107,7 +107,7 @@ async def test_tools_answer_whatever_they_are_called_with() -> None:
 
 
 def is_same(token: str, good: str) -> bool:
-    """Whether a token is the good one: what is signed to the letter, its signature as loosely as base64 is read."""
+    """Whether a token is the good one: what is signed to the letter, the signature as loosely as base64 goes."""
     (signed, _, signature), (wanted, _, its) = (each.rpartition(".") for each in (token, good))
     with suppress(binascii.Error):
         return signed == wanted and _decoded(signature) == _decoded(its)
