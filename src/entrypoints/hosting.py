@@ -67,6 +67,8 @@ async def hosted(
                 channelz=settings.channelz,
                 admin=container.admin_service() if access.administered else None,
             )
+            if settings.health_listen is not None:
+                await public.start_probes(settings.health_listen)
             address = f"{host}:{await public.start(listen)}"
             servers.append(public)
         grace = settings.drain

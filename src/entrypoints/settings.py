@@ -118,6 +118,9 @@ class Settings(BaseSettings):
         "VIDA_DATABASE_URL", "sqlite:///FILE or postgresql://…", SecretStr(""), validate_default=True
     )
     listen: str = _setting("VIDA_LISTEN", "address of the service", "127.0.0.1:50051")
+    health_listen: str | None = _setting(
+        "VIDA_HEALTH_LISTEN", "address that answers health checks alone, in the clear", None
+    )
     provider_choice: Provider | None = _setting("VIDA_PROVIDER", "who writes the replies", None)
     agents_dir: Path | None = _setting("VIDA_AGENTS_DIR", "a folder of agent definitions", None)
     tools: Annotated[str | None, NoDecode] = _setting("VIDA_TOOLS", "custom tools: package.module:name, …", None)
@@ -214,7 +217,7 @@ class Settings(BaseSettings):
             raise ValueError("must be printable ASCII without spaces")
         return key
 
-    @field_validator("listen", "metrics_listen")
+    @field_validator("listen", "health_listen", "metrics_listen")
     @classmethod
     def _check_listen(cls, listen: str | None) -> str | None:
         if listen is None:

@@ -4,21 +4,26 @@ import asyncio
 import json
 import os
 import re
+import socket
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 
 from certificates import Pair
-from doubles import DONE, ScriptedAgent
+from doubles import DONE, Gate, ScriptedAgent
 from entrypoints.cli.main import main
 from entrypoints.client import AsyncCoachClient, CoachClient, ServiceError, TokenFile, connect, connect_async, tls
+from entrypoints.grpc_api.gen.vidacoach.agents.v1 import agent_service_pb2 as api
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import resources_pb2 as pb
-from identity_lab import APP, BATCH, Lab
+from entrypoints.grpc_api.gen.vidacoach.agents.v1.agent_service_pb2_grpc import AgentServiceStub
+from harness import message
+from identity_lab import APP, BATCH, Lab, bearer
 
 COMMAND = [sys.executable, "-m", "entrypoints.cli.main"]
 SRC = str(Path(__file__).parents[2] / "src")
@@ -222,3 +227,56 @@ def test_doctor_looks_at_certificates_and_keys(
     ended, checks, _ = examined(capsys)
     assert ended == 1
     assert checks["settings"]["detail"].startswith("VIDA_TLS_KEY: ")
+
+
+async def health(*arguments: str) -> int:
+    """What the command ends with, run as a process of its own would."""
+    return await asyncio.to_thread(main, ["health", *arguments])
+
+
+async def test_health_is_asked_for_over_tls(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lab.set(client_ca=False)
+    async with lab.served(ScriptedAgent(), None) as client:
+        assert await health("--server", client.address) == 0
+        assert capsys.readouterr().out == f"{client.address} is SERVING\n"
+        with monkeypatch.context() as other:  # believed is our certificate, not whoever has one
+            lab.authority.issue(name="other", hosts=("127.0.0.1",)).write(tmp_path / "o.pem", tmp_path / "o.key")
+            other.setenv("VIDA_TLS_CERT", str(tmp_path / "o.pem"))
+            assert await health("--server", client.address) == 1
+        assert await health("--server", client.address.replace("127.0.0.1", "192.0.2.1")) == 2
+    assert await health("--server", client.address) == 1
+
+
+async def test_health_has_an_address_of_its_own_where_clients_need_certificates(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lab.set()
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    async with lab.served(ScriptedAgent()) as client:
+        assert await health("--server", client.address) == 2
+        assert "VIDA_HEALTH_LISTEN" in capsys.readouterr().err
+    monkeypatch.setenv("VIDA_HEALTH_LISTEN", f"0.0.0.0:{port}")
+    gate = Gate()
+    monkeypatch.setenv("VIDA_DRAIN", "20")
+    serving = lab.served(ScriptedAgent(["half", gate, " whole", DONE]))
+    client = await serving.__aenter__()
+    assert await health() == 0
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        nothing_else: Any = AgentServiceStub(channel)
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await nothing_else.ListAgents(api.ListAgentsRequest())
+        assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    async with lab.channel(client.address) as channel:
+        chat: Any = AgentServiceStub(channel).Chat(message(), metadata=bearer(lab.issuer.token()))
+        await gate.reached.wait()
+        leaving = asyncio.create_task(serving.__aexit__(None, None, None))
+        while await health() == 0:  # noqa: ASYNC110 - no event of ours
+            await asyncio.sleep(0)
+        assert not leaving.done()  # the service drains, and says so
+        gate.open()
+        assert [response async for response in chat][-1].event.finished.turn.state == pb.TURN_STATE_COMPLETED
+        await leaving
+    assert await health() == 1

@@ -193,11 +193,14 @@ def test_the_image_has_a_python_that_will_do() -> None:
 async def test_the_image_knows_whether_it_is_well(sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VIDA_DATABASE_URL", sqlite_url)
     (line,) = instructions("HEALTHCHECK")
-    _, *arguments = json.loads(line.partition(" CMD ")[2])
+    command, *arguments = json.loads(line.partition(" CMD ")[2])
+    assert command == "vida-coach"
 
     async def is_well(address: str) -> bool:
         environ = {**os.environ, "PYTHONPATH": pythonpath(), "VIDA_LISTEN": address}
-        check = await asyncio.create_subprocess_exec(sys.executable, *arguments, env=environ)
+        check = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "entrypoints.cli.main"), *arguments, env=environ
+        )
         return await check.wait() == 0
 
     async with served() as client:

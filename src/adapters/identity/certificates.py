@@ -71,6 +71,20 @@ def read(files: CertificateFiles) -> Certificates:
     return Certificates(certificate, key, client_ca, chain[0].not_valid_after_utc)
 
 
+def name_in(certificate: Path) -> str:
+    """A name that the first certificate of a file is for: a host, else an address, else what it is called. Raises
+    CertificateFault."""
+    found = _parsed("certificate", _content("certificate", certificate))[0]
+    try:
+        names = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        called = found.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)
+        return str(called[0].value) if called else ""
+    hosts = names.get_values_for_type(x509.DNSName)
+    addresses = names.get_values_for_type(x509.IPAddress)
+    return next(iter([*(host.replace("*", "any") for host in hosts), *map(str, addresses)]), "")
+
+
 def _content(part: Part, file: Path) -> bytes:
     try:
         with file.open("rb") as opened:

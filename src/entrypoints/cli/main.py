@@ -11,6 +11,7 @@ from entrypoints.cli import (
     chat,
     cleanup,
     doctor,
+    health,
     migrate,
     provider,
     serve,
@@ -21,7 +22,7 @@ from entrypoints.cli import (
 )
 from entrypoints.cli.failure import Failure
 
-_COMMANDS = (chat, serve, cleanup, users, usage, threads, turns, agents, provider, doctor, migrate, backup)
+_COMMANDS = (chat, serve, cleanup, users, usage, threads, turns, agents, provider, doctor, health, migrate, backup)
 
 
 def command_line() -> argparse.ArgumentParser:

@@ -26,6 +26,7 @@ from entrypoints.grpc_api.gen.vidacoach.agents.v1.thread_service_pb2_grpc import
 )
 from entrypoints.grpc_api.gen.vidacoach.agents.v1.user_service_pb2_grpc import add_UserServiceServicer_to_server
 from entrypoints.grpc_api.guard import Guard
+from entrypoints.grpc_api.probes import Probes
 from entrypoints.grpc_api.services.admin import AdminService
 from entrypoints.grpc_api.services.agents import AgentService
 from entrypoints.grpc_api.services.threads import ThreadService
@@ -85,6 +86,7 @@ class Server:
         self._guard = Guard(ids, bounds.calls, access, telemetry)
         self._credentials = credentials
         self._address: int | Path | None = None
+        self._probes: Probes | None = None
         self._server = grpc.aio.server(
             interceptors=[self._guard],
             options=[
@@ -160,6 +162,12 @@ class Server:
         self._address = path
         await self._serve()
 
+    async def start_probes(self, address: str) -> None:
+        """Answers health checks on another HOST:PORT as well, in the clear, until the end of `stop`. Raises
+        OSError if it can't listen there."""
+        self._probes = Probes(self._health)
+        await self._probes.start(address)
+
     async def refuse(self) -> None:
         """Says NOT_SERVING, for good."""
         await self._health.enter_graceful_shutdown()
@@ -172,6 +180,8 @@ class Server:
         if self._address is not None:
             close_connections(self._address)
         await self._server.stop(None)
+        if self._probes is not None:
+            await self._probes.stop()
 
     async def _serve(self) -> None:
         await self._server.start()
