@@ -21,6 +21,7 @@ LONG = {
     "test_kills_behind_a_channel_that_shares_out_its_calls",
     "test_kills_behind_a_proxy",
     "test_a_proxy_sends_nothing_to_a_replica_that_drains",
+    "test_no_canary_is_left_whatever_strikes",
 }
 """Tests that a tiny run does without."""
 

@@ -3,17 +3,21 @@ delete at the provider at the same time share the work."""
 
 import asyncio
 import json
+import sqlite3
 from collections import Counter
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, closing
+from pathlib import Path
 from typing import Any
 
 import grpc
 import psycopg
 import pytest
+from sqlalchemy import make_url
 
+from adapters.openai import make_client
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import user_service_pb2 as users_api
 from entrypoints.grpc_api.gen.vidacoach.agents.v1.user_service_pb2_grpc import UserServiceStub
-from fake_provider import FakeProvider
+from fake_provider import FakeProvider, HttpError, rate_limited
 from fake_provider.exchange import Exchange
 from faults.checker import Tables
 from faults.client import Client, Told
@@ -24,6 +28,7 @@ SUITE = "erasures"
 REPEATS = sized("ERASURE_REPEATS", 1, 1, 10)
 THREADS = sized("ERASURE_THREADS", 4, 12, 100)
 COPIES = sized("ERASURE_COPIES", 200, 2_000, 20_000)
+CANARIES = sized("ERASURE_CANARIES", 1, 1, 20)
 POINTS = [f"delete.{commit}-commit#{number}" for commit in ("before", "after") for number in (1, 2, THREADS)]
 
 _UNFINISHED = "SELECT id FROM erasures WHERE finished_at IS NULL"
@@ -110,6 +115,73 @@ async def test_two_processes_delete_each_copy_once(postgres_url: str, cluster: C
     FIGURES.add(
         SUITE, {"copies deleted by two": COPIES, "by the one that did less": min(s.total() for s in shares)}
     )
+
+
+@pytest.mark.timeout(120 * CANARIES)
+@pytest.mark.parametrize("database_url", stores(tiny="sqlite"), indirect=True)
+async def test_no_canary_is_left_whatever_strikes(database_url: str, cluster: Cluster) -> None:
+    """kill -9 in the middle of the erasure, a provider that fails: nothing is left in the record, its files, or
+    there. What is of another user stays."""
+    for number in range(CANARIES):
+        draw = chance(SUITE, "canaries", number)
+        mark = f"canary-{draw.randrange(10**12):012}"
+        async with FakeProvider() as provider, make_client("", provider.base_url, 5) as client:
+            before = await cluster.start(database_url)
+            for user in ("ada", "eve"):
+                for line in range(THREADS):
+                    await Client(cluster, draw).chat(Told(user, f"words:2 n{line} {mark}-{user}"))
+            assert await before.terminate() == 0
+            cluster.forget(before)
+            for thread in Tables(database_url).rows("SELECT id FROM assistant_threads WHERE user_id = 'ada'"):
+                content = [{"type": "message", "role": "user", "content": f"{mark}-ada"}]
+                kept = await client.conversations.create(items=content)  # type: ignore[arg-type]
+                _note(database_url, kept.id, thread["id"])
+            faults = [HttpError(status=500), HttpError(status=503), HttpError(reset=True), rate_limited()]
+            provider.refusals["deletions"] = [draw.choice(faults) for _ in range(draw.randint(1, THREADS))]
+            assert f"{mark}-ada" in _everything(database_url) + str(provider.items)
+
+            settings = {"VIDA_PROVIDER": "practice", "OPENAI_BASE_URL": provider.base_url}
+            point = f"delete.{draw.choice(['before', 'after'])}-commit#{draw.randint(1, THREADS)}"
+            server = await cluster.start(database_url, point, **settings)
+            async with grpc.aio.insecure_channel(server.address) as channel:
+                with pytest.raises(grpc.aio.AioRpcError):
+                    await _erase(channel)
+            await cluster.struck(server, point)
+            survivor = await cluster.start(database_url, **settings)
+            while f"{mark}-ada" in _everything(database_url) + str(provider.items):  # noqa: ASYNC110 - the same
+                await asyncio.sleep(0.1)
+            while Tables(database_url).rows("SELECT 1 FROM copies"):  # noqa: ASYNC110 - another process
+                await asyncio.sleep(0.1)
+            assert not provider.conversations
+            assert not provider.refusals["deletions"]
+            assert f"{mark}-eve" in _everything(database_url)
+            assert await survivor.terminate() == 0
+            cluster.forget(survivor)
+        FIGURES.add(SUITE, {"erasures with faults at both ends": 1})
+
+
+def _note(database_url: str, ref: str, thread_id: str) -> None:
+    """Puts on record what the provider has of a thread. Nobody uses the database."""
+    row = ("openai", ref, thread_id, 0, "")
+    names = "INSERT INTO copies (provider, ref, thread_id, tries, reason) VALUES"
+    if database_url.startswith("sqlite"):
+        with closing(sqlite3.connect(make_url(database_url).database or "")) as record:
+            record.execute(f"{names} (?, ?, ?, ?, ?)", row)
+            record.commit()
+    else:
+        with psycopg.connect(database_url) as server:
+            server.execute(f"{names} (%s, %s, %s, %s, %s)".encode(), row)
+
+
+def _everything(database_url: str) -> str:
+    """All octets of an embedded database's files; every row of another's."""
+    if database_url.startswith("sqlite"):
+        folder = Path(make_url(database_url).database or "").parent
+        files = [file for file in folder.iterdir() if file.is_file()]
+        return b"".join(file.read_bytes() for file in files).decode("latin-1")
+    tables = Tables(database_url)
+    names = tables.rows("SELECT tablename FROM pg_tables WHERE schemaname = 'public'")
+    return str([tables.rows(f"SELECT * FROM {name['tablename']}") for name in names])
 
 
 async def _erase(channel: grpc.aio.Channel) -> users_api.ErasureReceipt:
