@@ -24,6 +24,7 @@ from core.model.thread import ProviderState, ThreadState
 from core.model.turn import BusyPolicy, TurnReason, TurnState
 from core.ports.agent import AgentFailed, StateChanged
 from core.ports.store import Store
+from core.use_cases import recover_turns
 from core.use_cases.clean_up_threads import Cleanup, CleanUpThreads
 from core.use_cases.read_threads import MessageQuery
 from core.use_cases.turn_engine import TurnLimits
@@ -117,6 +118,31 @@ async def test_a_cancelled_waiting_turn_leaves_no_message(store: Store) -> None:
         assert await store.read(lambda tx: tx.turns.waiting_message(waiting)) is None
 
 
+async def test_a_follower_hears_at_once_of_the_end_of_a_turn_that_does_not_run(store: Store) -> None:
+    gate = Gate()
+    async with service(store, ScriptedAgent([gate, "x", DONE])) as it:
+        waiting = await it.say(thread_id=await thread_of(it, await it.say()), on_busy=QUEUE)
+        it.feeds.poll = 1e6  # nothing is found by looking
+        follower = asyncio.create_task(it.events(waiting))
+        await until(lambda: any(news.position for news in it.feeds._waiting.get(waiting, ())))
+        await it.cancel("ada", waiting)
+        assert kinds(await follower)[-1] is TurnFinished
+
+
+async def test_a_question_joins_its_thread_when_its_turn_comes(store: Store, clock: ManualClock) -> None:
+    gate = Gate()
+    async with service(store, ScriptedAgent([gate, "x", DONE])) as it:
+        thread_id = await thread_of(it, await it.say("q1"))
+        second = await it.say("q2", thread_id=thread_id, on_busy=QUEUE)
+        clock.advance(hours=1)
+        gate.open()
+        await it.events(second)
+        found, _ = await it.threads.messages(MessageQuery(user_id="ada", thread_id=thread_id), 0, "")
+        times = [line.created_at for line in found]
+        assert times == sorted(times)
+        assert (await it.threads.thread("ada", thread_id)).last_message_at == times[-1]
+
+
 async def test_cancelling_the_running_turn_lets_the_next_one_run(store: Store) -> None:
     gate = Gate()
     async with service(store, ScriptedAgent(["r1", gate, DONE], ["r2", DONE])) as it:
@@ -139,10 +165,11 @@ async def test_a_repeat_attaches_to_a_waiting_turn(store: Store) -> None:
         assert text_of(await it.events(ids.pop())) == "All right."
 
 
-async def test_interrupt_ends_what_runs_and_what_waits(store: Store) -> None:
+async def test_interrupt_ends_what_runs_and_what_waits(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recover_turns, "_LONGEST_PERIOD", 1e6)  # nothing is noticed later
     gate = Gate()
     limits = TurnLimits(max_turns=1, max_turns_per_user=1)
-    async with service(store, ScriptedAgent(["half", gate, DONE], ["new", DONE]), limits=limits) as it:
+    async with service(store, ScriptedAgent(["half", gate, DONE], ["new", DONE]), limits=limits, lease=1e7) as it:
         first = await it.say("q1")
         thread_id = await thread_of(it, first)
         follower = asyncio.create_task(it.events(first))
@@ -157,7 +184,8 @@ async def test_interrupt_ends_what_runs_and_what_waits(store: Store) -> None:
         assert await lines(it, thread_id) == [
             (Role.USER, "q1"), (Role.ASSISTANT, "half"), (Role.USER, "q3"), (Role.ASSISTANT, "new"),
         ]  # fmt: skip
-        await until(lambda: not it.engine._places.taken)
+        async with asyncio.timeout(20):
+            await until(lambda: not it.engine._places.taken)
         assert it.agent.closed == 2
 
 

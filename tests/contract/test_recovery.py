@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import math
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,9 +24,9 @@ from core.model.message import RefusalPart, Role, TextPart
 from core.model.thread import UNSYNCED, ProviderState
 from core.model.turn import BusyPolicy, Turn, TurnReason, TurnState
 from core.ports.agent import AgentFailed, Begun, CannotResume, Resumption, StateChanged
-from core.ports.store import Store
+from core.ports.store import Store, Transaction
 from core.ports.tools import ToolOutput
-from core.use_cases import recover_turns
+from core.use_cases import recover_turns, reply_writer
 from core.use_cases.read_threads import MessageQuery
 from core.use_cases.turn_engine import TurnLimits
 from doubles import DONE, Gate, ManualClock, NotedTools, ScriptedAgent, Service, Step, kinds, service, text_of
@@ -100,7 +102,8 @@ async def test_where_configured_the_reply_begins_again_and_says_so(store: Store)
 
 
 async def test_a_failure_of_the_provider_after_text_begins_again_only_where_configured(store: Store) -> None:
-    broken: list[Step] = ["so", AgentFailed(TurnReason.PROVIDER_TRUNCATED)]
+    copy = ProviderState(provider="scripted", conversation_id="conv", synced_to=0)
+    broken: list[Step] = [StateChanged(copy), "so", AgentFailed(TurnReason.PROVIDER_TRUNCATED)]
     async with service(store, ScriptedAgent(broken, ["so be it", DONE]), limits=TurnLimits(restart=True)) as it:
         events = await it.events(await it.say())
         turn = ending(events)
@@ -109,6 +112,7 @@ async def test_a_failure_of_the_provider_after_text_begins_again_only_where_conf
         turn, reply = await it.threads.turn("ada", turn.id)
         assert reply is not None
         assert reply.text == "so be it"
+        assert it.agent.requests[1].state == replace(copy, synced_to=UNSYNCED)  # it may have any of the first
     async with service(store, ScriptedAgent(default=broken), limits=TurnLimits(restart=True)) as it:
         events = await it.events(await it.say())
         turn = ending(events)
@@ -345,6 +349,9 @@ async def test_a_process_that_lost_its_lease_calls_no_tool_before_it_knows(
         one.engine.leased(0.0)  # as after a pause: the loop's time went on
         gate.open()
         await until(lambda: one.engine._running[turn_id].log.position > 1)
+        one.engine.leased(0.0)  # a renewal that took so long that it is over again
+        for _ in range(10):  # time to make the call in
+            await asyncio.sleep(0)
         assert not tools.calls
         await until(lambda: tools.calls)  # it has renewed its lease, and the turn is still its own
         assert ending(await one.events(turn_id)).attempt == 1
@@ -415,6 +422,47 @@ async def test_after_an_outage_everybody_keeps_what_is_theirs(
         gate.open()
         turn = ending(await two.events(turn_id))
         assert (turn.state, turn.epoch) == (TurnState.COMPLETED, 2)
+
+
+async def test_after_renewals_that_were_not_answered_the_others_get_time_for_theirs(
+    store: Store, clock: ManualClock
+) -> None:
+    gate = Gate()
+    async with pair(store, ScriptedAgent(["a", gate]), ScriptedAgent()) as (one, two):
+        turn_id = await one.say()
+        await one.stream(turn_id, "a")
+        for it in (one, two):
+            for task in it.recover._tasks:
+                task.cancel()
+            await asyncio.gather(*it.recover._tasks, return_exceptions=True)
+        two.recover._watched_since = 0.0  # it has looked for long, and would take what it finds
+        two.recover._renewed = -math.inf  # as a renewal that was not answered leaves it, with a lease that lasts
+        await store.write(lambda tx: tx.leases.renew(two.engine.claimant.owner, 1e6))
+        await store.write(lambda tx: tx.leases.end(one.engine.claimant.owner))
+        await two.recover._renew()
+        await two.recover._take_stock()
+        assert (await two.threads.turn("ada", turn_id))[0].state is TurnState.RUNNING
+        two.recover._watched_since -= LEASE
+        await two.recover._take_stock()
+        assert (await two.threads.turn("ada", turn_id))[0].state is TurnState.INCOMPLETE
+
+
+async def test_what_runs_in_an_epoch_that_is_over_is_stopped_and_claimed_anew(store: Store) -> None:
+    gate = Gate()
+    async with service(store, ScriptedAgent([gate, "old", DONE], ["new", DONE])) as it:
+        turn_id = await it.say()
+        await gate.reached.wait()
+
+        def move_on(tx: Transaction) -> None:
+            turn = tx.turns.find(turn_id)
+            assert turn is not None
+            tx.turns.save_claim(replace(turn, epoch=turn.epoch + 1), it.engine.claimant.owner)
+
+        await store.write(move_on)
+        await it.recover._take_stock()
+        await until(lambda: not it.engine.knows(turn_id))
+        await it.recover._take_stock()
+        assert text_of(await it.events(turn_id)) == "new"
 
 
 async def test_a_turn_is_cancelled_and_followed_from_another_process(store: Store, clock: ManualClock) -> None:
@@ -531,6 +579,49 @@ async def test_a_stop_tries_once_more_to_write_an_ending_that_was_decided(
         assert (await it.threads.turn("ada", turn_id))[0].state is TurnState.COMPLETED
 
 
+@pytest.mark.parametrize("why", ["last attempt", "rounds that are kept"])
+async def test_a_stop_lets_a_turn_finish_that_can_not_move_unnoticed(
+    store: Store, clock: ManualClock, why: str
+) -> None:
+    attempt, call = 2, ToolCalled("c1", "note", "{}")
+    if why == "last attempt":
+        turn_id = await left_behind(store, Gate())
+    else:
+        attempt = 1
+        turn_id = await left_behind(store, call, DONE, tools=NotedTools(idempotent=True, gate=Gate()))
+
+    def release(tx: Transaction) -> None:
+        turn = tx.turns.find(turn_id)
+        assert turn is not None
+        waiting = replace(turn, state=TurnState.ACCEPTED, epoch=turn.epoch + 1, attempt=attempt)
+        tx.turns.save_claim(waiting, "")
+
+    await store.write(release)
+    gate = Gate()
+    agent, tools = ScriptedAgent([gate, "a", DONE]), NotedTools(idempotent=True)
+    async with pair(store, agent, ScriptedAgent(), tools=tools) as (one, two):
+        await gate.reached.wait()
+        drain = asyncio.create_task(one.engine.drain(20))
+        assert await one.engine._has_peers()
+        for _ in range(100):  # time for a stop to go wrong in
+            await asyncio.sleep(0)
+        gate.open()
+        await drain
+        assert not two.agent.requests
+        assert (await two.threads.turn("ada", turn_id))[0].state is TurnState.COMPLETED
+
+
+async def test_a_hurried_stop_waits_no_longer(store: Store) -> None:
+    async with service(store, ScriptedAgent(["a", Gate()])) as it:
+        turn_id = await it.say()
+        await it.stream(turn_id, "a")
+        drain = asyncio.create_task(it.engine.drain(1e6))
+        await until(lambda: it.engine._draining)
+        it.engine.hurry()
+        await drain
+        assert (await it.threads.turn("ada", turn_id))[0].reason is TurnReason.INTERRUPTED
+
+
 async def test_a_queue_goes_on_in_another_process(store: Store, clock: ManualClock) -> None:
     gate = Gate()
     async with service(store, ScriptedAgent(["one", gate])) as it:
@@ -625,6 +716,55 @@ async def test_a_round_behind_a_tool_that_may_not_be_repeated_is_read_on(store: 
         assert request.resume == Resumption("h2", "")
         assert [done.text for done in request.rounds] == ["Noting. "]
         assert not it.tools.calls
+
+
+async def test_what_was_said_before_counts_towards_what_a_reply_may_say(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reply_writer, "MAX_OUTPUT", 10)
+    gate, call = Gate(), ToolCalled("c1", "note", "{}")
+    async with service(store, ScriptedAgent([Begun("h1"), "123", call, DONE], [Begun("h2"), "456", gate])) as it:
+        turn_id = await it.say()
+        await it.stream(turn_id, "123456")
+        await it.kill()
+    async with service(store, ScriptedAgent(["78901", DONE])) as it:
+        events = await it.events(turn_id)
+        assert (ending(events).reason, text_of(events)) == (TurnReason.OUTPUT_LIMIT, "1234567890")
+
+
+async def test_a_call_made_before_keeps_its_name(store: Store) -> None:
+    gate, call = Gate(), ToolCalled("c1", "note", "{}")
+    async with service(store, ScriptedAgent([call, DONE], [gate]), NotedTools(idempotent=True)) as it:
+        turn_id = await it.say()
+        await gate.reached.wait()
+        await it.kill()
+    tools = NotedTools(idempotent=True)
+    async with service(store, ScriptedAgent([call, DONE]), tools) as it:
+        assert ending(await it.events(turn_id)).reason is TurnReason.PROVIDER_PROTOCOL
+        assert not tools.calls
+
+
+async def test_a_round_that_is_over_is_not_stopped(store: Store) -> None:
+    broken: list[Step] = ["so", AgentFailed(TurnReason.PROVIDER_TRUNCATED)]
+    agent = ScriptedAgent([Begun("h1"), ToolCalled("c1", "note", "{}"), DONE], broken, ["so be it", DONE])
+    tools, limits = NotedTools(idempotent=True), TurnLimits(restart=True)
+    async with service(store, agent, tools, limits) as it:
+        assert ending(await it.events(await it.say())).attempt == 2
+    assert not agent.stopped
+
+
+async def test_another_providers_round_is_not_stopped_here(store: Store) -> None:
+    class AnotherAgent(ScriptedAgent):
+        provider = "another"
+
+    async with service(store, AnotherAgent([Begun("h1"), "half", Gate()])) as it:
+        turn_id = await it.say()
+        await it.stream(turn_id, "half")
+        await it.kill()
+    async with service(store) as it:
+        assert ending(await it.events(turn_id)).reason is TurnReason.INTERRUPTED
+    assert not it.agent.stopped
+    assert not it.agent.requests
 
 
 async def test_a_round_that_is_over_is_not_read_again(store: Store) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 from contextlib import aclosing
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -30,7 +31,7 @@ from core.ports.turns import RequestKey
 from core.use_cases.end_turn import Ending, end_turn
 from core.use_cases.follow_turn import FollowTurn
 from core.use_cases.read_threads import MessageQuery
-from core.use_cases.reply_writer import MAX_OUTPUT, MAX_TOOL_ROUNDS
+from core.use_cases.reply_writer import MAX_OUTPUT, MAX_TOOL_CALLS, MAX_TOOL_ROUNDS
 from core.use_cases.turn_engine import TurnLimits
 from core.use_cases.turn_feed import TurnFeeds
 from doubles import DONE, Gate, NotedTools, ScriptedAgent, kinds, service, text_of
@@ -142,6 +143,27 @@ async def test_a_repeated_request_id_attaches(store: Store) -> None:
         with pytest.raises(RequestIdReused):
             await it.say("Something else", request_id="r1")
         assert await it.say("Hello", user="eve", request_id="r1") != ids[0]
+
+
+async def test_a_repeat_attaches_that_another_process_was_faster_with(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate()
+    async with service(store, ScriptedAgent(["before", DONE], [gate, "once", DONE])) as it:
+        turn, _ = await it.threads.turn("ada", await it.say())
+        await it.events(turn.id)
+        running = await it.say(thread_id=turn.thread_id, request_id="r1")
+        turns_type: Any = type(await store.read(lambda tx: tx.turns))
+        by_request, looks = turns_type.by_request, 0
+
+        def not_yet(turns: Any, *key: str) -> Any:
+            nonlocal looks
+            looks += 1
+            return None if looks == 1 else by_request(turns, *key)
+
+        monkeypatch.setattr(turns_type, "by_request", not_yet)
+        assert await it.say(thread_id=turn.thread_id, request_id="r1") == running
+        assert looks == 2
 
 
 async def test_the_fingerprint_covers_thread_domain_and_content(store: Store) -> None:
@@ -280,6 +302,7 @@ async def test_cancel_keeps_the_partial_text_and_is_idempotent(store: Store) -> 
             "a",
         ),
         (["x" * (MAX_OUTPUT + 1), DONE], TurnState.INCOMPLETE, TurnReason.OUTPUT_LIMIT, "x" * MAX_OUTPUT),
+        (["x" * MAX_OUTPUT, DONE], TurnState.COMPLETED, None, "x" * MAX_OUTPUT),
         (["a\0b\ud800", DONE], TurnState.COMPLETED, None, "a\ufffdb\ufffd"),
     ],
 )
@@ -307,6 +330,8 @@ async def test_what_the_store_can_not_take_ends_the_turn_all_the_same(store: Sto
         last = (await it.events(turn_id))[-1].event
         assert isinstance(last, TurnFinished)
         assert (last.turn.state, last.turn.reason) == (TurnState.INCOMPLETE, TurnReason.INTERNAL)
+        assert last.reply is not None
+        assert last.reply.text == "a"
         await it.events(await it.say(thread_id=last.turn.thread_id))
 
 
@@ -374,9 +399,10 @@ async def test_a_tool_call_is_on_record_before_it_has_an_effect(store: Store) ->
     tools.call = look  # type: ignore[method-assign, assignment]
     turn_ids: list[str] = []
     gate = Gate()
-    agent = ScriptedAgent([gate, ToolCalled("c1", "note", "{}"), DONE])
+    agent = ScriptedAgent(["a", gate, ToolCalled("c1", "note", "{}"), DONE])
     async with service(store, agent, tools) as it:
         turn_ids.append(await it.say())
+        await it.stream(turn_ids[0], "a")  # a commit has just been made: nothing else brings the next one
         gate.open()
         await it.events(turn_ids[0])
     assert seen == [True]
@@ -389,6 +415,57 @@ async def test_the_tool_loop_is_bounded(store: Store) -> None:
         assert isinstance(last, TurnFinished)
         assert (last.turn.state, last.turn.reason) == (TurnState.FAILED, TurnReason.TOOL_LIMIT)
         assert len(it.tools.calls) == MAX_TOOL_ROUNDS
+
+
+@pytest.mark.parametrize("beyond", [0, 1])
+async def test_the_calls_of_a_turn_are_bounded(store: Store, beyond: int) -> None:
+    calls = [ToolCalled(f"c{number}", "note", "{}") for number in range(MAX_TOOL_CALLS + beyond)]
+    async with service(store, ScriptedAgent([calls[0], DONE], [*calls[1:], DONE])) as it:
+        last = (await it.events(await it.say()))[-1].event
+        assert isinstance(last, TurnFinished)
+        assert last.turn.reason is (TurnReason.TOOL_LIMIT if beyond else None)
+        assert len(it.tools.calls) == (1 if beyond else MAX_TOOL_CALLS)
+
+
+@pytest.mark.parametrize("in_one_round", [True, False])
+async def test_a_call_has_a_name_of_its_own_in_its_turn(store: Store, in_one_round: bool) -> None:
+    call = ToolCalled("c1", "note", "{}")
+    agent = ScriptedAgent([call, call, DONE]) if in_one_round else ScriptedAgent([call, DONE], [call, DONE])
+    async with service(store, agent) as it:
+        last = (await it.events(await it.say()))[-1].event
+        assert isinstance(last, TurnFinished)
+        assert last.turn.reason is TurnReason.PROVIDER_PROTOCOL
+        assert len(it.tools.calls) == (0 if in_one_round else 1)
+
+
+async def test_what_no_store_can_hold_is_replaced_in_a_tools_answer(store: Store) -> None:
+    tools = NotedTools(lambda *_: ToolOutput("a\0b\ud800"))
+    agent = ScriptedAgent([ToolCalled("c1", "note", "{}"), DONE], ["Noted.", DONE])
+    async with service(store, agent, tools) as it:
+        events = await it.events(await it.say())
+        assert ToolAnswered("c1", "a\ufffdb\ufffd", is_error=False) in [entry.event for entry in events]
+        assert agent.requests[1].rounds[0].exchanges[0].output == "a\ufffdb\ufffd"
+
+
+async def test_a_coach_is_reminded_of_the_lines_before_in_their_order(store: Store) -> None:
+    async with service(store) as it:
+        turn, _ = await it.threads.turn("ada", await it.say("one"))
+        for text in ("two", "three"):
+            await it.events(turn.id)
+            turn, _ = await it.threads.turn("ada", await it.say(text, thread_id=turn.thread_id))
+        await it.events(turn.id)
+        before = await it.agent.requests[2].history(0)
+        assert [line.text for line in before] == ["one", "All right.", "two", "All right."]
+
+
+async def test_another_providers_copy_is_not_handed_over(store: Store) -> None:
+    foreign = ProviderState(provider="another", conversation_id="conv_1", synced_to=2)
+    async with service(store) as it:
+        turn, _ = await it.threads.turn("ada", await it.say())
+        await it.events(turn.id)
+        await store.write(lambda tx: tx.threads.save_provider_state(turn.thread_id, foreign))
+        await it.events(await it.say(thread_id=turn.thread_id))
+        assert [request.state for request in it.agent.requests] == [None, None]
 
 
 async def test_the_providers_copy_follows_the_transcript(store: Store) -> None:
@@ -468,9 +545,13 @@ async def test_draining_refuses_waits_and_interrupts(store: Store) -> None:
 
 
 async def test_the_log_of_a_finished_turn_is_one_row_and_its_memory_is_free(store: Store) -> None:
-    async with service(store, ScriptedAgent([*"abcdefghij", DONE])) as it:
+    gate = Gate()
+    async with service(store, ScriptedAgent([*"abcdef", gate, *"ghij", DONE])) as it:
         turn_id = await it.say()
+        await it.stream(turn_id, "abcdef")
+        gate.open()
         await it.events(turn_id)
+        await until(lambda: not it.engine.knows(turn_id))
         stored = await store.read(lambda tx: tx.log.read(turn_id))
         assert len(stored) == 3
         assert it.feeds.get(turn_id) is None

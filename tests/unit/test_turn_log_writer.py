@@ -435,6 +435,17 @@ async def test_settling_waits_for_what_is_on_its_way_and_gives_back_the_rest() -
 
 
 @in_virtual_time
+async def test_what_comes_while_a_commit_is_on_its_way_needs_no_more_to_be_committed() -> None:
+    async with bench() as it:
+        log, feed = await it.turn()
+        log.add(TextDelta("a"))
+        await until(lambda: log.in_flight)
+        log.add(TextDelta("b"))
+        assert await elapsed(feed.changed(2)) <= TICK + 2 * COMMIT
+        assert await it.stored(log) == "ab"
+
+
+@in_virtual_time
 async def test_a_slow_store_holds_the_turn_back() -> None:
     async with bench() as it:
         log, _ = await it.turn()
