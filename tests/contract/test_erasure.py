@@ -5,19 +5,22 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
+from functools import partial
+from typing import Any
 
 import pytest
 
 from adapters.system import Ids
 from core.model.agent import Domain
 from core.model.erasure import Copy, Counts, Receipt, user_hash
-from core.model.errors import InvalidField, LeaseLost, LegalHold, ThreadNotFound, TurnNotFound
+from core.model.errors import InvalidField, LeaseLost, LegalHold, StoreUnavailable, ThreadNotFound, TurnNotFound
 from core.model.events import TextDelta
 from core.model.goal import Goal
 from core.model.message import TextPart
 from core.model.thread import ProviderState, Thread, Tombstone
 from core.model.turn import TurnState
 from core.ports.agent import Begun, StateChanged, Stored
+from core.ports.erasures import OpenErasure
 from core.ports.provider_copies import CopyStays, ProviderCopies
 from core.ports.store import Conflict, Store, Transaction
 from core.ports.telemetry import Unmeasured
@@ -25,7 +28,7 @@ from core.ports.turns import LogAppend
 from core.use_cases import finish_erasures
 from core.use_cases.accept_message import IncomingMessage
 from core.use_cases.claim_turn import require_claim
-from core.use_cases.clean_up_threads import Cleanup, CleanUpThreads
+from core.use_cases.clean_up_threads import Cleanup, CleanUpThreads, _erase_forgotten
 from core.use_cases.delete_thread import DeleteThread
 from core.use_cases.erase_user import EraseUser
 from core.use_cases.finish_erasures import FinishErasures
@@ -272,6 +275,31 @@ async def test_an_erasure_that_meets_a_hold_goes_on_when_it_is_released(store: S
     assert (await receipt()).state == "at_provider"
 
 
+async def test_a_hold_that_comes_last_keeps_what_is_left_and_holds_up_nobody_else(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = [await with_thread(store, user) for user in ("ada", "bob")]
+    begun = [OpenErasure(IDS.new(), user) for user in ("ada", "cleo", "bob", "dan")]
+
+    def begin(tx: Transaction) -> None:
+        for user in ("cleo", "dan"):
+            tx.users.ensure(user, tx.now())
+            tx.goals.add(a_goal(user), user)
+        for erasure in begun:
+            tx.erasures.open(erasure.id, erasure.user_id, tx.now())
+
+    await store.write(begin)
+    erasures_type: Any = type(await store.read(lambda tx: tx.erasures))
+    monkeypatch.setattr(erasures_type, "left", lambda *_: begun)  # they were found before the holds
+    for user in ("ada", "cleo"):
+        await HoldUser(store)(user, hold=True)
+    await eraser(store).go_on()
+    left = [await store.read(lambda tx, u=user: tx.threads.ids_of(u, "", 9)) for user in ("ada", "bob")]  # type: ignore[misc]
+    assert left == [[threads[0].id], []]
+    for user, goals in (("cleo", 1), ("dan", 0)):
+        assert (await store.read(lambda tx, u=user: tx.users.belongings(u)))[0].goals == goals  # type: ignore[misc]
+
+
 # Retention
 
 
@@ -313,6 +341,26 @@ async def test_exactly_what_is_forgotten_is_erased(store: Store, batch_size: int
     assert (again.deleted, again.held, erased) == (0, 1, 1)
 
 
+async def test_what_somebody_has_come_back_to_meanwhile_is_not_erased(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = await store.read(lambda tx: tx.now())
+    due, woken, busy = (
+        await with_thread(store),
+        await with_thread(store, age=timedelta()),
+        await with_thread(store),
+    )
+    cutoff = due.last_message_at
+    await store.write(lambda tx: tx.turns.add(a_turn(busy), request(), owner="x"))
+    found = [("ada", thread.id) for thread in (due, woken, busy)]
+    assert now - cutoff > timedelta(days=1)
+    for later, erased in ((timedelta(0), 0), (timedelta(microseconds=1), 1)):
+        step = partial(_erase_forgotten, found, cutoff + later)
+        assert await store.write(step) == (erased, 0)
+    left = await store.read(lambda tx: tx.threads.ids_of("ada", "", 9))
+    assert left == sorted([woken.id, busy.id])
+
+
 async def test_nothing_is_erased_unasked_or_before_it_has_expired(store: Store) -> None:
     await with_thread(store)
     assert (await CleanUpThreads(store)(Cleanup(ttl_days=0))).deleted == 0
@@ -326,9 +374,9 @@ async def test_nothing_is_erased_unasked_or_before_it_has_expired(store: Store) 
 
 
 class Shelf(ProviderCopies):
-    """A provider that refuses as a test says, and notes what it was asked for."""
+    """A provider that refuses, or waits, as a test says, and notes what it was asked for."""
 
-    def __init__(self, *refusals: Exception) -> None:
+    def __init__(self, *refusals: Exception | asyncio.Event) -> None:
         self.refusals = list(refusals)
         self.asked: list[str] = []
 
@@ -339,7 +387,11 @@ class Shelf(ProviderCopies):
     async def erase(self, ref: str) -> None:
         self.asked.append(ref)
         if self.refusals:
-            raise self.refusals.pop(0)
+            refusal = self.refusals.pop(0)
+            if isinstance(refusal, asyncio.Event):
+                await refusal.wait()
+            else:
+                raise refusal
 
 
 async def test_nothing_is_given_up(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -399,6 +451,82 @@ async def test_what_is_at_a_provider_out_of_reach_is_told_and_waits(
     assert (await ReadErasures(store, "gone")()).waiting == {}
 
 
+async def test_what_fails_is_tried_less_and_less_often(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finish_erasures, "_LONGEST", 0.05)
+    waits: list[tuple[str, float]] = []
+    copies_type: Any = type(await store.read(lambda tx: tx.copies))
+    stays = copies_type.stays
+
+    def noted(copies: Any, copy: Copy, reason: str, seconds: float) -> None:
+        waits.append((reason, seconds))
+        stays(copies, copy, reason, -1.0)  # due again at once, on any clock
+
+    monkeypatch.setattr(copies_type, "stays", noted)
+    thread = await with_thread(store)
+    shelf = Shelf(
+        CopyStays("500"),
+        CopyStays("429", retry_after=600.0),
+        CopyStays("500", retry_after=1.0),
+        CopyStays("401", refused=True),
+        RuntimeError("broken"),
+        asyncio.Event(),
+        *[CopyStays("500")] * 7,
+    )
+    await store.write(lambda tx: tx.threads.delete(thread.id, tx.now()))
+    finish = FinishErasures(store=store, copies=shelf, erase_user=eraser(store), wanted=asyncio.Event())
+    finish.start()
+    try:
+        await nothing_left(store)
+    finally:
+        await finish.stop()
+    expected = [
+        ("500", 5), ("429", 600), ("500", 20), ("401", 3_600), ("RuntimeError", 80), ("took too long", 160),
+        ("500", 320), ("500", 640), ("500", 1_280), ("500", 2_560), *[("500", 3_600)] * 3,
+    ]  # fmt: skip
+    assert [reason for reason, _ in waits] == [reason for reason, _ in expected]
+    for (_, seconds), (_, about) in zip(waits, expected, strict=True):
+        assert 0.75 * about <= seconds <= 1.25 * about
+
+
+async def test_what_a_reader_keeps_is_purged_when_it_has_left(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(finish_erasures, "_PERIOD", 1e6)
+    monkeypatch.setattr(finish_erasures, "_SHORTEST_PAUSE", 0.0)
+    answers, done = [True, False, False], asyncio.Event()
+
+    async def purge() -> bool:
+        if not answers:
+            raise AssertionError("asked once too often")
+        if len(answers) == 1:
+            done.set()
+        return answers.pop()
+
+    monkeypatch.setattr(store, "purge", purge)
+    finish = FinishErasures(store=store, copies=Shelf(), erase_user=eraser(store), wanted=asyncio.Event())
+    finish.start()
+    try:
+        async with asyncio.timeout(20):
+            await done.wait()
+    finally:
+        await finish.stop()
+
+
+async def test_what_runs_at_a_provider_gets_a_moment_to_end_before_its_copies_go(store: Store) -> None:
+    gate = Gate()
+    async with service(store, ScriptedAgent([Stored("r1"), "a", DONE], [Stored("r2"), "b", gate])) as it:
+        ended, running = await it.say(), await it.say()
+        await it.events(ended)
+        await it.stream(running, "b")
+        for turn_id in (running, ended):
+            assert not await store.read(lambda tx: tx.copies.any_due("scripted"))
+            await until(lambda: not it.engine._aside)
+            await it.delete("ada", (await it.threads.turn("ada", turn_id))[0].thread_id)
+        taken = await store.write(lambda tx: tx.copies.claim("scripted", 9, 60))
+        assert [copy.ref for copy in taken] == ["r1"]
+        assert await store.read(lambda tx: tx.copies.count_left()) == 2
+
+
 async def test_two_processes_do_not_take_the_same(store: Store) -> None:
     thread = await with_thread(store)
     await store.write(lambda tx: tx.copies.keep(thread.id, "p", [f"r{number:02}" for number in range(30)]))
@@ -414,6 +542,25 @@ async def test_two_processes_do_not_take_the_same(store: Store) -> None:
     for worker in workers:
         await worker.stop()
     assert len(shelf.asked) == len(set(shelf.asked)) == 31
+
+
+async def test_a_turn_does_not_end_before_it_is_on_record_what_the_provider_keeps(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies_type: Any = type(await store.read(lambda tx: tx.copies))
+    keep, tries = copies_type.keep, 0
+
+    def late(*arguments: Any) -> None:
+        nonlocal tries
+        tries += 1
+        if tries < 4:
+            raise StoreUnavailable
+        keep(*arguments)
+
+    monkeypatch.setattr(copies_type, "keep", late)
+    async with service(store, ScriptedAgent([Stored("r1"), "a", DONE])) as it:
+        await it.events(await it.say())
+        assert tries == 4
 
 
 async def test_every_round_at_the_provider_is_on_record_before_its_turn_has_ended(store: Store) -> None:

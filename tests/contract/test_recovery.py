@@ -583,12 +583,15 @@ async def test_a_stop_tries_once_more_to_write_an_ending_that_was_decided(
 async def test_a_stop_lets_a_turn_finish_that_can_not_move_unnoticed(
     store: Store, clock: ManualClock, why: str
 ) -> None:
-    attempt, call = 2, ToolCalled("c1", "note", "{}")
-    if why == "last attempt":
-        turn_id = await left_behind(store, Gate())
-    else:
+    attempt, call, gate = 2, ToolCalled("c1", "note", "{}"), Gate()
+    scripts: list[list[Step]] = [[gate]]
+    if why == "rounds that are kept":
         attempt = 1
-        turn_id = await left_behind(store, call, DONE, tools=NotedTools(idempotent=True, gate=Gate()))
+        scripts.insert(0, [call, DONE])
+    async with service(store, ScriptedAgent(*scripts), NotedTools(idempotent=True)) as it:
+        turn_id = await it.say()
+        await gate.reached.wait()
+        await it.kill()
 
     def release(tx: Transaction) -> None:
         turn = tx.turns.find(turn_id)
