@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
@@ -75,6 +74,7 @@ async def test_text_that_was_committed_is_kept_and_the_turn_ends(store: Store) -
         turn = ending(events)
         assert (turn.state, turn.attempt, turn.reason) == (TurnState.INCOMPLETE, 1, TurnReason.INTERRUPTED)
         assert text_of(events) == "some"
+        assert not it.engine._places.taken  # ending it took none for longer than that
         _, reply = await it.threads.turn("ada", turn_id)
         assert reply is not None
         assert (reply.text, reply.partial) == ("some", True)
@@ -259,10 +259,12 @@ async def test_one_broken_turn_does_not_keep_the_others_waiting(
             await gate.reached.wait()
         await it.kill()
     log_type: Any = type(await store.read(lambda tx: tx.log))
-    read = log_type.read
+    read, tries = log_type.read, 0
 
     def unreadable(log: Any, turn_id: str, after: int = 0) -> Any:
+        nonlocal tries
         if turn_id == broken:
+            tries += 1
             raise ValueError("not what was written")
         return read(log, turn_id, after)
 
@@ -270,6 +272,9 @@ async def test_one_broken_turn_does_not_keep_the_others_waiting(
     async with service(store) as it:
         assert ending(await it.events(fine)).state is TurnState.COMPLETED
         assert not it.engine.knows(broken)
+        assert tries == 2  # to claim it, and to end it
+        await it.recover._take_stock()
+        assert tries == 2  # it was told once, and is left as it is
     monkeypatch.undo()
     async with service(store) as it:
         assert ending(await it.events(broken)).state is TurnState.COMPLETED
@@ -306,11 +311,16 @@ async def pair(store: Store, one: ScriptedAgent, two: ScriptedAgent, **more: Any
         yield first, second
 
 
-async def expire(it: Service, clock: ManualClock) -> None:
-    """Time in which a process does not renew its lease; a server database has its own clock."""
+async def halt(it: Service) -> None:
+    """Has a process look for nothing, and renew no lease."""
     for task in it.recover._tasks:
         task.cancel()
     await asyncio.gather(*it.recover._tasks, return_exceptions=True)
+
+
+async def expire(it: Service, clock: ManualClock) -> None:
+    """Time in which a process does not renew its lease; a server database has its own clock."""
+    await halt(it)
     clock.advance(seconds=2 * LEASE)
 
 
@@ -338,6 +348,19 @@ async def test_another_process_takes_over_and_the_zombie_writes_nothing(store: S
         assert await store.read(lambda tx: tx.threads.provider_state(thread_id)) is None
 
 
+async def test_a_follower_hears_at_once_of_the_end_that_its_own_process_brought(
+    store: Store, clock: ManualClock
+) -> None:
+    async with pair(store, ScriptedAgent(["kept", Gate()]), ScriptedAgent()) as (one, two):
+        turn_id = await one.say()
+        await one.stream(turn_id, "kept")
+        two.feeds.poll = 1e6  # nothing is found by looking
+        follower = asyncio.create_task(two.events(turn_id))
+        await until(lambda: any(news.position == 5 for news in two.feeds._waiting.get(turn_id, ())))
+        await expire(one, clock)
+        assert ending(await follower).reason is TurnReason.INTERRUPTED
+
+
 async def test_a_process_that_lost_its_lease_calls_no_tool_before_it_knows(
     store: Store, clock: ManualClock
 ) -> None:
@@ -363,9 +386,7 @@ async def test_without_a_lease_nothing_is_accepted(store: Store, clock: ManualCl
         turn_id = await one.say(request_id="r")
         await one.stream(turn_id, "a")
         thread_id = (await one.threads.turn("ada", turn_id))[0].thread_id
-        for task in one.recover._tasks:
-            task.cancel()
-        await asyncio.gather(*one.recover._tasks, return_exceptions=True)
+        await halt(one)
         one.engine.leased(0.0)
         for more in ({}, {"thread_id": thread_id, "on_busy": BusyPolicy.INTERRUPT}):
             with pytest.raises(StoreUnavailable):
@@ -424,20 +445,27 @@ async def test_after_an_outage_everybody_keeps_what_is_theirs(
         assert (turn.state, turn.epoch) == (TurnState.COMPLETED, 2)
 
 
-async def test_after_renewals_that_were_not_answered_the_others_get_time_for_theirs(
-    store: Store, clock: ManualClock
+async def test_after_a_renewal_that_was_not_answered_the_others_get_time_for_theirs(
+    store: Store, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = Gate()
     async with pair(store, ScriptedAgent(["a", gate]), ScriptedAgent()) as (one, two):
         turn_id = await one.say()
         await one.stream(turn_id, "a")
-        for it in (one, two):
-            for task in it.recover._tasks:
-                task.cancel()
-            await asyncio.gather(*it.recover._tasks, return_exceptions=True)
+        await halt(one)
+        asked = 0
+
+        async def away(_: object) -> Any:
+            nonlocal asked
+            asked += 1
+            raise StoreUnavailable
+
+        with monkeypatch.context() as outage:
+            outage.setattr(store, "write", away)
+            await until(lambda: asked)
+            await halt(two)
         two.recover._watched_since = 0.0  # it has looked for long, and would take what it finds
-        two.recover._renewed = -math.inf  # as a renewal that was not answered leaves it, with a lease that lasts
-        await store.write(lambda tx: tx.leases.renew(two.engine.claimant.owner, 1e6))
+        await store.write(lambda tx: tx.leases.renew(two.engine.claimant.owner, 1e6))  # its own lasts
         await store.write(lambda tx: tx.leases.end(one.engine.claimant.owner))
         await two.recover._renew()
         await two.recover._take_stock()
@@ -623,6 +651,14 @@ async def test_a_hurried_stop_waits_no_longer(store: Store) -> None:
         it.engine.hurry()
         await drain
         assert (await it.threads.turn("ada", turn_id))[0].reason is TurnReason.INTERRUPTED
+
+
+async def test_nobody_waits_for_a_process_that_has_stopped(store: Store, clock: ManualClock) -> None:
+    async with pair(store, ScriptedAgent(), ScriptedAgent()) as (one, two):
+        the_other = two.engine.claimant.owner
+        assert await store.read(lambda tx: tx.leases.others(the_other))
+        await one.recover.stop()
+        assert not await store.read(lambda tx: tx.leases.others(the_other))
 
 
 async def test_a_queue_goes_on_in_another_process(store: Store, clock: ManualClock) -> None:

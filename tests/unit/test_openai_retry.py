@@ -126,6 +126,25 @@ def test_the_budget_is_never_overdrawn(steps: list[bool]) -> None:
         assert retries <= RESERVE + SHARE * requests + 1e-6
 
 
+def test_what_long_peace_has_saved_is_the_reserve_and_no_more() -> None:
+    budget = RetryBudget()
+    for _ in range(1_000):
+        budget.earn()
+    assert sum(budget.spend() for _ in range(1_000)) == RESERVE
+
+
+async def test_a_reply_earns_once_however_often_it_is_asked_for(policy: Policy) -> None:
+    while policy.budget.spend():
+        pass
+    patience = Patience(policy)
+    for _ in range(100):
+        await patience.admission()
+    assert not policy.budget.spend()
+    for _ in range(10):
+        await Patience(policy).admission()
+    assert policy.budget.spend()
+
+
 # --- the breaker
 
 
