@@ -18,7 +18,7 @@ from core.model.events import TextDelta
 from core.model.goal import Goal
 from core.model.message import TextPart
 from core.model.thread import ProviderState, Thread, Tombstone
-from core.model.turn import TurnState
+from core.model.turn import Turn, TurnState
 from core.ports.agent import Begun, StateChanged, Stored
 from core.ports.erasures import OpenErasure
 from core.ports.provider_copies import CopyStays, ProviderCopies
@@ -172,6 +172,18 @@ async def test_messages_that_come_meanwhile_are_erased_or_begin_anew(store: Stor
         assert last.erased.threads == len(left)
         assert await store.read(lambda tx: tx.users.get("ada")) is None
         await until(lambda: not it.engine._running)
+
+
+async def test_who_works_on_an_erased_turn_is_told(store: Store) -> None:
+    gone: list[Turn] = []
+    erased = asyncio.Event()
+    async with service(store, ScriptedAgent(["a", DONE], ["b", Gate()])) as it:
+        ended, running = await it.say(), await it.say()
+        await it.events(ended)
+        await it.stream(running, "b")
+        await EraseUser(store=store, ids=Ids(), gone=gone.append, erased=erased.set)("ada")
+        assert [turn.id for turn in gone] == [running]
+        assert erased.is_set()
 
 
 def _message(text: str) -> IncomingMessage:
@@ -345,11 +357,8 @@ async def test_what_somebody_has_come_back_to_meanwhile_is_not_erased(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = await store.read(lambda tx: tx.now())
-    due, woken, busy = (
-        await with_thread(store),
-        await with_thread(store, age=timedelta()),
-        await with_thread(store),
-    )
+    due, woken = await with_thread(store), await with_thread(store, age=timedelta())
+    busy = await with_thread(store, age=2 * OLD)
     cutoff = due.last_message_at
     await store.write(lambda tx: tx.turns.add(a_turn(busy), request(), owner="x"))
     found = [("ada", thread.id) for thread in (due, woken, busy)]

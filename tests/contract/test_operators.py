@@ -17,6 +17,7 @@ from core.model.turn import Turn, TurnReason, TurnState
 from core.ports.agent import AgentFailed, CopyFound, ReplyRequest, Standing, StateChanged
 from core.ports.store import Store, Transaction
 from core.ports.turns import LogAppend
+from core.use_cases import oversee
 from core.use_cases.end_turn import Ended, Ending, end_turn
 from core.use_cases.oversee import GRACE, MAX_LISTED, Oversee, Stuck, ThreadsQuery, TurnsQuery
 from core.use_cases.publish_agents import MAX_DEFINITIONS, Outcome, PublishAgents
@@ -133,7 +134,9 @@ async def test_a_holder_tells_until_when_its_lease_lasts(record: Store) -> None:
     assert abs((until - now).total_seconds() - 60) < 5
 
 
-async def test_what_is_stuck_and_why(record: Store) -> None:
+@pytest.mark.parametrize("page", [1, 3, 500])
+async def test_what_is_stuck_and_why(record: Store, monkeypatch: pytest.MonkeyPatch, page: int) -> None:
+    monkeypatch.setattr(oversee, "_PAGE", page)  # turns that are looked through in one go
     names = ("fine", "over time", "gone long ago", "just gone", "waits", "unclaimed", "fresh")
     threads = {name: a_thread() for name in names}
     turns: dict[str, Turn] = {}

@@ -68,6 +68,23 @@ def test_a_copy_is_of_one_moment_while_others_write(database: Path, tmp_path: Pa
     assert [file.name for file in tmp_path.glob("*copy*")] == ["copy.db"]
 
 
+def test_a_copy_is_on_the_disk_before_it_has_its_name(
+    database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(database, "ada")
+    copy = tmp_path / "copy.db"
+    synced: list[tuple[int, bool]] = []
+    fsync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        synced.append((os.fstat(descriptor).st_ino, copy.exists()))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    backup.back_up(database, copy, quiet)
+    assert synced == [(copy.stat().st_ino, False), (tmp_path.stat().st_ino, True)]  # the copy, then its name
+
+
 def test_a_copy_takes_no_files_place(database: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     copy = tmp_path / "copy.db"
     copy.write_text("precious")

@@ -5,15 +5,19 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import replace
+from typing import Any
 
 import psycopg
 import pytest
+from sqlalchemy import func, select
 
 from adapters.sql import errors, session, writer
 from adapters.sql.errors import StoreFaultError
 from adapters.sql.fiber import apart
 from adapters.sql.pipeline import Pipeline
+from adapters.sql.statement import Statement
 from adapters.sql.store import SqlStore
+from adapters.sql.transaction import SqlTransaction
 from core.model.agent import Domain
 from core.model.errors import StoreUnavailable
 from core.model.events import TextDelta, TurnStarted
@@ -372,3 +376,28 @@ async def test_the_last_word_goes_out_when_a_store_closes(postgres_url: str, clo
     await one.aclose()
     await until(lambda: frozenset({"turn"}) in heard)
     await two.aclose()
+
+
+async def test_every_commit_waits_for_the_disk_beside_hints_that_do_not(
+    postgres_url: str, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    tell = Pipeline.tell
+
+    def noted(pipeline: Pipeline, sql: str, values: Any = ()) -> None:
+        told.append(sql)
+        tell(pipeline, sql, values)
+
+    monkeypatch.setattr(Pipeline, "tell", noted)
+    store = SqlStore(postgres_url, clock)
+    setting = Statement(select(func.current_setting("synchronous_commit").label("is_")))
+
+    def change(tx: Transaction) -> str:
+        assert isinstance(tx, SqlTransaction)
+        tx.session.changed.add("turn")
+        return str(tx.session.row(setting).is_)
+
+    for number in range(3):
+        assert await store.write(change) == "on"
+        await until(lambda n=number: len(told) > n)  # type: ignore[misc]
+    await store.aclose()
