@@ -399,5 +399,5 @@ async def test_every_commit_waits_for_the_disk_beside_hints_that_do_not(
 
     for number in range(3):
         assert await store.write(change) == "on"
-        await until(lambda n=number: len(told) > n)  # type: ignore[misc]
+        await until(lambda n=number: len(told) > n)
     await store.aclose()
