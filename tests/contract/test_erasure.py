@@ -536,6 +536,16 @@ async def test_what_runs_at_a_provider_gets_a_moment_to_end_before_its_copies_go
         assert await store.read(lambda tx: tx.copies.count_left()) == 2
 
 
+async def test_a_deletion_asks_at_once_for_what_follows_it(store: Store) -> None:
+    thread, erased = await with_thread(store), asyncio.Event()
+    delete = DeleteThread(store=store, gone=lambda _: None, erased=erased.set)
+    with pytest.raises(ThreadNotFound):
+        await delete("eve", thread.id)
+    assert not erased.is_set()
+    await delete("ada", thread.id)
+    assert erased.is_set()
+
+
 async def test_two_processes_do_not_take_the_same(store: Store) -> None:
     thread = await with_thread(store)
     await store.write(lambda tx: tx.copies.keep(thread.id, "p", [f"r{number:02}" for number in range(30)]))

@@ -30,7 +30,7 @@ from core.ports.tools import ToolOutput
 from core.ports.turns import RequestKey
 from core.use_cases.end_turn import Ending, end_turn
 from core.use_cases.follow_turn import FollowTurn
-from core.use_cases.read_threads import MessageQuery
+from core.use_cases.read_threads import MessageQuery, ThreadQuery
 from core.use_cases.reply_writer import MAX_OUTPUT, MAX_TOOL_CALLS, MAX_TOOL_ROUNDS
 from core.use_cases.turn_engine import TurnLimits
 from core.use_cases.turn_feed import TurnFeeds
@@ -261,6 +261,28 @@ async def test_another_users_ids_do_not_exist(store: Store) -> None:
             await it.threads.describe("eve", turn.thread_id, title="mine", metadata=None)
         with pytest.raises(ThreadNotFound):
             await it.say(user="eve", thread_id=turn.thread_id)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5])
+async def test_only_the_last_page_has_no_next_one(store: Store, size: int) -> None:
+    async with service(store) as it:
+        for _ in range(4):
+            turn, _ = await it.threads.turn("ada", await it.say())
+            await it.events(turn.id)
+        await it.events(await it.say(thread_id=turn.thread_id))
+        pages: list[int] = []
+        token = ""
+        while token or not pages:
+            found, token = await it.threads.threads(ThreadQuery(user_id="ada"), size, token)
+            pages.append(len(found))
+        assert pages == [size] * (4 // size) + [4 % size] * (4 % size > 0)
+        for newest_first in (True, False):
+            query = MessageQuery(user_id="ada", thread_id=turn.thread_id, newest_first=newest_first)
+            pages, token = [], ""
+            while token or not pages:
+                lines, token = await it.threads.messages(query, size, token)
+                pages.append(len(lines))
+            assert pages == [size] * (4 // size) + [4 % size] * (4 % size > 0)
 
 
 async def test_cancel_keeps_the_partial_text_and_is_idempotent(store: Store) -> None:

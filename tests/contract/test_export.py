@@ -1,0 +1,79 @@
+"""What an export promises, on every store."""
+
+from collections.abc import Callable
+from contextlib import aclosing
+from datetime import date
+
+import pytest
+
+from core.model.agent import Domain
+from core.model.goal import Goal
+from core.model.ledger import LedgerKey, LedgerLine, Tally
+from core.model.message import Message
+from core.model.thread import Thread
+from core.model.turn import TurnState
+from core.model.user import User
+from core.ports.store import Store, Transaction
+from core.use_cases import export_user
+from core.use_cases.export_user import Exported, ExportedTurn, ExportUser
+from doubles import CATALOG
+from records import IDS, NOW, a_line, a_thread, a_turn, request
+
+MANY = 5
+
+
+def belongings(user: str) -> Callable[[Transaction], list[str]]:
+    """Gives a user many of everything; returns what names each of them, in the order of an export."""
+
+    def change(tx: Transaction) -> list[str]:
+        for agent in CATALOG.agents():
+            tx.agents.publish(agent)
+        tx.users.ensure(user, NOW)
+        names = [user]
+        for _ in range(MANY):
+            goal = Goal(
+                id=IDS.new(), user_id=user, domain=Domain.CAREER, text="t", commitment="", due=None, created_at=NOW
+            )
+            tx.goals.add(goal, goal.id)
+            names.append(goal.id)
+        for _ in range(2):
+            thread = a_thread(user)
+            tx.threads.add(thread)
+            turns = [a_turn(thread, state=TurnState.COMPLETED) for _ in range(MANY)]
+            lines = [a_line(turn) for turn in turns]
+            for turn in turns:
+                tx.turns.add(turn, request(user))
+            tx.messages.append(thread.id, lines)
+            names += [thread.id, *(turn.id for turn in turns), *(line.id for line in lines)]
+        days = [date(2026, 1, number) for number in range(1, MANY + 1)]
+        for day in days:
+            tx.ledger.enter(LedgerLine(LedgerKey(user, day, "career-v1", "m"), Tally(turns=1)))
+        return [*names, *(str(day) for day in reversed(days))]
+
+    return change
+
+
+def name_of(piece: Exported) -> str:
+    """What names a piece."""
+    match piece:
+        case User() | Goal() | Thread() | Message():
+            return piece.id
+        case ExportedTurn(turn):
+            return turn.id
+        case LedgerLine(key):
+            return str(key.day)
+        case _:
+            raise AssertionError("nothing is attached")
+
+
+@pytest.mark.parametrize("page", [1, 2, MANY, 20])
+async def test_everything_is_in_it_once_and_nothing_of_others(
+    store: Store, monkeypatch: pytest.MonkeyPatch, page: int
+) -> None:
+    monkeypatch.setattr(export_user, "_PAGE", page)  # things that are read in one go
+    names = {user: await store.write(belongings(user)) for user in ("ada", "eve")}
+    for user, expected in names.items():
+        async with aclosing(ExportUser(store).pieces(user)) as pieces:
+            assert [name_of(piece) async for piece in pieces] == expected
+    async with aclosing(ExportUser(store).pieces("nobody")) as pieces:
+        assert [piece async for piece in pieces] == []
