@@ -17,6 +17,7 @@ from core.model.errors import CleanupRunning, InvalidField
 from core.model.thread import Thread, ThreadState
 from core.model.turn import Turn, TurnState
 from core.ports.store import Store, Transaction
+from core.ports.threads import ThreadKey
 from core.ports.turns import RequestKey
 from core.use_cases.clean_up_threads import MAX_BATCH, Cleanup, CleanUpThreads
 from core.use_cases.read_threads import MessageQuery, ThreadQuery
@@ -170,6 +171,22 @@ async def test_a_backlog_goes_place_by_place_and_with_a_batch_size_it_does_not(s
     assert told[0][0] < 600  # the first step is a short one
     listed = await store.read(lambda tx: tx.threads.list("ada", None, INACTIVE, None, 10_000))
     assert {thread.id for thread in listed} == {thread.id for thread in threads[1::2]}
+
+
+async def test_a_batch_goes_on_behind_a_thread_that_is_gone(store: Store) -> None:
+    old = await time_of(store) - timedelta(days=40)
+    threads = sorted((a_thread(old) for _ in range(5)), key=lambda thread: thread.id)
+    busy = {threads[0].id, threads[2].id}
+    await keep(store, [(each, [TurnState.RUNNING] if each.id in busy else []) for each in threads])
+    cutoff = old + timedelta(days=10)
+    first = await store.write(lambda tx: tx.threads.expire(cutoff, None, None, 1))
+    assert (first.expired, first.last) == (1, ThreadKey(old, threads[1].id))
+    await store.write(lambda tx: tx.threads.delete(threads[1].id, tx.now()))
+    second = await store.write(lambda tx: tx.threads.expire(cutoff, None, first.last, 1))
+    assert (second.expired, second.last) == (1, ThreadKey(old, threads[3].id))
+    third = await store.write(lambda tx: tx.threads.expire(cutoff, None, second.last, 9))
+    assert (third.expired, third.last) == (1, ThreadKey(old, threads[4].id))
+    assert (await store.write(lambda tx: tx.threads.expire(cutoff, None, third.last, 9))).last is None
 
 
 @pytest.mark.parametrize(("due", "batches"), [(999, 1), (1_000, 2)])

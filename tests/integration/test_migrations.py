@@ -405,3 +405,23 @@ def test_a_file_that_is_no_database_is_explained(tmp_path: Path, command: Sequen
 def test_a_server_that_does_not_answer_is_explained() -> None:
     url = "postgresql://ada:kanarienvogel@127.0.0.1:1/none"
     refused(MIGRATE, SERVE, CLEANUP, url=url, saying="does not answer")
+
+
+def test_a_database_of_the_fifth_version_gets_its_active_threads_by_days(sqlite_url: str) -> None:
+    """Of an index of an expression Alembic knows nothing: nothing else would miss it."""
+    by_time, by_day = "ix_assistant_threads_active", "ix_assistant_threads_active_days"
+
+    def indexes() -> set[str]:
+        connection = sqlite3.connect(sqlite_url.removeprefix("sqlite:///"))
+        found = connection.execute(
+            "SELECT name FROM sqlite_master WHERE tbl_name = 'assistant_threads'"
+        ).fetchall()
+        connection.close()
+        return {name for (name,) in found} & {by_time, by_day}
+
+    assert indexes() == {by_day}
+    step(sqlite_url, "-0005")
+    assert indexes() == {by_time}
+    assert migrate(sqlite_url) is SchemaState.OUTDATED
+    assert indexes() == {by_day}
+    assert drift(sqlite_url) == []

@@ -280,12 +280,13 @@ _HAS_REQUEST_ID = text("request_id IS NOT NULL")
 _IS_QUESTION_OR_REPLY = text("role IN ('user', 'assistant')")
 
 Index("ix_assistant_threads_user", threads.c.user_id, threads.c.last_message_at, threads.c.id)
+# SQLite's is `ix_assistant_threads_active_days` (see `repositories.expiry`), an expression's: Alembic sees none.
 Index(
     "ix_assistant_threads_active",
     threads.c.last_message_at,
     threads.c.id,
-    sqlite_where=text("is_active = 1"),
     postgresql_where=text("is_active"),
+    info={"dialect": "postgresql"},
 )
 Index("ix_turns_thread", turns.c.thread_id, turns.c.state, turns.c.place)
 Index(

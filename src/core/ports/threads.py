@@ -174,7 +174,8 @@ class Threads(Protocol):
     @abstractmethod
     def expire(self, cutoff: datetime, domain: Domain | None, after: ThreadKey | None, limit: int) -> ExpiredBatch:
         """Makes up to `limit` threads INACTIVE: the next ones after `after` whose newest message is older than
-        `cutoff` and that have no turn that has not ended. Threads that another process holds are left out."""
+        `cutoff` and that have no turn that has not ended; oldest first, to the day. Threads that another process
+        holds are left out."""
 
     @abstractmethod
     def places(self) -> int:

@@ -5,6 +5,7 @@ from typing import Literal
 from alembic import context
 from alembic.autogenerate.api import AutogenContext
 
+from adapters.sql.schema import having_dialect
 from adapters.sql.tables import UtcDateTime, metadata
 
 
@@ -18,6 +19,7 @@ context.configure(
     connection=connection,
     target_metadata=metadata,
     render_item=_render,
+    include_object=having_dialect(connection.dialect.name),
     transactional_ddl=True,
     transaction_per_migration=False,
 )

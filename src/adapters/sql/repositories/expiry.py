@@ -8,7 +8,7 @@ be done piece by piece.
 from abc import abstractmethod
 from collections.abc import Mapping
 from functools import cache
-from typing import Protocol
+from typing import Any, Protocol
 
 from sqlalchemy import (
     BigInteger,
@@ -24,6 +24,7 @@ from sqlalchemy import (
     literal_column,
     select,
     true,
+    tuple_,
     update,
 )
 from sqlalchemy.types import ARRAY, UserDefinedType
@@ -50,14 +51,50 @@ told, thread by thread.
 """
 
 
+_row_id = literal_column("assistant_threads.rowid", BigInteger)
+# Its constants written out, as the planner knows the index by them.
+_day = literal_column("substr(assistant_threads.last_message_at, 1, 10)", String)
+_after_id = bindparam("after_id", type_=_c.id.type)
+
+
+def _day_of(time: str) -> ColumnElement[str]:
+    return func.substr(
+        bindparam(time, type_=t.UtcDateTime), literal_column("1"), literal_column("10"), type_=String
+    )
+
+
+_IN_REACH = {"sqlite": _day <= _day_of("cutoff"), "postgresql": true()}
+"""What the index of active threads has to know of the cutoff.
+
+PostgreSQL's has them by the time of the newest message, and its entries stay when threads expire. From SQLite's an
+entry goes with each thread: it has them by day and then by row id, so that those of a batch lie together. By time
+each would be on a page of its own, and a batch would write as many pages as threads.
+"""
+OLDEST_FIRST: Mapping[str, tuple[ColumnElement[Any], ColumnElement[Any]]] = {
+    "sqlite": (_day, _row_id),
+    "postgresql": (_c.last_message_at, _c.id),
+}
+"""For each dialect, the order of that index."""
+_its_row_id = func.coalesce(select(_row_id).where(_c.id == _after_id).scalar_subquery(), -1)
+BEHIND = {
+    "sqlite": and_(
+        _day >= _day_of("after_time"),  # from there the index is read: the planner makes nothing of the pair
+        tuple_(*OLDEST_FIRST["sqlite"]) > tuple_(_day_of("after_time"), _its_row_id),
+    ),
+    "postgresql": tuple_(*OLDEST_FIRST["postgresql"])
+    > tuple_(bindparam("after_time", type_=t.UtcDateTime), _after_id),
+}
+"""For each dialect, what comes behind a thread in this order; in SQLite behind one that is gone all of its day."""
+
+
 def one_idle(*, in_domain: bool) -> ColumnElement[bool]:
     """What expires: active, older than the cutoff, without a turn that has not ended. For one thread at a time."""
     return _idle(_c.is_active, _has_none, in_domain=in_domain)
 
 
 def idle(dialect: str, *, in_domain: bool) -> ColumnElement[bool]:
-    """The same, for many threads."""
-    return _idle(_c.is_active, _FREE[dialect], in_domain=in_domain)
+    """The same, for many threads, by the index of those that are active."""
+    return and_(_idle(_c.is_active, _FREE[dialect], in_domain=in_domain), _IN_REACH[dialect])
 
 
 def out_of_use(dialect: str, *, in_domain: bool) -> ColumnElement[bool]:
@@ -91,7 +128,6 @@ class Rows(Places):
     """SQLite's: a place is the threads of so many row ids. There is one writer, and it is at this."""
 
     _PLACE = 32
-    _row_id = literal_column("assistant_threads.rowid", BigInteger)
     _COUNT = Statement(select(func.coalesce(func.max(_row_id), -1).label("last")).select_from(t.threads))
 
     def count(self, session: Session) -> int:
@@ -104,9 +140,7 @@ class Rows(Places):
     @staticmethod
     @cache
     def _expire(*, in_domain: bool) -> Statement:
-        there = and_(
-            Rows._row_id >= bindparam("first", type_=BigInteger), Rows._row_id < bindparam("end", type_=BigInteger)
-        )
+        there = and_(_row_id >= bindparam("first", type_=BigInteger), _row_id < bindparam("end", type_=BigInteger))
         return Statement(
             update(t.threads).where(there, _idle_there("sqlite", in_domain=in_domain)).values(is_active=false())
         )

@@ -23,7 +23,7 @@ from sqlalchemy import (
 from adapters.sql import mapping as m
 from adapters.sql import tables as t
 from adapters.sql.repositories.base import Repository, insert_if_new
-from adapters.sql.repositories.expiry import PLACES, idle, one_idle, out_of_use
+from adapters.sql.repositories.expiry import BEHIND, OLDEST_FIRST, PLACES, idle, one_idle, out_of_use
 from adapters.sql.session import Session
 from adapters.sql.statement import Statement
 from core.model.agent import Domain
@@ -168,9 +168,8 @@ def _forgotten(dialect: str, *, in_domain: bool) -> Statement:
 def _choose(dialect: str, *, in_domain: bool, after: bool) -> Statement:
     query = select(_c.last_message_at, _c.id).where(idle(dialect, in_domain=in_domain))
     if after:
-        key = tuple_(bindparam("after_time", type_=t.UtcDateTime), bindparam("after_id", type_=_c.id.type))
-        query = query.where(_key() > key)
-    oldest_first = query.order_by(_c.last_message_at, _c.id).limit(bindparam("limit", type_=Integer))
+        query = query.where(BEHIND[dialect])
+    oldest_first = query.order_by(*OLDEST_FIRST[dialect]).limit(bindparam("limit", type_=Integer))
     return Statement(oldest_first.with_for_update(skip_locked=True))
 
 
@@ -183,7 +182,7 @@ def _expire(*, in_domain: bool) -> Statement:
 def _count_idle(dialect: str, *, in_domain: bool, limited: bool) -> Statement:
     found = select(_c.id).where(idle(dialect, in_domain=in_domain))
     if limited:  # in this order they come from an index, whatever the planner thinks of how many there are
-        found = found.order_by(_c.last_message_at, _c.id).limit(bindparam("limit", type_=Integer))
+        found = found.order_by(*OLDEST_FIRST[dialect]).limit(bindparam("limit", type_=Integer))
     return Statement(select(func.count().label("count_")).select_from(found.subquery()))
 
 
