@@ -26,7 +26,7 @@ DEFAULT_BATCH = 1_000
 MAX_BATCH = 10_000
 
 BACKLOG = 10_000
-"""Threads due from which on it pays to look at all there are. Of a million in SQLite it does from some 4,000."""
+"""Threads due from which on it pays to look at all there are. Of a million in SQLite it does from some 6,000."""
 _STEP, _STEP_BESIDE_TURNS = 0.06, 0.02
 """Seconds that a transaction may take: others wait for it."""
 _FEWEST_PLACES, _MOST_PLACES = 8, 512
