@@ -98,8 +98,8 @@ def test_a_turn_that_only_waits_slows_nothing_down(pace: Pace) -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "counts"),
-    [(0.000_001, [8, 32, 128, 512]), (0.1, [8] * 25)],
-    ids=["no more than 512 places", "no fewer than 8"],
+    [(0.000_001, [8, 32, 128, 256]), (0.1, [8] * 25)],
+    ids=["no more than 256 places", "no fewer than 8"],
 )
 def test_bounds(pace: Pace, seconds: float, counts: list[int]) -> None:
     pace.seconds = seconds

@@ -127,7 +127,8 @@ class Places(Protocol):
 class Rows(Places):
     """SQLite's: a place is the threads of so many row ids. There is one writer, and it is at this."""
 
-    _PLACE = 32
+    _PLACE = 64
+    """About as many as are on a page of PostgreSQL's."""
     _COUNT = Statement(select(func.coalesce(func.max(_row_id), -1).label("last")).select_from(t.threads))
 
     def count(self, session: Session) -> int:
