@@ -192,7 +192,7 @@ class Responses:
 
 
 def _body(response: httpx2.Response) -> httpx2.Response | httpx2.AsyncByteStream:
-    """What is closed at the end: the body alone, as hardly anybody compresses it, or the response that decodes it."""
+    """What is closed at the end: the body, or the response where it decodes it, as hardly anybody compresses."""
     if "content-encoding" in response.headers:
         return response
     assert isinstance(response.stream, httpx2.AsyncByteStream)

@@ -52,7 +52,7 @@ class ReconcileThread:
         """Raises ThreadNotFound, TurnInProgress where a turn has not ended or begins meanwhile, and
         ProviderUnavailable."""
         agent = self._agent()
-        begin = partial(_begin, thread_id, agent.provider, _History(self._store, thread_id), not dry_run)
+        begin = partial(self._begin, thread_id, agent.provider, not dry_run)
         request = await (self._store.read(begin) if dry_run else self._store.write(begin))
         found = CopyFound(Standing.NO_COPY)
         state = request.state
@@ -79,48 +79,44 @@ class ReconcileThread:
         if turn_id := await self._store.write(partial(_save, request, state)):
             raise TurnInProgress(turn_id)
 
+    def _begin(self, thread_id: str, provider: str, aside: bool, tx: Transaction) -> ReplyRequest:
+        """The request that the next message would be answered with. With `aside`, puts the copy there."""
+        thread = tx.threads.find(thread_id)
+        if thread is None or (aside and tx.threads.lock(thread.user_id, thread_id) is None):
+            raise ThreadNotFound
+        if unfinished := tx.turns.unfinished(thread_id):
+            raise TurnInProgress(unfinished[0].id)
+        definition = tx.agents.get(thread.agent_id)
+        if definition is None:
+            raise AgentNotFound
+        state = tx.threads.provider_state(thread_id)
+        if state is not None and state.provider != provider:
+            state = None  # another provider's, which nobody here can look at
+        if aside and state is not None:
+            tx.threads.save_provider_state(thread_id, _aside(provider))
+        message = _next_line(thread)
+        return ReplyRequest(
+            turn_id="",
+            thread_id=thread_id,
+            user_id=thread.user_id,
+            domain=thread.domain,
+            definition=definition,
+            message=message,
+            history=partial(self._history, message),
+            tools=(),
+            state=state,
+        )
 
-class _History:
-    """All lines of a thread."""
+    async def _history(self, message: Message, data: int = 0) -> Sequence[Message]:
+        """The lines before a message, as `History` promises, whatever has been said since."""
 
-    def __init__(self, store: Store, thread_id: str) -> None:
-        self._store = store
-        self._thread_id = thread_id
-
-    async def __call__(self, data: int = 0) -> Sequence[Message]:
         def read(tx: Transaction) -> Sequence[Message]:
-            lines = tx.messages.list(self._thread_id, after=None, newest_first=True, limit=None, data=data)
-            return lines[::-1]
+            return tx.messages.list(
+                message.thread_id, after=message.index, newest_first=True, limit=None, data=data
+            )
 
-        return await self._store.read(read)
-
-
-def _begin(thread_id: str, provider: str, history: _History, aside: bool, tx: Transaction) -> ReplyRequest:
-    """The request that the next message would be answered with. With `aside`, puts the copy there."""
-    thread = tx.threads.find(thread_id)
-    if thread is None or (aside and tx.threads.lock(thread.user_id, thread_id) is None):
-        raise ThreadNotFound
-    if unfinished := tx.turns.unfinished(thread_id):
-        raise TurnInProgress(unfinished[0].id)
-    definition = tx.agents.get(thread.agent_id)
-    if definition is None:
-        raise AgentNotFound
-    state = tx.threads.provider_state(thread_id)
-    if state is not None and state.provider != provider:
-        state = None  # another provider's, which nobody here can look at
-    if aside and state is not None:
-        tx.threads.save_provider_state(thread_id, _aside(provider))
-    return ReplyRequest(
-        turn_id="",
-        thread_id=thread_id,
-        user_id=thread.user_id,
-        domain=thread.domain,
-        definition=definition,
-        message=_next_line(thread),
-        history=history,
-        tools=(),
-        state=state,
-    )
+        lines = await self._store.read(read)
+        return lines[::-1]
 
 
 def _aside(provider: str) -> ProviderState:

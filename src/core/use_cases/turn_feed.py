@@ -66,7 +66,7 @@ class TurnFeed:
             await self._changed.wait()
 
     def _extend(self, entries: Iterable[LogEntry]) -> None:
-        """Text joins the text before it: the feed of a turn that speaks is a few entries, however often it does."""
+        """Text joins the text before it: a turn that speaks has a few entries, however often it does."""
         for entry in entries:
             if self._entries and (whole := _joined(self._entries[-1].event, entry.event)) is not None:
                 self._entries[-1] = LogEntry(entry.position, whole)
