@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from core.model.errors import CoreError, InvalidField, QuotaExceeded, RequestIdReused
+from core.model.events import TurnStarted
+from core.model.trail import trail
 from core.model.turn import BusyPolicy, Turn, TurnReason, TurnState
 from core.ports.agent import AgentFailed
 from core.ports.store import Store
@@ -27,6 +29,7 @@ class Noted(Unmeasured):
     def __init__(self) -> None:
         self.told: list[tuple[str, Any]] = []
         self.looks = 0
+        self.traces: dict[tuple[str, int], str] = {}
 
     def time(self) -> float:
         self.looks += 1
@@ -41,6 +44,7 @@ class Noted(Unmeasured):
 
     def began(self, turn: Turn) -> None:
         self.told.append(("began", turn))
+        self.traces[turn.id, turn.epoch] = trail().traceparent
 
     def spoke(self, turn: Turn, seconds: float) -> None:
         assert seconds > 0
@@ -145,6 +149,29 @@ async def test_turns_that_move_are_told_where_they_come_from_and_where_they_go(s
     assert arriving.last("began").epoch > 1
 
 
+async def test_turns_that_wait_or_move_begin_on_the_trail_of_their_message(store: Store) -> None:
+    one_trace, other_trace = (f"00-{digit * 32}-{digit * 16}-01" for digit in "12")
+    noted, gate, silent = Noted(), Gate(), Gate()
+    async with service(store, ScriptedAgent([gate, "x", DONE], [silent]), telemetry=noted) as it:
+        first = await it.say()
+        thread_id = (await it.threads.turn("ada", first))[0].thread_id
+        await gate.reached.wait()
+        queue: dict[str, Any] = {"thread_id": thread_id, "on_busy": BusyPolicy.QUEUE}
+        waited = await it.say(**queue, traceparent=one_trace)
+        another = await it.say(**queue, traceparent=other_trace)
+        gate.open()
+        await silent.reached.wait()
+        assert noted.traces == {(first, 1): "", (waited, 1): one_trace}
+        await it.kill()
+    async with service(store, telemetry=noted) as it:
+        await it.events(another)
+    assert noted.traces.pop((waited, 2)) == one_trace
+    assert noted.traces.pop((another, 1)) == other_trace
+    events = [entry.event for entry in await store.read(lambda tx: tx.log.read(waited))]
+    assert isinstance(events[0], TurnStarted)
+    assert events[0].traceparent == one_trace
+
+
 async def test_what_nobody_can_take_over_is_told_as_ended(store: Store) -> None:
     noted, gate = Noted(), Gate()
     async with service(store, ScriptedAgent(["Half", gate]), telemetry=noted) as it:
@@ -177,6 +204,7 @@ def moments() -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:
     yield "spoke", (turn, 1.0), {}
     yield "retried", ("openai", TurnReason.INTERNAL), {}
     yield "committed", (1, 1.0), {}
+    yield "copies_left", ("openai", 1), {"reached": True}
     yield "called", ("m", "OK", 1.0), {}
     for name in ("began", "ended", "left", "handed_over"):
         yield name, (turn,), {}

@@ -34,6 +34,7 @@ from core.ports.tools import ToolOutput
 from doubles import DONE, Gate, NotedTools, ScriptedAgent
 from entrypoints.container import running
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import agent_service_pb2 as api
+from entrypoints.grpc_api.gen.vidacoach.agents.v1 import resources_pb2 as pb
 from entrypoints.settings import SettingsError, load_settings
 from fake_provider import FakeProvider, HttpError
 from harness import DEADLINE, Client, message, rest_of, served, until
@@ -351,6 +352,28 @@ async def test_the_sampler_is_the_standard_one(collector: Collector, monkeypatch
         metadata = (("traceparent", f"00-{TRACE}-{PARENT}-01"),)
         assert [one async for one in client.agents.Chat(message(), timeout=DEADLINE, metadata=metadata)]
     assert {span.trace_id.hex() for span in collector.spans} == {TRACE}
+
+
+async def test_a_turn_that_had_to_wait_is_in_its_callers_trace(collector: Collector) -> None:
+    gate = Gate()
+    async with served(ScriptedAgent(["first", gate, DONE])) as client:
+        first = client.agents.Chat(message(), timeout=DEADLINE)
+        thread_id = (await first.read()).event.started.thread_id
+        await gate.reached.wait()
+        request = message(thread_id=thread_id, on_busy=pb.BUSY_POLICY_QUEUE)
+        metadata = (("traceparent", f"00-{TRACE}-{PARENT}-01"),)
+        second = client.agents.Chat(request, timeout=DEADLINE, metadata=metadata)
+        turn_id = (await second.read()).event.started.turn_id
+        gate.open()
+        assert await rest_of(first)
+        assert await rest_of(second)
+    parents = {
+        values(span.attributes)["vida.turn.id"] == turn_id: (span.trace_id.hex(), span.parent_span_id.hex())
+        for span in collector.spans
+        if span.name.startswith("invoke_agent")
+    }
+    assert parents[True] == (TRACE, PARENT)
+    assert parents[False] != parents[True]
 
 
 @pytest.fixture(params=["refuses", "is silent"])

@@ -378,8 +378,8 @@ def _event_values(event: TurnEvent) -> list[Any]:
             return ["t", text]
         case TextDelta(text):
             return ["r", text]
-        case TurnStarted(turn_id, thread_id, agent_id):
-            return ["s", turn_id, thread_id, agent_id]
+        case TurnStarted(turn_id, thread_id, agent_id, traceparent):
+            return ["s", turn_id, thread_id, agent_id, *filter(None, [traceparent])]
         case ToolCalled(call_id, name, arguments_json):
             return ["c", call_id, name, arguments_json]
         case ToolAnswered(call_id, output, is_error):
@@ -398,8 +398,8 @@ def _event_of(values: list[Any], finished: TurnFinished | None) -> TurnEvent:
             return TextDelta(text)
         case ["r", text]:
             return TextDelta(text, refusal=True)
-        case ["s", turn_id, thread_id, agent_id]:
-            return TurnStarted(turn_id, thread_id, agent_id)
+        case ["s", turn_id, thread_id, agent_id, *traceparent]:
+            return TurnStarted(turn_id, thread_id, agent_id, *traceparent)
         case ["c", call_id, name, arguments_json]:
             return ToolCalled(call_id, name, arguments_json)
         case ["a", call_id, output, is_error]:

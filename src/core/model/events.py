@@ -13,11 +13,15 @@ from core.model.turn import Turn
 
 @dataclass(frozen=True, slots=True)
 class TurnStarted:
-    """The turn is durable. First event of every log, at position 1."""
+    """The turn is durable. First event of every log, at position 1.
+
+    `traceparent` is the W3C trace that its message came with, for whoever claims it later; clients are not told.
+    """
 
     turn_id: str
     thread_id: str
     agent_id: str
+    traceparent: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +80,13 @@ class LogEntry:
 def extent(event: TurnEvent) -> int:
     """How far an event advances the position."""
     return len(event.text) if isinstance(event, TextDelta) else 1
+
+
+def traceparent_of(log: Sequence[LogEntry]) -> str:
+    """The trace that the message of a whole log came with; empty: none."""
+    started = log[0].event
+    assert isinstance(started, TurnStarted)  # the first of every log
+    return started.traceparent
 
 
 def attempt_of(events: Sequence[TurnEvent]) -> int | None:

@@ -48,7 +48,8 @@ MAX_WAITING = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IncomingMessage:
-    """A message to a coach. `thread_id` empty: a new thread. `request_id` empty: no idempotency."""
+    """A message to a coach. `thread_id` empty: a new thread. `request_id` empty: no idempotency. `traceparent` is
+    the W3C trace that the call belongs to."""
 
     user_id: str
     content: tuple[ContentPart, ...]
@@ -58,6 +59,7 @@ class IncomingMessage:
     request_id: str = ""
     on_busy: BusyPolicy = BusyPolicy.REJECT
     metadata: Mapping[str, str] = field(default_factory=dict)
+    traceparent: str = ""
 
     def checked(self) -> "IncomingMessage":
         """The message as it is kept. Raises InvalidField for what breaks a rule whatever the store holds."""
@@ -274,7 +276,7 @@ class AcceptMessage:
             provider=provider,
             claimed_at=now,
         )
-        started = TurnStarted(turn.id, thread.id, definition.id)
+        started = TurnStarted(turn.id, thread.id, definition.id, message.traceparent)
         tx.turns.add(turn, request, owner=self._engine.claimant.owner)
         tx.turns.attach(turn.id, message.content)
         tx.log.begin(turn.id, [started])
@@ -310,7 +312,7 @@ class AcceptMessage:
         turn = _accepted(message, turn_id, thread, now)
         tx.turns.add(turn, request, waiting=self._line(message, turn_id, now))
         tx.turns.attach(turn.id, message.content)
-        tx.log.begin(turn.id, [TurnStarted(turn.id, thread.id, definition.id)])
+        tx.log.begin(turn.id, [TurnStarted(turn.id, thread.id, definition.id, message.traceparent)])
         tx.threads.touch(thread.id, now)
         return _Recorded(turn=turn)
 

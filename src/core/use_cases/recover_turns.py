@@ -6,9 +6,11 @@ import logging
 import math
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from core.model.errors import StoreBusy, StoreUnavailable
-from core.model.trail import on_turn
+from core.model.events import traceparent_of
+from core.model.trail import begin_trail, on_turn, trail
 from core.model.turn import Turn, TurnReason
 from core.ports.store import UNCLAIMED, Store, Transaction
 from core.ports.system import Ids
@@ -223,6 +225,7 @@ class RecoverTurns:
                 if refusal is None and not isinstance(outcome, ClaimedTurn):
                     self._engine.release(turn.user_id)
             if isinstance(outcome, ClaimedTurn):
+                begin_trail(replace(trail(), traceparent=traceparent_of(outcome.log)))
                 _log.info("turn %s: attempt %d begins here", turn.id, outcome.turn.attempt)
                 self._engine.run(outcome)
         if isinstance(outcome, Ended):

@@ -18,6 +18,7 @@ from core.model.goal import Goal
 from core.model.ledger import Dimension, LedgerLine, QuotaStanding, Tally
 from core.model.message import ContentPart, Message, RefusalPart, Role, TextPart
 from core.model.thread import Thread, ThreadState
+from core.model.trail import trail
 from core.model.turn import BusyPolicy, Turn, TurnState, Usage
 from core.model.user import User
 from core.use_cases.accept_message import IncomingMessage
@@ -120,6 +121,7 @@ def incoming_message(request: api.ChatRequest | api.SendMessageRequest, caller: 
         raise InvalidField("on_busy", "is not a known value")
     return IncomingMessage(
         caller=caller,
+        traceparent=trail().traceparent,
         user_id=request.user_id,
         thread_id=id_of(request.thread_id, "thread_id") if request.thread_id else "",
         domain=domain_of(request.domain),
