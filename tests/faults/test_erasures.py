@@ -28,7 +28,7 @@ SUITE = "erasures"
 REPEATS = sized("ERASURE_REPEATS", 1, 1, 10)
 THREADS = sized("ERASURE_THREADS", 4, 12, 100)
 COPIES = sized("ERASURE_COPIES", 200, 2_000, 20_000)
-CANARIES = sized("ERASURE_CANARIES", 1, 1, 20)
+CANARIES = sized("ERASURE_CANARIES", 1, 1, 8)
 POINTS = [f"delete.{commit}-commit#{number}" for commit in ("before", "after") for number in (1, 2, THREADS)]
 
 _UNFINISHED = "SELECT id FROM erasures WHERE finished_at IS NULL"

@@ -26,7 +26,7 @@ from harness import reason
 from identity_lab import stubs
 
 SUITE = "isolation"
-STEPS = sized("ISOLATION_STEPS", 150, 3_000, 100_000)
+STEPS = sized("ISOLATION_STEPS", 150, 2_000, 20_000)
 """What each user does."""
 USERS = ("ada", "eve", "Ada")
 STRANGER = "stranger"
