@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from adapters.openai.stream import MAX_ID
 from adapters.system import Ids
 from core.model.agent import Domain
 from core.model.erasure import Copy, Counts, Receipt, user_hash
@@ -544,6 +545,21 @@ async def test_a_deletion_asks_at_once_for_what_follows_it(store: Store) -> None
     assert not erased.is_set()
     await delete("ada", thread.id)
     assert erased.is_set()
+
+
+async def test_a_copy_may_have_as_long_a_name_as_gateways_give(store: Store) -> None:
+    thread = await with_thread(store)
+    name = "r" * MAX_ID
+    await store.write(lambda tx: tx.copies.keep(thread.id, "p", [name]))
+    await store.write(lambda tx: tx.threads.delete(thread.id, tx.now()))
+    shelf = Shelf()
+    finish = FinishErasures(store=store, copies=shelf, erase_user=eraser(store), wanted=asyncio.Event())
+    finish.start()
+    try:
+        await nothing_left(store)
+    finally:
+        await finish.stop()
+    assert name in shelf.asked
 
 
 async def test_two_processes_do_not_take_the_same(store: Store) -> None:

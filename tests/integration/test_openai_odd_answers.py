@@ -67,7 +67,7 @@ class Odd:
         b'{"id": "conv_\\u0000"}',
         b'{"id": "conv_\\ud800"}',
         b'{"id": "../responses"}',
-        b'{"id": "conv_%s"}' % (b"x" * 5_000),
+        b'{"id": "conv_%s"}' % (b"x" * 251),
         b'{"id": ["conv_1"]}',
         DEEP,
     ],

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from adapters.openai.round import RoundReader
+from adapters.openai.stream import MAX_ID
 from core.model.events import TextDelta, ToolCalled
 from core.model.turn import TurnReason
 
@@ -165,6 +166,23 @@ def test_a_shortfall_without_a_reason_keeps_what_was_said(details: object) -> No
     assert reader.read([delta("a"), cut]) == [TextDelta("a")]
     assert reader.fault is not None
     assert reader.fault.reason is TurnReason.PROVIDER_TRUNCATED
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("resp_1", True),
+        ("r" * MAX_ID, True),
+        ("r" * (MAX_ID + 1), False),
+        ("", False),
+        ("../x", False),
+        (7, False),
+    ],
+)
+def test_a_responses_name_is_what_can_be_asked_for_and_kept(name: object, known: bool) -> None:
+    reader = RoundReader()
+    reader.read([event("response.created", response={"id": name})])
+    assert reader.response_id == (name if known else None)
 
 
 def test_what_follows_the_end_is_not_read() -> None:

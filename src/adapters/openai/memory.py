@@ -21,6 +21,9 @@ from core.ports.agent import CopyFound, ReplyRequest, Standing, StateChanged
 
 PROVIDER = "openai"
 
+MAX_CONVERSATION_ID = 255
+"""Characters of a conversation's name: what a thread's row has room for."""
+
 _GONE = frozenset({404, 410})
 
 
@@ -128,7 +131,7 @@ class ConversationMemory(Memory):
         first, rest = items[:MAX_ITEMS], items[MAX_ITEMS:]
         with translated(Exchange()):
             created = await self._client.conversations.create(items=first or omit, metadata=labels(self._request))
-        conversation = identifier(getattr(created, "id", None))
+        conversation = identifier(getattr(created, "id", None), MAX_CONVERSATION_ID)
         if conversation is None:
             raise ProviderFault(TurnReason.PROVIDER_PROTOCOL)
         self._gone = False

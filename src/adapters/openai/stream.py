@@ -18,7 +18,10 @@ T = TypeVar("T")
 MAX_EVENT_BYTES = 1 << 20
 DRAIN_SECONDS = 0.5
 
-_ID = re.compile(r"[A-Za-z0-9][!-~]{0,511}", re.ASCII)
+MAX_ID = 1_024
+"""Characters of a name. OpenAI's have some fifty; gateways wrap them, one in the other, into several hundred."""
+
+_ID = re.compile(r"[A-Za-z0-9][!-~]*", re.ASCII)
 
 _WANTED = frozenset(
     {
@@ -119,9 +122,9 @@ def _read_leniently(data: bytes) -> Any:
         raise ProviderFault(TurnReason.PROVIDER_PROTOCOL) from error
 
 
-def identifier(value: object) -> str | None:
+def identifier(value: object, most: int = MAX_ID) -> str | None:
     """A name that the provider has given to something; None for what can't be part of an address or of a row."""
-    return value if isinstance(value, str) and _ID.fullmatch(value) else None
+    return value if isinstance(value, str) and len(value) <= most and _ID.fullmatch(value) else None
 
 
 class TextCleaner:

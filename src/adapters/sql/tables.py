@@ -121,7 +121,7 @@ class CopyColumns(TypedColumns):
     `tries` and `reason` tell of attempts that failed."""
 
     provider: Named[str] = Column(String(64))
-    ref: Named[str] = Column(String(255))
+    ref: Named[str] = Column(String(1_024))
     thread_id: Named[str] = Column(String(36))
     due: Named[datetime | None] = Column(UtcDateTime)
     tries: Named[int]
