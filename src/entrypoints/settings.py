@@ -205,9 +205,23 @@ class Settings(BaseSettings):
     @field_validator("openai_base_url", "otel_endpoint")
     @classmethod
     def _check_http_url(cls, url: str | None) -> str | None:
-        parts = urlsplit(url) if url is not None else None
-        if parts is not None and (parts.scheme not in ("http", "https") or not parts.hostname):
+        if url is None:
+            return None
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError("must begin with http:// or https:// and name a host")
+        try:
+            _ = parts.port
+        except ValueError:
+            raise ValueError("must have a number for a port") from None
+        return url
+
+    @field_validator("openai_base_url")
+    @classmethod
+    def _check_base_url(cls, url: str | None) -> str | None:
+        parts = urlsplit(url or "")
+        if "@" in parts.netloc or parts.query or parts.fragment:
+            raise ValueError("must have no credentials, query or fragment: the key goes into OPENAI_API_KEY")
         return url
 
     @field_validator("openai_api_key")

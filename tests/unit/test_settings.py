@@ -115,6 +115,15 @@ BAD = {
     "OPENAI_STATE": ["chain", SECRET],
     "OPENAI_CONTEXT_TOKENS": ["0", "2047", "100000001", SECRET],
     "OPENAI_BACKGROUND": ["maybe", SECRET],
+    "OPENAI_BASE_URL": [
+        f"ftp://{SECRET}",
+        "localhost:8000",
+        "http://",
+        "http://host:port/v1",
+        "http://host:65536/v1",
+        f"https://user:{SECRET}@host/v1",
+        f"https://host/v1?key={SECRET}",
+    ],
     "VIDA_DATABASE_URL": [
         f"mysql://u:{SECRET}@h/d",
         SECRET,
