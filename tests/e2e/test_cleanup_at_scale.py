@@ -234,7 +234,7 @@ async def test_batches_beside_chats_through_the_owner(file: Path) -> None:
     with serving() as (server, address):
         stop = asyncio.Event()
         chats = [asyncio.create_task(chatting(address, f"chatter{number}", stop)) for number in range(4)]
-        command = [*COMMAND, "cleanup", "--format", "json", "--batch-size", "500"]
+        command = [*COMMAND, "cleanup", "--format", "json", "--batch-size", "100"]
         pipe = asyncio.subprocess.PIPE
         first = await asyncio.create_subprocess_exec(*command, stdout=pipe, stderr=pipe)
         seen: list[int] = []
@@ -250,11 +250,11 @@ async def test_batches_beside_chats_through_the_owner(file: Path) -> None:
         report = json.loads(out)
         assert set(report) == KEYS
         assert report["expired"] == len(due) == THREADS // 4
-        assert report["batches"] == len(due) / 500
+        assert report["batches"] == len(due) / 100
         assert codes == [75]
         assert seen == sorted(seen)
         assert len({count for count in seen if 0 < count < len(due)}) >= 2  # committed in batches
-        assert all(count % 500 == 0 for count in seen)
+        assert all(count % 100 == 0 for count in seen)
         assert sum(turns) >= 4
         assert min(turns) >= 1
         assert await asyncio.to_thread(inactive, file) == due
