@@ -11,6 +11,7 @@ import pytest
 from openai import AsyncOpenAI
 
 from adapters.openai.agent import OpenAIAgent
+from adapters.openai.breaker import FAILURES
 from adapters.openai.client import make_client
 from adapters.openai.form import schema_of
 from adapters.practice.agent import PracticeAgent
@@ -119,6 +120,17 @@ async def test_it_is_asked_again_where_that_can_help(
     assert (await agent.complete_json(QUESTION)).value == INSIGHT
     assert len(naps.taken) == 2
     assert naps.taken[1] == 3.0
+
+
+async def test_its_failures_count_for_everybody(agent: OpenAIAgent, provider: FakeProvider) -> None:
+    provider.then(*[REFUSALS["unavailable"][0]] * FAILURES)
+    for _ in range(2):
+        assert agent.refusal() is None
+        with pytest.raises(AgentFailed) as failed:
+            await agent.complete_json(QUESTION)
+        assert failed.value.reason is TurnReason.PROVIDER_UNAVAILABLE
+    assert agent.refusal() is not None
+    assert len(provider.posts) == FAILURES
 
 
 async def test_its_time_is_bounded(provider: FakeProvider) -> None:

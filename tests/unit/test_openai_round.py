@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from adapters.openai.round import RoundReader
+from adapters.openai.round import MAX_TOKENS, RoundReader
 from adapters.openai.stream import MAX_ID
 from core.model.events import TextDelta, ToolCalled
-from core.model.turn import TurnReason
+from core.model.turn import TurnReason, Usage
 
 DELTA = "response.output_text.delta"
 
@@ -108,6 +108,55 @@ def test_usage_may_be_left_out(usage: object) -> None:
     reader.read([event("response.completed", response={"usage": usage})])
     assert reader.end is not None
     assert reader.end.usage.input_tokens == 0
+
+
+@pytest.mark.parametrize(
+    ("said", "counted"),
+    [
+        (7, 7),
+        (0, 0),
+        (-1, 0),
+        (MAX_TOKENS, MAX_TOKENS),
+        (MAX_TOKENS + 1, MAX_TOKENS),
+        ("7", 0),
+        (7.5, 0),
+        (True, 1),
+    ],
+)
+def test_usage_is_counted_as_far_as_it_is_a_count(said: object, counted: int) -> None:
+    reader = RoundReader()
+    reader.read([event("response.completed", response={"usage": {"output_tokens": said}})])
+    assert reader.end is not None
+    assert reader.end.usage == Usage(output_tokens=counted)
+
+
+def test_each_kind_of_token_has_its_own_count() -> None:
+    usage = {
+        "input_tokens": 50,
+        "input_tokens_details": {"cached_tokens": 20, "cache_write_tokens": 10},
+        "output_tokens": 9,
+        "output_tokens_details": {"reasoning_tokens": 4},
+    }
+    reader = RoundReader()
+    reader.read([event("response.completed", response={"usage": usage})])
+    assert reader.end is not None
+    assert reader.end.usage == Usage(
+        input_tokens=50, cached_input_tokens=20, cache_write_tokens=10, output_tokens=9, reasoning_tokens=4
+    )
+
+
+@pytest.mark.parametrize("where", ["response.output_item.done", "response.completed"])
+def test_a_call_that_was_cut_off_is_none(where: str) -> None:
+    whole = {"type": "function_call", "call_id": "call_1", "name": "goals", "arguments": "{}"}
+    cut = {**whole, "call_id": "call_2", "status": "incomplete"}
+    reader = RoundReader()
+    if where == "response.completed":
+        reader.read([event(where, response={"output": [whole, cut]})])
+    else:
+        reader.read([event(where, output_index=place, item=item) for place, item in enumerate((whole, cut))])
+        reader.read([event("response.completed", response={})])
+    assert reader.end is not None
+    assert reader.end.calls == (ToolCalled("call_1", "goals", "{}"),)
 
 
 def test_calls_come_with_the_end_and_once() -> None:
