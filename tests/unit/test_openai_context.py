@@ -14,9 +14,9 @@ from adapters.openai import tuning
 from adapters.openai.agent import OpenAIAgent
 from adapters.openai.context import Context, tokens
 from adapters.openai.items import history_items
-from core.model.message import Message, Role, ToolExchange
+from core.model.message import Message, Role, TextPart, ToolExchange
 from core.ports.agent import ReplyRequest
-from openai_thread import COACH, ThreadOfTest
+from openai_thread import COACH, GOALS, ThreadOfTest
 
 Items = list[ResponseInputItemParam]
 
@@ -56,6 +56,20 @@ def fixed(asked: ReplyRequest) -> int:
     while Context(asked, low)._room == 0:
         low += 1
     return low - 1
+
+
+def test_what_the_answer_may_need_is_set_aside() -> None:
+    asked, _ = request([])
+    coach = replace(asked.definition, instructions="")
+    asked = replace(asked, definition=coach)
+    room = Context(asked, 100_000)._room
+    for more, taken in (
+        (replace(asked, definition=replace(coach, max_output_tokens=16 + 500)), 500),
+        (replace(asked, definition=replace(coach, instructions="x" * 300)), 100),
+        (replace(asked, tools=(replace(GOALS, description="x" * 3_000),)), 1_000),
+        (replace(asked, message=replace(asked.message, content=(TextPart("x" * 3_000),))), 1_000),
+    ):
+        assert taken - 5 <= room - Context(more, 100_000)._room <= taken + 100
 
 
 @given(TURNS.filter(lambda turns: len(turns) > 1))

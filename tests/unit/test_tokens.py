@@ -246,6 +246,23 @@ async def test_a_verified_token_is_not_verified_again(
     assert await why(tokens, good) == "InvalidSignature"  # it was looked at: what was known has expired
 
 
+async def test_no_more_tokens_are_remembered_than_the_newest(
+    tokens: Tokens, issuer: Issuer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("adapters.identity.tokens._REMEMBERED", 3)
+    read = [issuer.token(sub=f"user {number}") for number in range(9)]
+    for text in read:
+        await tokens.read(text)
+    assert len(tokens._seen) == 3
+
+    def verify(*_: object, **__: object) -> None:
+        raise jwt.InvalidSignatureError
+
+    monkeypatch.setattr(jwt, "decode", verify)
+    assert [(await tokens.read(text)).subject for text in read[-3:]] == ["user 6", "user 7", "user 8"]
+    assert await why(tokens, read[0]) == "InvalidSignature"
+
+
 def test_keys_that_can_not_be_used_are_left_out(issuer: Issuer) -> None:
     short = json.loads(RSAAlgorithm.to_jwk(rsa.generate_private_key(65537, 1024).public_key()))
     other = json.loads(ECAlgorithm.to_jwk(ec.generate_private_key(ec.SECP384R1()).public_key()))
