@@ -32,7 +32,7 @@ class Odd:
         self.asked: list[str] = []
         self.made = 0
         self.client = AsyncOpenAI(
-            api_key="none",
+            api_key="key",
             base_url="http://server/v1",
             max_retries=0,
             http_client=httpx2.AsyncClient(transport=httpx2.MockTransport(self._answer)),
