@@ -24,6 +24,9 @@ REPLY = b"".join(
 DEEP = b"[" * 100_000
 
 
+ANY_KEY = "none"
+
+
 class Odd:
     """A provider with one conversation after another, that answers some requests as told."""
 
@@ -32,7 +35,7 @@ class Odd:
         self.asked: list[str] = []
         self.made = 0
         self.client = AsyncOpenAI(
-            api_key="key",
+            api_key=ANY_KEY,
             base_url="http://server/v1",
             max_retries=0,
             http_client=httpx2.AsyncClient(transport=httpx2.MockTransport(self._answer)),
