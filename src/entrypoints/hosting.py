@@ -67,10 +67,10 @@ async def hosted(
                 channelz=settings.channelz,
                 admin=container.admin_service() if access.administered else None,
             )
+            servers.append(public)  # also what has begun only in part is stopped
             if settings.health_listen is not None:
                 await public.start_probes(settings.health_listen)
             address = f"{host}:{await public.start(listen)}"
-            servers.append(public)
         grace = settings.drain
         yield container, address
 

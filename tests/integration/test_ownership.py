@@ -65,18 +65,18 @@ def test_a_second_server_is_told_who_owns_the_database(tmp_path: Path) -> None:
         assert healthy(database)  # the first one is none the worse for it
 
 
-def test_a_port_in_use_is_named_and_nothing_is_left(tmp_path: Path) -> None:
+@pytest.mark.parametrize("setting", ["VIDA_LISTEN", "VIDA_HEALTH_LISTEN"])
+def test_a_port_in_use_is_named_and_nothing_is_left(tmp_path: Path, setting: str) -> None:
     database = tmp_path / "x.db"
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        environment = {**os.environ, "VIDA_DATABASE_URL": f"sqlite:///{database}"}
-        done = subprocess.run(
-            [*SERVE[:-1], address], env=environment, capture_output=True, text=True, timeout=30, check=False
-        )
+        addresses = {"VIDA_LISTEN": "127.0.0.1:0", "VIDA_HEALTH_LISTEN": "127.0.0.1:0", setting: address}
+        environment = {**os.environ, "VIDA_DATABASE_URL": f"sqlite:///{database}", **addresses}
+        done = subprocess.run(SERVE[:-2], env=environment, capture_output=True, text=True, timeout=30, check=False)
     assert (done.returncode, done.stdout) == (1, "")
     (line,) = done.stderr.splitlines()
     assert address in line
-    assert "VIDA_LISTEN" in line
+    assert setting in line
     assert not socket_path(database).exists()
 
 

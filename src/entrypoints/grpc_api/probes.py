@@ -30,7 +30,10 @@ class Probes:
             self._server.add_insecure_port(address)
         except RuntimeError as error:
             await self._server.stop(None)
-            raise OSError(f"can't listen on {address}") from error
+            raise OSError(
+                f"can't listen on {address}: VIDA_HEALTH_LISTEN must name an address of this machine, and a port "
+                "that is free"
+            ) from error
         await self._server.start()
 
     async def stop(self) -> None:
