@@ -127,6 +127,8 @@ async def test_an_erasure_under_way_is_joined_and_gone_on_with(store: Store, clo
     assert (await store.write(lambda tx: tx.erasures.open(IDS.new(), "ada", tx.now()))).id == begun
     assert [each.id for each in await store.read(lambda tx: tx.erasures.left(tx.now(), 9))] == [begun]
     assert await store.read(lambda tx: tx.erasures.left(tx.now() - timedelta(days=1), 9)) == []
+    await store.write(lambda tx: tx.erasures.note(begun, Counts(), tx.now()))
+    assert await store.read(lambda tx: tx.erasures.left(tx.now() - LEFT_AFTER, 9)) == []  # somebody is at it
     # One thread went before the process did.
     await store.write(lambda tx: tx.threads.delete(first.id, tx.now(), erasure_id=begun))
     await store.write(lambda tx: tx.erasures.note(begun, Counts(threads=1), tx.now() - 2 * LEFT_AFTER))
@@ -240,6 +242,9 @@ async def test_what_is_noted_of_an_erased_thread_is_due_at_once(store: Store) ->
     await store.write(lambda tx: tx.copies.keep(alive.id, "p", ["stray"], erase=True))
     assert [copy.ref for copy in await store.write(lambda tx: tx.copies.claim("p", 9, 60))] == ["stray"]
     assert not await store.read(lambda tx: tx.copies.any_due("another"))
+    # Whoever has taken one keeps it for its time, whatever becomes of the thread meanwhile.
+    await store.write(lambda tx: tx.threads.delete(alive.id, tx.now()))
+    assert [copy.ref for copy in await store.write(lambda tx: tx.copies.claim("p", 9, 60))] == [f"of {alive.id}"]
 
 
 # Legal hold

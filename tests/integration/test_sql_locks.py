@@ -5,24 +5,32 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
+from types import MappingProxyType
+from typing import Any
 
 import psycopg
 import pytest
 
 from adapters.sql import writer
 from adapters.sql.fiber import apart
+from adapters.sql.repositories.expiry import Pages
+from adapters.sql.repositories.threads import _choose
+from adapters.sql.session import Session
+from adapters.sql.statement import Statement
 from adapters.sql.store import SqlStore
 from adapters.system import Ids
 from core.model.errors import StoreBusy, TurnInProgress, TurnNotFound
 from core.model.message import Role, TextPart
+from core.model.thread import ThreadState
 from core.model.turn import BusyPolicy, TurnState
 from core.ports.store import Transaction
 from core.ports.threads import NewMessage
 from core.use_cases.turn_engine import TurnLimits
-from doubles import DONE, Gate, ManualClock, ScriptedAgent, service
+from doubles import CATALOG, DONE, Gate, ManualClock, ScriptedAgent, service
 from harness import until
+from records import a_thread, a_turn, request
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -211,3 +219,51 @@ async def test_a_group_that_takes_long_is_committed_before_it_is_done(
         steps[2].set()
         await asyncio.gather(*writes)
         await store.aclose()
+
+
+@pytest.mark.parametrize("by_place", [True, False])
+async def test_a_turn_that_a_look_did_not_see_keeps_its_thread(
+    postgres_url: str, clock: ManualClock, monkeypatch: pytest.MonkeyPatch, by_place: bool
+) -> None:
+    """A statement finds what was so when it began: a turn that began since may be on record by the row's lock."""
+    store = SqlStore(postgres_url, clock)
+    idle, busy = a_thread(), a_thread()
+
+    def fill(tx: Transaction) -> None:
+        for agent in CATALOG.agents():
+            tx.agents.publish(agent)
+        tx.users.ensure("ada", NOW)
+        for thread in (idle, busy):
+            tx.threads.add(thread)
+        tx.turns.add(a_turn(busy), request(), owner="somebody")
+
+    await store.write(fill)
+    with psycopg.connect(postgres_url) as connection:
+        (places,) = connection.execute("SELECT array_agg(ctid)::text FROM assistant_threads").fetchone() or ("",)
+    rows = Session.rows
+    looks = 0
+
+    def unseeing(session: Session, statement: Statement, parameters: Any = MappingProxyType({})) -> list[Any]:
+        nonlocal looks
+        found = rows(session, statement, parameters)
+        if statement is _choose("postgresql", in_domain=False, after=False):
+            looks += 1
+            return [*found, type(found[0])(busy.last_message_at, busy.id)]
+        if statement is Pages._lock(in_domain=False):
+            looks += 1
+            return [type(found[0])(places)]
+        return found
+
+    monkeypatch.setattr(Session, "rows", unseeing)
+    cutoff = NOW + timedelta(days=1)
+
+    def expire(tx: Transaction) -> int:
+        if by_place:
+            return tx.threads.expire_places(cutoff, None, 0, tx.threads.places())
+        return tx.threads.expire(cutoff, None, None, 10).expired
+
+    assert await store.write(expire) == 1
+    assert looks == 1
+    states = [await store.read(lambda tx, t=thread: tx.threads.find(t.id).state) for thread in (idle, busy)]  # type: ignore[misc]
+    assert states == [ThreadState.INACTIVE, ThreadState.ACTIVE]
+    await store.aclose()
