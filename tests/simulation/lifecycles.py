@@ -720,18 +720,25 @@ class Lifecycles(RuleBasedStateMachine):
 
     @rule(limit=st.sampled_from((1, 2, 100)))
     def clean_up(self, limit: int) -> None:
-        def change(tx: Transaction) -> tuple[datetime, int]:
+        def change(tx: Transaction) -> tuple[datetime, int, set[str]]:
             cutoff = tx.now() - TTL
-            return cutoff, tx.threads.expire(cutoff, None, None, limit).expired
+            expired = tx.threads.expire(cutoff, None, None, limit).expired
+            there = [found for thread_id in self.threads if (found := tx.threads.find(thread_id)) is not None]
+            return cutoff, expired, {found.id for found in there if found.state is ThreadState.INACTIVE}
 
-        cutoff, expired = self.write(change)
+        cutoff, expired, inactive = self.write(change)
         idle = [
             thread
             for thread in self.threads.values()
             if thread.active and not thread.deleted and not thread.queue and thread.touched_at < cutoff
         ]
-        assert expired == min(limit, len(idle))
-        for thread in sorted(idle, key=lambda thread: (thread.touched_at, thread.id))[:limit]:
+        gone = [thread for thread in idle if thread.id in inactive]
+        assert expired == len(gone) == min(limit, len(idle))
+        left = [thread.touched_at.date() for thread in idle if thread.id not in inactive]
+        assert not left or max(thread.touched_at.date() for thread in gone) <= min(
+            left
+        )  # oldest first, to the day
+        for thread in gone:
             thread.active = False
             self.touched.add(thread.id)
             self.cover("expired")
