@@ -148,6 +148,11 @@ async def test_attach_reject_cancel() -> None:
             events = [response.event for response in await rest_of(call)]
             assert events[-1].finished.turn == cancelled.turn
             assert text_of(events) in {"", "a"}
+        sent = api.SendMessageRequest(user_id="ada", content=[pb.ContentPart(text="Hello")], request_id="r1")
+        again = await client.agents.SendMessage(sent, timeout=DEADLINE)
+        assert (again.attached, again.turn) == (True, cancelled.turn)
+        sent.request_id = "r2"
+        assert not (await client.agents.SendMessage(sent, timeout=DEADLINE)).attached
 
 
 async def test_leaving_does_not_stop_a_turn() -> None:

@@ -267,3 +267,29 @@ async def test_a_turn_that_a_look_did_not_see_keeps_its_thread(
     states = [await store.read(lambda tx, t=thread: tx.threads.find(t.id).state) for thread in (idle, busy)]  # type: ignore[misc]
     assert states == [ThreadState.INACTIVE, ThreadState.ACTIVE]
     await store.aclose()
+
+
+async def test_what_is_tried_again_is_finished_when_a_store_closes(
+    postgres_url: str, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = SqlStore(postgres_url, clock)
+    desk, last = store._writer._desk, asyncio.Event()
+    put = desk.put
+
+    def noted(job: writer.Job | None) -> None:
+        put(job)
+        if job is None:
+            last.set()
+
+    monkeypatch.setattr(desk, "put", noted)
+    await store.write(lambda tx: tx.users.ensure("ada", NOW))
+    with psycopg.connect(postgres_url) as holder:
+        holder.execute("SELECT id FROM users FOR UPDATE")
+        asked = asyncio.create_task(store.write(lambda tx: tx.users.hold("ada", NOW)))
+        await until(lambda: store._writer._later)
+        closing = asyncio.create_task(store.aclose())
+        await last.wait()
+        holder.rollback()
+        async with asyncio.timeout(20):
+            await asyncio.gather(asked, closing)
+        assert holder.execute("SELECT held_since FROM users").fetchone() == (NOW,)

@@ -1,7 +1,10 @@
 """Metrics and spans of moments that a service seldom meets, from moments told by hand."""
 
+import asyncio
+from contextlib import aclosing
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +18,8 @@ from adapters.telemetry import Moments
 from core.model.errors import Overloaded
 from core.model.trail import Trail, begin_trail
 from core.model.turn import Turn, TurnReason, TurnState, Usage
+from core.ports.telemetry import Vitals
+from doubles import DONE, Gate, NotedTools, ScriptedAgent, definition
 
 ACCEPTED = datetime(2026, 11, 23, 6, tzinfo=UTC)
 
@@ -136,3 +141,26 @@ async def test_a_trace_that_can_not_be_one_is_left_alone(lab: Lab) -> None:
         lab.moments.began(turn())
         lab.moments.left(turn())
         assert lab.spans[-1].parent is None
+
+
+async def test_what_is_left_in_the_middle_is_told_as_left(lab: Lab) -> None:
+    round_: Any = SimpleNamespace(turn_id="turn-1", definition=definition())
+    async with aclosing(lab.moments.agent(ScriptedAgent(["a", DONE])).reply(round_)) as events:
+        await anext(events)
+    gate = Gate()
+    context: Any = SimpleNamespace(turn_id="turn-1")
+    call = asyncio.create_task(lab.moments.tools(NotedTools(gate=gate)).call("note", "{}", context))
+    await gate.reached.wait()
+    call.cancel()
+    await asyncio.gather(call, return_exceptions=True)
+    for name in ("gen_ai.client.operation.duration", "vida.tool.duration"):
+        ((attributes, _),) = lab.points(name)
+        assert attributes["error.type"] == "LEFT", name
+
+
+async def test_an_outage_is_counted_once_however_often_it_is_seen(lab: Lab) -> None:
+    vitals = Vitals(running=0, followers=0, lag=0, refusing=True)
+    async with lab.moments.watching(lambda: vitals):  # looks when it begins, and when it ends
+        assert lab.points("vida.provider.outages") == [({}, 1)]
+    assert lab.points("vida.provider.outages") == [({}, 1)]
+    assert lab.points("vida.provider.refusing") == [({}, 1)]
