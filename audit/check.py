@@ -6,8 +6,10 @@ checked are counted and printed, which is no failure; the rest needs no network.
 """
 
 import json
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -38,6 +40,8 @@ LICENCES = {
     "Python Software Foundation License",
 }
 """Licences under which a service may be run and handed on without giving away its own source."""
+_LIST_CHANGED = 3
+"""What the secrets scan exits with where it found nothing that is new."""
 _NO_NETWORK = ("ConnectionError", "ProxyError", "ConnectTimeout", "ReadTimeout", "SSLError", "NewConnectionError")
 
 
@@ -98,9 +102,11 @@ def secrets() -> list[str]:
     """What looks like a secret in the repository's files and is not in the list of what is none."""
     files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)  # noqa: S607
     names = [name for name in files.stdout.splitlines() if not name.endswith(".lock") and name != BASELINE.name]
-    found = run("detect-secrets-hook", "--baseline", str(BASELINE), "--json", *names)
+    with tempfile.TemporaryDirectory() as folder:
+        known = shutil.copy(BASELINE, folder)  # the tool writes into it where something in the list is no more
+        found = run("detect-secrets-hook", "--baseline", known, "--json", *names)
     print(f"secrets: {len(names)} files looked through")
-    if found.returncode == 0:
+    if found.returncode in (0, _LIST_CHANGED):
         return []
     if not found.stdout.strip():
         return [f"detect-secrets: {found.stderr.strip()}"]
