@@ -216,12 +216,13 @@ async def test_a_deletion(commit: str, database_url: str, cluster: Cluster) -> N
     for number in range(REPEATS):
         draw = chance(SUITE, "delete", commit, number)
         server = await cluster.start(database_url, f"delete.{commit}")
-        ended, told = Told("ada", f"words:3 n{number}"), Told("ada", f"words:4 slow-start:0.5 n{number}")
+        user = f"ada{number}"  # the ledger keeps what turns have cost that are deleted here
+        ended, told = Told(user, f"words:3 n{number}"), Told(user, f"words:4 slow-start:0.5 n{number}")
         await Client(cluster, draw).chat(ended)
         told.thread_id = ended.thread_id
         chat = asyncio.create_task(Client(cluster, draw).chat(told))
         await until(lambda told=told: told.turn_id)
-        delete = threads_api.DeleteThreadRequest(user_id="ada", thread_id=told.thread_id)
+        delete = threads_api.DeleteThreadRequest(user_id=user, thread_id=told.thread_id)
         async with stubs(server.address) as (_, threads):
             with pytest.raises(grpc.aio.AioRpcError) as cut:
                 await threads.DeleteThread(delete, timeout=DEADLINE)
