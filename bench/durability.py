@@ -583,7 +583,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
     options = parser().parse_args(arguments)
     if options.serve:
-        asyncio.run(serve(options.serve, counted=options.counted))
+        import uvloop
+
+        uvloop.run(serve(options.serve, counted=options.counted))  # as `serve` does
         return 0
     if options.quick:
         options.rounds, options.turns, options.live, options.seconds = 2, 10, 8, 2

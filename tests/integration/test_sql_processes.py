@@ -23,6 +23,7 @@ from core.model.thread import ProviderState, Thread
 from core.model.turn import Turn, TurnState
 from core.ports.store import UNCLAIMED, Transaction
 from core.ports.turns import Appended, Holder, LogAppend
+from core.use_cases.erase_thread import erase_thread
 from doubles import CATALOG, ManualClock
 from harness import until
 from records import IDS, NOW, a_line, a_thread, a_turn, request
@@ -52,6 +53,27 @@ async def begun(store: SqlStore) -> tuple[Thread, Turn]:
 
 async def append(store: SqlStore, *appends: LogAppend) -> Appended:
     return await store.write(lambda tx: tx.log.append(appends))
+
+
+@asynccontextmanager
+async def half_way(store: SqlStore, *appends: LogAppend) -> AsyncIterator[None]:
+    """Appends to logs, and commits that only when it is left."""
+    inside, leave = threading.Event(), threading.Event()
+
+    def appending(tx: Transaction) -> Appended:
+        appended = tx.log.append(appends)
+        tx.now()  # has it done
+        inside.set()
+        assert apart(lambda: leave.wait(60))
+        return appended
+
+    task = asyncio.create_task(store.write(appending))
+    await until(inside.is_set)
+    try:
+        yield
+    finally:
+        leave.set()
+        assert (await task).accepted == {each.turn_id for each in appends}
 
 
 @asynccontextmanager
@@ -155,23 +177,29 @@ async def test_whoever_takes_a_turn_sees_what_was_appended_until_then(
     async with processes(postgres_url, clock, clock) as (owner, other):
         turns = [(await begun(owner))[1] for _ in range(1 if alone else 2)]
         turn = turns[0]
-        batch = [LogAppend(each.id, 1, 1, TEXT) for each in turns]
-        inside, leave = threading.Event(), threading.Event()
-
-        def appending(tx: Transaction) -> Appended:
-            appended = tx.log.append(batch)
-            tx.now()  # has it done
-            inside.set()
-            assert apart(lambda: leave.wait(60))
-            return appended
-
-        owning = asyncio.create_task(owner.write(appending))
-        await until(inside.is_set)
-        locking = asyncio.create_task(other.write(lambda tx: tx.turns.lock(turn.id)))
-        await until(lambda: waiting(postgres_url) == 1)
-        leave.set()
-        assert turn.id in (await owning).accepted
+        async with half_way(owner, *(LogAppend(each.id, 1, 1, TEXT) for each in turns)):
+            locking = asyncio.create_task(other.write(lambda tx: tx.turns.lock(turn.id)))
+            await until(lambda: waiting(postgres_url) == 1)
         assert await locking == replace(turn, last_position=4)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+async def test_whoever_erases_a_thread_erases_what_was_appended_until_then(
+    postgres_url: str, clock: ManualClock, monkeypatch: pytest.MonkeyPatch, *, alone: bool
+) -> None:
+    """Nothing but the lock keeps a row of a log from outliving its turn: PostgreSQL has no foreign key there."""
+    monkeypatch.setitem(SESSION_SETTINGS, "lock_timeout", "60000")
+    async with processes(postgres_url, clock, clock) as (owner, other):
+        pairs = [await begun(owner) for _ in range(1 if alone else 2)]
+        async with half_way(owner, *(LogAppend(turn.id, 1, 1, TEXT) for _, turn in pairs)):
+            erasing = asyncio.create_task(other.write(lambda tx: erase_thread(tx, "ada", pairs[0][0].id)))
+            await until(lambda: waiting(postgres_url) == 1)
+        erased = await erasing
+        assert erased is not None
+        assert erased.unfinished == (replace(pairs[0][1], last_position=4),)
+        assert rows(postgres_url, "turn_log") == 2 * (len(pairs) - 1)
+        assert await append(owner, LogAppend(pairs[0][1].id, 1, 4, TEXT)) == Appended(frozenset())
+        assert rows(postgres_url, "turn_log") == 2 * (len(pairs) - 1)
 
 
 async def test_an_append_that_meets_a_claim_is_refused_by_it(

@@ -17,6 +17,7 @@ from sqlalchemy import (
     DateTime,
     Dialect,
     ForeignKey,
+    ForeignKeyConstraint,
     Index,
     Integer,
     LargeBinary,
@@ -85,7 +86,7 @@ class ThreadColumns(TypedColumns):
     id = Column(String(36), primary_key=True)
     user_id: Named[str] = Column(String(128), ForeignKey("users.id"))
     thread_id: Named[str | None] = Column(String(255))
-    assistant_id: Named[str] = Column(String(64), ForeignKey("agents.id"))
+    assistant_id: Named[str] = Column(String(64))
     domain: Named[str] = Column(String(32))
     is_active: Named[bool] = Column(Boolean)
     metadata_: Named[dict[str, str]] = Column("metadata", JSON, nullable=False)
@@ -147,7 +148,7 @@ class TurnColumns(TypedColumns):
     id = Column(String(36), primary_key=True)
     thread_id: Named[str] = Column(String(36), ForeignKey("assistant_threads.id"))
     user_id: Named[str] = Column(String(128))
-    agent_id: Named[str] = Column(String(64), ForeignKey("agents.id"))
+    agent_id: Named[str] = Column(String(64))
     caller: Named[str] = Column(String(255))
     request_id: Named[str | None] = Column(String(128))
     fingerprint: Named[str | None] = Column(String(64))
@@ -176,7 +177,7 @@ class MessageColumns(TypedColumns):
     """The transcript. `number` is a line's place in its thread, dense from 1."""
 
     id = Column(String(36), primary_key=True)
-    thread_id: Named[str] = Column(String(36), ForeignKey("assistant_threads.id"))
+    thread_id: Named[str] = Column(String(36))
     turn_id: Named[str] = Column(String(36), ForeignKey("turns.id"))
     number: Named[int]
     role: Named[str] = Column(String(16))
@@ -200,7 +201,7 @@ class TurnLogColumns(TypedColumns):
     `position` is the log's position after the row, `start` before it.
     """
 
-    turn_id: Named[str] = Column(String(36), ForeignKey("turns.id"))
+    turn_id: Named[str] = Column(String(36))
     position: Named[int] = Column(BigInteger)
     start: Named[int] = Column(BigInteger)
     events: Named[str] = Column(Text)
@@ -259,13 +260,34 @@ def accepted(state: ColumnElement[str]) -> ColumnElement[bool]:
     return state == literal_column("'accepted'", String)
 
 
+def _on_sqlite(name: str, refers_to: str) -> ForeignKeyConstraint:
+    """A foreign key of SQLite alone: PostgreSQL reads and locks the other row for each row that is written.
+
+    What PostgreSQL has none for holds by the locks: versions of agents are never deleted, and who adds to a turn's
+    log or to a transcript has its turn locked, as who deletes it has.
+    """
+    return ForeignKeyConstraint([name], [refers_to], info={"dialect": "sqlite"})
+
+
 users = Table("users", metadata, UserColumns)
 agents = Table("agents", metadata, AgentColumns, UniqueConstraint("slug", "version"))
-threads = Table("assistant_threads", metadata, ThreadColumns)
-turns = Table("turns", metadata, TurnColumns)
-messages = Table("messages", metadata, MessageColumns, UniqueConstraint("thread_id", "number"))
+threads = Table("assistant_threads", metadata, ThreadColumns, _on_sqlite("assistant_id", "agents.id"))
+turns = Table("turns", metadata, TurnColumns, _on_sqlite("agent_id", "agents.id"))
+messages = Table(
+    "messages",
+    metadata,
+    MessageColumns,
+    UniqueConstraint("thread_id", "number"),
+    _on_sqlite("thread_id", "assistant_threads.id"),
+)
 attachments = Table("attachments", metadata, AttachmentColumns, PrimaryKeyConstraint("turn_id", "number"))
-turn_log = Table("turn_log", metadata, TurnLogColumns, PrimaryKeyConstraint("turn_id", "position"))
+turn_log = Table(
+    "turn_log",
+    metadata,
+    TurnLogColumns,
+    PrimaryKeyConstraint("turn_id", "position"),
+    _on_sqlite("turn_id", "turns.id"),
+)
 goals = Table("goals", metadata, GoalColumns, UniqueConstraint("key"))
 usage = Table("usage", metadata, UsageColumns, PrimaryKeyConstraint("user_id", "day", "agent_id", "model", "slot"))
 leases = Table("leases", metadata, LeaseColumns)
