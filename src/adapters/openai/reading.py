@@ -2,11 +2,11 @@
 
 from collections.abc import Iterable
 from dataclasses import replace
+from io import StringIO
 
 from adapters.openai.errors import ProviderFault
 from adapters.openai.round import RoundEnd, RoundReader
 from core.model.events import TextDelta
-from core.model.growing import GrowingText
 from core.ports.agent import CannotResume
 
 
@@ -20,14 +20,15 @@ class Reading:
     def __init__(self, *, follows_text: bool, known: str = "", again: bool = False) -> None:
         self._follows_text = follows_text
         self._again = again
-        self._said = GrowingText(known)
+        self._said = StringIO()
+        self._said.write(known)
         self._steps = 0
         self.rewind()
 
     def rewind(self) -> None:
         """The response comes again from its beginning: what was said of it is known."""
         self._reader = RoundReader(follows_text=self._follows_text, again=self._again)
-        self._known = str(self._said)
+        self._known = self._said.getvalue()
         self._recalled = 0
 
     @property
@@ -91,7 +92,7 @@ class Reading:
             if self.end is not None and self._recalled < len(self._known):
                 raise CannotResume
         for delta in deltas:
-            self._said.add(delta.text)
+            self._said.write(delta.text)
             self._steps += 1
         return deltas
 

@@ -2,12 +2,12 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from io import StringIO
 from typing import Any
 
 from adapters.openai.errors import ProviderFault, Remedy, fault_in_stream
 from adapters.openai.stream import TextCleaner, clean, decoded, identifier
 from core.model.events import TextDelta, ToolCalled
-from core.model.growing import GrowingText
 from core.model.turn import TurnReason, Usage
 
 MAX_TEXT = 1_000_000
@@ -38,7 +38,7 @@ class RoundEnd:
 class _Part:
     """Text as it came, to be compared with the whole text at its end."""
 
-    said: GrowingText = field(default_factory=GrowingText)
+    said: StringIO = field(default_factory=StringIO)
     settled: bool = False
 
 
@@ -183,7 +183,7 @@ class RoundReader:
         part = self._parts.get(key)
         if part is None:
             part = self._parts[key] = _Part()
-        part.said.add(text)
+        part.said.write(text)
         self.all_said = False
         self._say(self._cleaner.feed(text), refusal)
 
@@ -193,7 +193,7 @@ class RoundReader:
         if part.settled:
             return
         part.settled = True
-        whole, said = clean(whole), clean(str(part.said))
+        whole, said = clean(whole), clean(part.said.getvalue())
         if whole.startswith(said):
             if len(whole) > len(said):
                 self._add(key, whole[len(said) :], refusal=refusal)

@@ -8,9 +8,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
+from io import StringIO
 
 from core.model.events import AttemptRestarted, Round, TextDelta, ToolAnswered, ToolCalled
-from core.model.growing import GrowingText
 from core.model.message import Message, ToolExchange
 from core.model.thread import UNSYNCED, ProviderState
 from core.model.turn import Continuation, Turn, TurnReason, Usage
@@ -160,7 +160,8 @@ class ReplyWriter:
             pause=log.pause,
         )
         while True:
-            text = GrowingText(request.resume.text if request.resume else "")
+            text = StringIO()
+            text.write(request.resume.text if request.resume else "")
             calls: list[ToolCalled] = []
             finished: RoundFinished | None = None
             work.asked += 1
@@ -176,7 +177,7 @@ class ReplyWriter:
                                 return work.ending(TurnReason.OUTPUT_LIMIT)
                             if said:
                                 written += len(said)
-                                text.add(said)
+                                text.write(said)
                                 log.add(TextDelta(said, refusal))
                                 await log.drain()
                         case ToolCalled():
@@ -206,7 +207,7 @@ class ReplyWriter:
             if len(request.rounds) == MAX_TOOL_ROUNDS or len(seen) > MAX_TOOL_CALLS:
                 return work.ending(TurnReason.TOOL_LIMIT)
             await self._record(calls, work)
-            done = ToolRound(str(text), await self._call_tools(calls, work))
+            done = ToolRound(text.getvalue(), await self._call_tools(calls, work))
             copy = finished.copy or request.state
             request = replace(request, rounds=(*request.rounds, done), resume=None, state=copy)
 
