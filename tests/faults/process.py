@@ -66,10 +66,10 @@ class ServerProcess:
         hard = resource.prlimit(self.pid, resource.RLIMIT_FSIZE)[1]
         resource.prlimit(self.pid, resource.RLIMIT_FSIZE, (size, hard))
 
-    def ask_to_stop(self) -> None:
-        """SIGTERM."""
+    def ask_to_stop(self, by: signal.Signals = signal.SIGTERM) -> None:
+        """Sends it a signal to stop by."""
         if self.alive:
-            self._process.send_signal(signal.SIGTERM)
+            self._process.send_signal(by)
 
     async def gone(self) -> int:
         """Waits until the process is gone; returns the exit code, negative for a signal."""

@@ -1,6 +1,7 @@
 """Servers are stopped in order: no turn is harmed, and those that have not spoken yet go elsewhere at once."""
 
 import asyncio
+import signal
 import time
 from typing import Any
 
@@ -89,8 +90,9 @@ async def test_turns_without_text_are_handed_over_at_once(postgres_url: str, clu
     assert silent.gap <= AT_ONCE + 2  # the reply itself takes two seconds to begin
 
 
+@pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("database_url", stores(tiny="sqlite"), indirect=True)
-async def test_a_stop_lets_running_turns_finish(database_url: str, cluster: Cluster) -> None:
+async def test_a_stop_lets_running_turns_finish(database_url: str, cluster: Cluster, by: signal.Signals) -> None:
     draw = chance(SUITE, "alone")
     server = await cluster.start(database_url)
     speaking, silent = Told("ada", "words:20 pace:20"), Told("eve", "words:5 slow-start:1")
@@ -100,7 +102,7 @@ async def test_a_stop_lets_running_turns_finish(database_url: str, cluster: Clus
         health = health_pb2_grpc.HealthStub(channel)
         watch: Any = health.Watch(health_pb2.HealthCheckRequest(), timeout=DEADLINE)
         assert (await watch.read()).status == _SERVING
-        server.ask_to_stop()
+        server.ask_to_stop(by)
         while (await watch.read()).status == _SERVING:
             continue
         watch.cancel()
@@ -113,6 +115,19 @@ async def test_a_stop_lets_running_turns_finish(database_url: str, cluster: Clus
     assert await server.gone() == 0
     for told in (speaking, silent):
         assert (told.turn.state, told.cuts) == (pb.TURN_STATE_COMPLETED, [])
+
+
+async def test_under_nohup_it_outlives_its_terminal(sqlite_url: str, cluster: Cluster) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        server = await cluster.start(sqlite_url)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    server.ask_to_stop(signal.SIGHUP)
+    told = Told("ada", "words:5 pace:20")
+    await Client(cluster, chance(SUITE, "nohup")).chat(told)
+    assert told.turn.state == pb.TURN_STATE_COMPLETED
+    assert await server.terminate() == 0
 
 
 @pytest.mark.parametrize("database_url", stores(tiny="sqlite"), indirect=True)

@@ -29,10 +29,11 @@ def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
     parser = subparsers.add_parser(
         "serve",
         help="run the gRPC service",
-        description="Runs the gRPC service until SIGTERM or SIGINT, then lets running turns finish within "
-        "VIDA_DRAIN (a second signal cuts that short). Several may serve one PostgreSQL database: turns whose "
-        "process is gone go on in another. Prints `listening on HOST:PORT` on stdout once it is SERVING. With "
-        "nothing configured it keeps its record in SQLite and answers as the practice coach.",
+        description="Runs the gRPC service until SIGTERM, SIGINT or the end of its terminal, then lets running "
+        "turns finish within VIDA_DRAIN (a second SIGTERM or SIGINT cuts that short). Several may serve one "
+        "PostgreSQL database: turns whose process is gone go on in another. Prints `listening on HOST:PORT` on "
+        "stdout once it is SERVING. With nothing configured it keeps its record in SQLite and answers as the "
+        "practice coach.",
     )
     parser.add_argument(
         "--listen", metavar="HOST:PORT", help="address (default: VIDA_LISTEN, 127.0.0.1:50051); port 0 picks one"
@@ -99,6 +100,8 @@ async def _serve(settings: "Settings", listen: str) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # under nohup it stays as it is
+        loop.add_signal_handler(signal.SIGHUP, stop.set)
     async with hosted(settings, "serve", listen=listen) as (container, address):
         gc.collect()
         gc.freeze()  # what was imported stays
