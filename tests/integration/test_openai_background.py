@@ -675,7 +675,7 @@ async def test_what_can_not_be_stopped_is_logged_and_left(
 async def test_a_stop_is_bounded(
     provider: FakeProvider, thread: ThreadOfTest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(responses, "STOP_SECONDS", 0.05)
+    monkeypatch.setattr(responses, "STOP_SECONDS", 0.5)
     gone = await left(thread, thread.begin("Hello"), 3)
     gate = Gate()
     provider.refusals["cancel"] = [HttpError(gate=gate)]

@@ -30,7 +30,8 @@ ANY_KEY = "none"
 class Odd:
     """A provider with one conversation after another, that answers some requests as told."""
 
-    def __init__(self, **answers: bytes) -> None:
+    def __init__(self, *, kind: str = "text/event-stream", **answers: bytes) -> None:
+        self.kind = kind
         self.answers = answers
         self.asked: list[str] = []
         self.made = 0
@@ -48,7 +49,8 @@ class Odd:
         path = request.url.path.removeprefix("/v1/")
         self.asked.append(f"{request.method} {path}")
         if path == "responses":
-            return httpx2.Response(200, content=REPLY, headers={"content-type": "text/event-stream"})
+            reply, kind = self.answers.get("reply", REPLY), self.kind
+            return httpx2.Response(200, content=reply, headers={"content-type": kind} if kind else {})
         if (request.method, path) == ("POST", "conversations"):
             self.made += 1
             made = json.dumps({"id": f"conv_{self.made}", "object": "conversation"}).encode()
@@ -61,6 +63,25 @@ class Odd:
     @staticmethod
     def _json(content: bytes) -> httpx2.Response:
         return httpx2.Response(200, content=content, headers={"content-type": "application/json"})
+
+
+@pytest.mark.parametrize(
+    ("kind", "reply"),
+    [
+        ("application/json", b'{"id": "resp_1", "object": "response", "status": "completed", "output": []}'),
+        ("Application/JSON; charset=utf-8", b"{}"),
+        ("text/html; charset=utf-8", b"<!doctype html><title>Sign in</title>"),
+    ],
+)
+async def test_an_answer_that_is_no_stream_is_not_asked_for_again(kind: str, reply: bytes) -> None:
+    odd = Odd(kind=kind, reply=reply)
+    assert await fails(odd.thread()) == (TurnReason.PROVIDER_PROTOCOL, "")
+    assert odd.asked.count("POST responses") == 1
+
+
+@pytest.mark.parametrize("kind", ["", "text/plain", "application/octet-stream"])
+async def test_a_stream_is_read_whatever_it_is_called(kind: str) -> None:
+    assert await Odd(kind=kind).thread().say("Hello") == "Fine."
 
 
 @pytest.mark.parametrize(

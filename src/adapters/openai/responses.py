@@ -30,6 +30,10 @@ _REFUSED = frozenset({400, 404, 409, 410})
 
 logger = logging.getLogger(__name__)
 
+_NO_STREAMS = frozenset({"application/json", "text/html"})
+"""Types of an answer that is whole, or a page of somebody in between. It would be the same if it were asked for
+again. Any other may be a stream, whatever it is called."""
+
 
 class Responses:
     """Reads and stops responses. `silence` bounds each connection."""
@@ -51,6 +55,8 @@ class Responses:
             response = (await watchdog.wait(call)).http_response
             exchange.opened = True
             exchange.request_id = response.headers.get("x-request-id", "")
+            if response.headers.get("content-type", "").partition(";")[0].strip().lower() in _NO_STREAMS:
+                raise ProviderFault(TurnReason.PROVIDER_PROTOCOL)
             body = _body(response)
             del call, response  # they hold the request and all that it says, which nobody needs any more
             async with aclosing(body), aclosing(_pieces(body)) as pieces:
