@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 import adapters.openai
+from adapters.sql.engines import database_file
 from entrypoints.settings import (
     LogFormat,
     LogLevel,
@@ -71,6 +72,18 @@ def test_defaults(tmp_path: Path) -> None:
     assert {name: getattr(settings, name) for name in values} == values
 
 
+def test_the_database_is_a_file_whatever_its_folder_is_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "a b%20c?d#e é"
+    monkeypatch.setenv("XDG_DATA_HOME", str(folder))
+    assert database_file(load_settings().database) == folder / "vida-coach" / "vida-coach.db"
+    monkeypatch.delenv("XDG_DATA_HOME")
+    monkeypatch.setenv("HOME", str(folder))
+    expected = folder / ".local" / "share" / "vida-coach" / "vida-coach.db"
+    assert database_file(load_settings().database) == expected
+
+
 @pytest.mark.parametrize(
     ("environment", "provider"),
     [
@@ -111,6 +124,7 @@ def test_a_reply_that_is_to_be_resumed_must_be_stored(monkeypatch: pytest.Monkey
 
 
 BAD = {
+    "OPENAI_API_KEY": [f"{SECRET} and more", f"{SECRET}\x7f", f"{SECRET}é"],
     "OPENAI_THREAD_TTL": ["-1", "36501", "1.5", f"{SECRET}"],
     "OPENAI_STATE": ["chain", SECRET],
     "OPENAI_CONTEXT_TOKENS": ["0", "2047", "100000001", SECRET],
@@ -170,6 +184,45 @@ def test_a_bad_value_is_named_and_not_shown(name: str, value: str, monkeypatch: 
     monkeypatch.setenv(name, value)
     (fault,) = faults()
     assert fault.startswith(f"{name}: ")
+
+
+BOUNDS = {
+    "OPENAI_THREAD_TTL": ("0", "36500", "-1", "36501"),
+    "OPENAI_CONTEXT_TOKENS": ("2048", "100000000", "2047", "100000001"),
+    "VIDA_TURN_BUDGET": ("0.001", "3600", "0", "3600.1"),
+    "VIDA_LEASE": ("0.5", "600", "0.4", "600.1"),
+    "VIDA_DRAIN": ("0", "7200", "-0.1", "7200.1"),
+    "VIDA_PRACTICE_WORDS_PER_SECOND": ("0", "1e9", "-0.1", "inf"),
+    "VIDA_MAX_REQUEST_BYTES": (str(2**18), str(2**28), str(2**18 - 1), str(2**28 + 1)),
+    "VIDA_MAX_TURNS": ("1", "100000", "0", "100001"),
+    "VIDA_MAX_TURNS_PER_USER": ("1", "100000", "0", "-1"),
+    "VIDA_MAX_CONNECTION_AGE": ("1", "86400", "0.9", "86400.1"),
+    "VIDA_QUOTA_TURNS_PER_DAY": ("1", "1000000000", "0", "-1"),
+    "VIDA_QUOTA_TOKENS_PER_DAY": ("1", "1000000000", "0", "-1"),
+}
+"""The least and the most that a setting may be, and what is beyond."""
+
+
+def test_every_number_has_bounds() -> None:
+    numbers = {
+        str(field.validation_alias)
+        for field in Settings.model_fields.values()
+        if field.annotation in (int, float, int | None, float | None)
+    }
+    assert set(BOUNDS) == numbers
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+def test_a_number_may_be_what_its_bounds_say(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    *within, below, above = BOUNDS[name]
+    (field,) = (field for field, info in Settings.model_fields.items() if info.validation_alias == name)
+    for value in within:
+        monkeypatch.setenv(name, value)
+        assert getattr(load_settings(), field) == float(value)
+    for value in (below, above):
+        monkeypatch.setenv(name, value)
+        (fault,) = faults()
+        assert fault.startswith(f"{name}: ")
 
 
 def test_all_faults_are_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,6 +292,8 @@ def test_faults_of_files_are_told_with_the_others(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("name", ["VIDA_LISTN", "VIDA_", "VIDA_PROVIDERS", "VIDA_LISTN_FILE"])
 def test_a_name_that_is_not_known_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "")
+    load_settings()  # empty is unset
     monkeypatch.setenv(name, SECRET)
     assert faults() == [f"{name}: there is no such setting"]
 
