@@ -16,6 +16,7 @@ from google.protobuf.internal.enum_type_wrapper import EnumTypeWrapper
 import adapters.openai
 import core.model.errors
 from core.model.agent import Domain
+from core.model.erasure import ErasureState
 from core.model.errors import CoreError
 from core.model.message import Role
 from core.model.thread import ThreadState
@@ -23,6 +24,7 @@ from core.model.turn import BusyPolicy, TurnReason, TurnState
 from entrypoints.grpc_api import mapping
 from entrypoints.grpc_api.errors import STATUS
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import resources_pb2 as pb
+from entrypoints.grpc_api.gen.vidacoach.agents.v1 import user_service_pb2 as users_api
 
 ROOT = Path(__file__).parents[2]
 SRC = ROOT / "src"
@@ -98,6 +100,32 @@ def test_every_error_has_a_status_a_reason_and_a_message() -> None:
     }
 
 
+def test_the_status_of_a_reason_is_part_of_the_api() -> None:
+    assert {kind.reason: status.name for kind, status in STATUS.items()} == {
+        "MALFORMED_REQUEST": "INVALID_ARGUMENT",
+        "INVALID_FIELD": "INVALID_ARGUMENT",
+        "UNAUTHENTICATED": "UNAUTHENTICATED",
+        "CALLER_NOT_ALLOWED": "PERMISSION_DENIED",
+        "NOT_SUPPORTED": "UNIMPLEMENTED",
+        "THREAD_NOT_FOUND": "NOT_FOUND",
+        "TURN_NOT_FOUND": "NOT_FOUND",
+        "AGENT_NOT_FOUND": "NOT_FOUND",
+        "REQUEST_ID_REUSED": "ALREADY_EXISTS",
+        "TURN_IN_PROGRESS": "ABORTED",
+        "CLEANUP_RUNNING": "ABORTED",
+        "LEGAL_HOLD": "FAILED_PRECONDITION",
+        "POSITION_AHEAD": "OUT_OF_RANGE",
+        "QUEUE_FULL": "RESOURCE_EXHAUSTED",
+        "QUOTA_EXCEEDED": "RESOURCE_EXHAUSTED",
+        "OVERLOADED": "UNAVAILABLE",
+        "DRAINING": "UNAVAILABLE",
+        "PROVIDER_UNAVAILABLE": "UNAVAILABLE",
+        "IDENTITY_UNAVAILABLE": "UNAVAILABLE",
+        "STORE_UNAVAILABLE": "UNAVAILABLE",
+        "LEASE_LOST": "UNAVAILABLE",
+    }
+
+
 def test_every_reason_has_a_message() -> None:
     messages = {reason: reason.message for reason in TurnReason}
     assert len(set(messages.values())) == len(TurnReason)
@@ -122,8 +150,9 @@ def names(of: Any) -> set[str]:
         (TurnState, "TURN_STATE", pb.TurnState, mapping.TURN_STATES),
         (ThreadState, "THREAD_STATE", pb.ThreadState, mapping.THREAD_STATES),
         (Role, "ROLE", pb.Role, mapping.ROLES),
+        (ErasureState, "ERASURE_STATE", users_api.ErasureState, mapping.ERASURE_STATES),
     ],
-    ids=["domains", "turn states", "thread states", "roles"],
+    ids=["domains", "turn states", "thread states", "roles", "erasure states"],
 )
 def test_every_value_is_mapped_to_the_one_of_its_name(
     ours: type[Enum], prefix: str, theirs: Any, table: dict[Enum, int]

@@ -1,8 +1,10 @@
 """The whole service with OPENAI_BASE_URL at the fake provider: settings, adapter, tools, record."""
 
 import asyncio
+import hmac
 import json
 from collections.abc import AsyncIterator
+from hashlib import sha256
 from itertools import permutations
 
 import grpc
@@ -85,6 +87,46 @@ async def test_two_turns_use_one_conversation_and_a_tool_goes_round(provider: Fa
             threads_api.ListMessagesRequest(user_id="ada", thread_id=thread_id)
         )
         assert [line.role for line in listed.messages] == [1, 3, 2, 1, 3, 2]
+
+
+async def test_a_user_is_known_by_a_hash_under_the_key_that_is_set(
+    provider: FakeProvider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def known_under(key: str) -> str:
+        return hmac.new(key.encode(), b"ada", sha256).hexdigest()
+
+    async with served() as client:
+        await client.chat("Hello")
+    monkeypatch.setenv("VIDA_USER_HASH_KEY", "kept")
+    for key in ("sk-test", "sk-next"):  # whatever becomes of the provider's key
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+        async with served() as client:
+            await client.chat("Hello")
+    monkeypatch.delenv("VIDA_USER_HASH_KEY")
+    monkeypatch.delenv("OPENAI_API_KEY")
+    async with served() as client:
+        await client.chat("Hello")
+    assert [post["safety_identifier"] for post in provider.posts] == [
+        known_under("sk-test"),
+        known_under("kept"),
+        known_under("kept"),
+        known_under("vida-coach"),
+    ]
+
+
+async def test_of_a_model_that_nobody_knows_the_window_is_what_is_set(
+    provider: FakeProvider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_MODEL", "own-model")
+    monkeypatch.setenv("OPENAI_STATE", "stateless")
+    provider.models["own-model"] = None
+    long = "word " * 3_000
+    for tokens, shown in (("100000", True), ("4096", False)):
+        monkeypatch.setenv("OPENAI_CONTEXT_TOKENS", tokens)
+        async with served() as client:
+            thread_id = (await client.chat(long))[0].event.started.thread_id
+            await client.chat("And now?", thread_id=thread_id)
+        assert (long in json.dumps(provider.posts[-1])) is shown
 
 
 async def test_after_a_restart_the_same_conversation_goes_on(provider: FakeProvider) -> None:

@@ -118,6 +118,33 @@ async def test_the_fate_of_a_turn_is_data() -> None:
         assert response.reply.partial
 
 
+async def test_a_turn_takes_no_longer_than_its_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VIDA_TURN_BUDGET", "0.3")
+    async with served(ScriptedAgent(["half", Gate(), "never", DONE])) as client:
+        events = [response.event for response in await client.chat()]
+        assert text_of(events) in {"", "half"}
+        assert events[-1].finished.turn.error.reason == "BUDGET_EXCEEDED"
+
+
+@pytest.mark.parametrize("restarts", [True, False], ids=["restarts", "ends"])
+async def test_a_reply_that_was_cut_off_begins_again_where_that_is_set(
+    restarts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VIDA_RESTART_INTERRUPTED", str(restarts))
+    agent = ScriptedAgent(["half", AgentFailed(TurnReason.PROVIDER_STALLED)], ["whole", DONE])
+    async with served(agent) as client:
+        events = [response.event for response in await client.chat()]
+        turn = events[-1].finished.turn
+        restarted = [event.attempt_restarted for event in events if event.HasField("attempt_restarted")]
+        if restarts:
+            assert restarted == [pb.AttemptRestarted(attempt=2, reason="PROVIDER_STALLED")]
+            assert (turn.state, turn.attempt) == (pb.TURN_STATE_COMPLETED, 2)
+            assert events[-1].finished.reply.content[0].text == "whole"
+        else:
+            assert restarted == []
+            assert (turn.state, turn.attempt) == (pb.TURN_STATE_INCOMPLETE, 1)
+
+
 async def test_attach_reject_cancel() -> None:
     gate = Gate()
     async with served(ScriptedAgent(["a", gate, "b", DONE])) as client:

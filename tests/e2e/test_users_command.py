@@ -10,6 +10,8 @@ import pytest
 from core.ports.store import Transaction
 from doubles import ScriptedAgent
 from entrypoints.cli.main import main
+from entrypoints.grpc_api.gen.vidacoach.admin.v1 import admin_service_pb2 as api
+from entrypoints.grpc_api.gen.vidacoach.agents.v1 import resources_pb2 as pb
 from harness import served
 from records import a_thread
 
@@ -131,3 +133,35 @@ async def test_cleanup_erases_what_is_old_and_not_held(capsys: pytest.CaptureFix
             await both()
     if not beside:
         await both()
+
+
+async def test_a_cleanup_without_a_time_takes_the_services_own(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_THREAD_TTL", "20")
+    ages = (10, 19, 21, 30)
+
+    def fill(tx: Transaction) -> None:
+        tx.users.ensure("ada", tx.now())
+        for days in ages:
+            tx.threads.add(a_thread(last_message_at=tx.now() - timedelta(days=days)))
+
+    written: list[api.CleanupResponse] = []
+
+    class Context:
+        async def write(self, response: api.CleanupResponse) -> None:
+            written.append(response)
+
+    async with served(ScriptedAgent()) as client:
+        await client.container.store().write(fill)
+        service: Any = client.container.admin_service()
+        for expired, request in (
+            (2, api.CleanupRequest(dry_run=True)),
+            (3, api.CleanupRequest(dry_run=True, ttl_days=15)),
+            (4, api.CleanupRequest(dry_run=True, ttl_days=0)),
+            (0, api.CleanupRequest(dry_run=True, ttl_days=0, domain=pb.DOMAIN_HEALTH)),
+            (2, api.CleanupRequest()),
+        ):
+            await service.Cleanup(request, Context())
+            assert (written[-1].report.expired, written[-1].report.dry_run) == (expired, request.dry_run)
+            assert written[-1].report.deleted == 0

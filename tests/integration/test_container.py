@@ -1,17 +1,23 @@
 """The composition: every part can be made, for every provider and database."""
 
+from contextlib import ExitStack
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 from dependency_injector import errors, providers
+from openai import AsyncOpenAI
 
+from adapters.openai import make_client
+from core.model.errors import Overloaded, QuotaExceeded
 from core.ports.agent import Agent
 from core.ports.store import Store
 from core.ports.tools import Tools
 from core.use_cases.clean_up_threads import Cleanup
 from entrypoints.container import Container, opened, running
-from entrypoints.grpc_api.server import Server
+from entrypoints.grpc_api.server import Bounds, Server
 from entrypoints.settings import SettingsError, load_settings
 
 
@@ -141,6 +147,86 @@ async def test_tools_that_can_not_be_loaded_are_settings_faults(
     with pytest.raises(SettingsError, match="tools"):
         async with running(load_settings()):
             pytest.fail("it started")
+
+
+async def test_what_is_set_reaches_the_parts(sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What shows in no short test of the whole service: its seconds are many, or its bounds are wide."""
+    monkeypatch.setenv("VIDA_DATABASE_URL", sqlite_url)
+    for name, value in {
+        "OPENAI_API_KEY": "sk-test",
+        "OPENAI_BASE_URL": "http://127.0.0.1:1/v1",
+        "VIDA_TURN_BUDGET": "3600",
+        "VIDA_LEASE": "7",
+        "VIDA_MAX_TURNS": "1000",
+        "VIDA_MAX_REQUEST_BYTES": "300000",
+        "VIDA_MAX_CONNECTION_AGE": "90",
+    }.items():
+        monkeypatch.setenv(name, value)
+    bounds: list[Bounds] = []
+    connections: list[int] = []
+
+    class Noted(Server):
+        def __init__(self, **parts: Any) -> None:
+            bounds.append(parts["bounds"])
+            super().__init__(**parts)
+
+    def noted(api_key: str, base_url: str | None, max_connections: int) -> AsyncOpenAI:
+        connections.append(max_connections)
+        return make_client(api_key, base_url, max_connections)
+
+    monkeypatch.setattr("entrypoints.grpc_api.server.Server", Noted)
+    monkeypatch.setattr("adapters.openai.make_client", noted)
+    container = Container(settings=load_settings())
+    await make(container)
+    assert connections == [1_010]  # each turn has one, and there are some to spare
+    assert bounds[0] == Bounds(
+        request_bytes=300_000,
+        connections=1_100,
+        streams=1_100,  # a proxy brings all of them on one connection
+        calls=2_100,
+        stream_seconds=3_660,  # a stream outlives the longest turn
+        connection_seconds=90,
+    )
+    streams = container.agent_service()._streams
+    assert streams._seconds == 3_660
+    assert (container.oversee()._budget, container.oversee()._lease) == (3_600, 7)
+    with ExitStack() as held:
+        for _ in range(200):  # a tenth of those of all
+            held.enter_context(streams.place("ada"))
+        with pytest.raises(QuotaExceeded):
+            held.enter_context(streams.place("ada"))
+        for number in range(1_800):
+            held.enter_context(streams.place(f"u{number}"))
+        with pytest.raises(Overloaded):
+            held.enter_context(streams.place("eve"))
+
+
+async def test_a_small_service_lets_a_user_follow_from_many_places(
+    sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VIDA_DATABASE_URL", sqlite_url)
+    monkeypatch.setenv("VIDA_MAX_TURNS", "40")
+    container = Container(settings=load_settings())
+    await make(container)
+    with ExitStack() as held:
+        for _ in range(64):
+            held.enter_context(container.agent_service()._streams.place("ada"))
+        with pytest.raises(QuotaExceeded):
+            held.enter_context(container.agent_service()._streams.place("ada"))
+
+
+async def test_an_erasure_is_taken_over_when_its_process_must_be_gone(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VIDA_DATABASE_URL", database_url)
+    monkeypatch.setenv("VIDA_LEASE", "7")
+    container = Container(settings=load_settings())
+    await make(container)
+    alone = database_url.startswith("sqlite")
+    assert container.erase_user()._left_after == timedelta(seconds=0 if alone else 14)
+    assert container.recover()._alone is alone
+    if not alone:
+        assert container.recover()._lease == 7
 
 
 async def test_a_server_needs_a_free_address(sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> None:

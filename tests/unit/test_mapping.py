@@ -3,11 +3,9 @@
 No two values are alike, so none can stand in another's place.
 """
 
-from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
-from enum import Enum
 from typing import Any
 
 import pytest
@@ -17,7 +15,7 @@ from google.protobuf.message import Message as Written
 from core.model import events as ev
 from core.model.agent import AgentDefinition, Domain
 from core.model.attachment import Detail, FilePart, ImagePart
-from core.model.erasure import Copy, Counts, ErasureState, Receipt
+from core.model.erasure import Copy, Counts, Receipt
 from core.model.goal import Goal
 from core.model.ledger import Dimension, LedgerKey, LedgerLine, QuotaStanding, Tally
 from core.model.message import Message, RefusalPart, Role, TextPart, ToolExchange
@@ -35,7 +33,6 @@ from core.use_cases.report_usage import ReportLine, ReportQuery
 from entrypoints.grpc_api import facts, mapping
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import agent_service_pb2 as api
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import resources_pb2 as pb
-from entrypoints.grpc_api.gen.vidacoach.agents.v1 import user_service_pb2 as users_api
 from entrypoints.grpc_api.services.admin import to_erasures
 
 
@@ -148,31 +145,6 @@ DEFINITION = AgentDefinition(
     max_output_tokens=3,
     tools=("tool", "other"),
 )
-
-
-def test_every_value_of_ours_has_the_number_of_its_name() -> None:
-    kinds: list[tuple[type[Enum], Mapping[Any, int], Any]] = [
-        (Domain, mapping.DOMAINS, pb.Domain),
-        (TurnState, mapping.TURN_STATES, pb.TurnState),
-        (ThreadState, mapping.THREAD_STATES, pb.ThreadState),
-        (Role, mapping.ROLES, pb.Role),
-        (ErasureState, mapping.ERASURE_STATES, users_api.ErasureState),
-    ]
-    for kind, numbers, written in kinds:
-        assert set(numbers) == set(kind)
-        prefix = written.Name(0).removesuffix("UNSPECIFIED")
-        for value, number in numbers.items():
-            assert written.Name(number) == prefix + value.name
-    for number, policy in mapping.BUSY_POLICIES.items():
-        said = pb.BusyPolicy.Name(number).removeprefix("BUSY_POLICY_")
-        assert policy.name == ("REJECT" if said == "UNSPECIFIED" else said)
-    assert set(mapping.BUSY_POLICIES) == set(pb.BusyPolicy.values())
-    for domain, number in mapping.DOMAINS.items():
-        assert mapping.domain_of(number) is domain
-    for state, number in mapping.THREAD_STATES.items():
-        assert mapping.states_of([number]) == {state}
-    assert mapping.domain_of(0) is None
-    assert mapping.states_of([]) == {ThreadState.ACTIVE}
 
 
 def test_a_turn() -> None:
