@@ -291,6 +291,7 @@ async def test_lines_say_which_call_turn_and_thread_they_are_about(out: Outlets)
         )
     assert (about["turn_id"], about["thread_id"]) == (started.turn_id, started.thread_id)
     assert about["request_id"] != refused_call["request_id"] == info.request_id
+    assert about["caller"] == refused_call["caller"] == "local"
     assert "turn_id" not in refused_call
     checked(out)
 

@@ -4,7 +4,9 @@ import asyncio
 import threading
 import time
 from collections import Counter
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
 
 import grpc
 import pytest
@@ -15,7 +17,8 @@ from entrypoints.grpc_api import server
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import agent_service_pb2 as api
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import thread_service_pb2 as threads_api
 from entrypoints.grpc_api.gen.vidacoach.agents.v1.agent_service_pb2_grpc import AgentServiceStub
-from harness import DEADLINE, message, reason, rest_of, served, text_of, until
+from entrypoints.grpc_api.gen.vidacoach.agents.v1.thread_service_pb2_grpc import ThreadServiceStub
+from harness import DEADLINE, Client, message, reason, rest_of, served, text_of, until
 
 CALLS = 50
 STALL = 2.0
@@ -58,23 +61,30 @@ async def test_calls_that_wait_to_be_picked_up_are_not_cancelled(monkeypatch: py
     assert await stalled() == {grpc.StatusCode.OK: CALLS}
 
 
+@asynccontextmanager
+async def bounded(client: Client, calls: int) -> AsyncIterator[grpc.aio.Channel]:
+    """Another server of the same service, which takes so many calls at a time."""
+    part = client.container
+    other = server.Server(
+        agents=part.agent_service(),
+        threads=part.thread_service(),
+        users=part.user_service(),
+        ids=part.ids(),
+        access=part.access(),
+        bounds=server.Bounds(
+            request_bytes=2**20, connections=10, streams=10, calls=calls, stream_seconds=60, connection_seconds=60
+        ),
+        reflected=False,
+    )
+    port = await other.start("127.0.0.1:0")
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        yield channel
+    await other.stop(0)
+
+
 async def test_more_calls_than_allowed_are_refused_and_health_checks_are_not() -> None:
     async with served() as client:
-        part = client.container
-        bounds = server.Bounds(
-            request_bytes=2**20, connections=10, streams=10, calls=0, stream_seconds=60, connection_seconds=60
-        )
-        full = server.Server(
-            agents=part.agent_service(),
-            threads=part.thread_service(),
-            users=part.user_service(),
-            ids=part.ids(),
-            access=part.access(),
-            bounds=bounds,
-            reflected=False,
-        )
-        port = await full.start("127.0.0.1:0")
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        async with bounded(client, calls=0) as channel:
             for call in (
                 AgentServiceStub(channel).ListAgents(api.ListAgentsRequest(), timeout=DEADLINE),
                 AgentServiceStub(channel).Chat(message(), timeout=DEADLINE).read(),
@@ -85,8 +95,36 @@ async def test_more_calls_than_allowed_are_refused_and_health_checks_are_not() -
             health = health_pb2_grpc.HealthStub(channel)
             answer = await health.Check(health_pb2.HealthCheckRequest(), timeout=DEADLINE)
             assert answer.status == health_pb2.HealthCheckResponse.SERVING
-        await full.stop(0)
         assert not (await client.threads.ListThreads(threads_api.ListThreadsRequest(user_id="ada"))).threads
+
+
+async def test_as_many_calls_as_allowed_are_taken_and_each_gives_its_place_back() -> None:
+    gate = Gate()
+    async with served(ScriptedAgent(["a", gate, DONE])) as client, bounded(client, calls=2) as channel:
+        agents: Any = AgentServiceStub(channel)
+
+        async def ask(user: str = "ada") -> str:
+            try:
+                await threads.ListThreads(threads_api.ListThreadsRequest(user_id=user), timeout=DEADLINE)
+            except grpc.aio.AioRpcError as error:
+                return reason(error)
+            return ""
+
+        threads: Any = ThreadServiceStub(channel)
+        held = agents.Chat(message(), timeout=DEADLINE)
+        turn_id = (await held.read()).event.started.turn_id
+        await gate.reached.wait()
+        assert [await ask() for _ in range(5)] == [""] * 5
+        assert [await ask(user="") for _ in range(5)] == ["INVALID_FIELD"] * 5  # a refused one as well
+        left = agents.FollowTurn(api.FollowTurnRequest(user_id="ada", turn_id=turn_id), timeout=DEADLINE)
+        await left.read()
+        assert await ask() == "OVERLOADED"
+        left.cancel()  # and one whose caller leaves
+        while await ask() == "OVERLOADED":  # noqa: ASYNC110 - no event of ours
+            await asyncio.sleep(0)
+        assert await ask() == ""
+        gate.open()
+        await rest_of(held)
 
 
 async def test_an_old_connection_is_left_without_harm(monkeypatch: pytest.MonkeyPatch) -> None:

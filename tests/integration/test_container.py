@@ -1,5 +1,6 @@
 """The composition: every part can be made, for every provider and database."""
 
+import asyncio
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
@@ -11,14 +12,16 @@ from dependency_injector import errors, providers
 from openai import AsyncOpenAI
 
 from adapters.openai import make_client
+from core.model.erasure import ErasureState
 from core.model.errors import Overloaded, QuotaExceeded
 from core.ports.agent import Agent
-from core.ports.store import Store
+from core.ports.store import Store, Transaction
 from core.ports.tools import Tools
 from core.use_cases.clean_up_threads import Cleanup
 from entrypoints.container import Container, opened, running
 from entrypoints.grpc_api.server import Bounds, Server
 from entrypoints.settings import SettingsError, load_settings
+from records import a_thread
 
 
 async def make(container: Container) -> dict[str, object]:
@@ -87,6 +90,32 @@ async def test_a_running_service_is_ready_and_leaves_cleanly(
             tools: Tools = container.tools()
             assert agent.provider == "practice"
             assert tools.names
+
+
+async def test_leaving_waits_for_what_is_under_way_and_leaves_no_task(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VIDA_DATABASE_URL", database_url)
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:1/v1")  # whose models are asked after
+    settings = load_settings()
+    before = asyncio.all_tasks()
+    async with running(settings, watching=True) as container:
+        threads = [a_thread() for _ in range(50)]
+
+        def fill(tx: Transaction) -> None:
+            tx.users.ensure("ada", tx.now())
+            for thread in threads:
+                tx.threads.add(thread)
+
+        await container.store().write(fill)
+        caller = asyncio.create_task(container.erase_user()("ada"))
+        while not container.erase_user()._here:  # noqa: ASYNC110 - what is waited for is no event of ours
+            await asyncio.sleep(0)
+        caller.cancel()
+    assert asyncio.all_tasks() - {caller} == before
+    async with opened(settings) as container:
+        (receipt,) = (await container.erasures()()).receipts
+        assert (receipt.state, receipt.erased.threads) == (ErasureState.DONE, 50)
 
 
 AGENT = """
