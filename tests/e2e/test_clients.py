@@ -5,6 +5,7 @@ What is asked of a client is asked of both: the synchronous one runs in a thread
 
 import asyncio
 import gc
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -138,6 +139,8 @@ class Coach(AgentServiceServicer, ThreadServiceServicer):
     follows: list[int] = field(default_factory=list)
     cancels: list[str] = field(default_factory=list)
     deletes: list[Message] = field(default_factory=list)
+    lists: list[threads_api.ListThreadsRequest] = field(default_factory=list)
+    deadlines: list[float] = field(default_factory=list)
     refusals: list[status_pb2.Status] = field(default_factory=list)
     open: int = 0
     changed: asyncio.Condition = field(default_factory=asyncio.Condition)
@@ -175,10 +178,12 @@ class Coach(AgentServiceServicer, ThreadServiceServicer):
     async def ListAgents(self, request: Any, context: Any) -> Any:
         return api.ListAgentsResponse(agents=[pb.Agent(id="career-v1")])
 
-    async def GetThread(self, request: Any, context: Any) -> Any:
+    async def GetThread(self, request: Any, context: _Context) -> Any:
+        self._time(context)
         return threads_api.GetThreadResponse(thread=pb.Thread(id=request.thread_id, user_id=request.user_id))
 
     async def ListThreads(self, request: Any, context: Any) -> Any:
+        self.lists.append(request)
         return threads_api.ListThreadsResponse(threads=[pb.Thread(id="thread")], next_page_token="more")
 
     async def SendMessage(self, request: Any, context: Any) -> Any:
@@ -200,6 +205,7 @@ class Coach(AgentServiceServicer, ThreadServiceServicer):
             await context.abort_with_status(rpc_status.to_status(self.refusals.pop(0)))  # type: ignore[attr-defined]
 
     async def _send(self, context: _Context, after: int, response: Callable[[pb.TurnEvent], Message]) -> None:
+        self._time(context)
         await self._count(1)
         try:
             await self._refuse(context)
@@ -211,6 +217,10 @@ class Coach(AgentServiceServicer, ThreadServiceServicer):
                 await self.cut(self, context)
         finally:
             await asyncio.shield(self._count(-1))
+
+    def _time(self, context: _Context) -> None:
+        """Notes how long a call would wait."""
+        self.deadlines.append(context.time_remaining() or math.inf)
 
     async def _count(self, by: int) -> None:
         async with self.changed:
@@ -502,6 +512,8 @@ async def test_the_other_calls_ask_for_the_user_and_are_repeated(kind: str) -> N
         assert [agent.id for agent in await caller.ask("agents")] == ["career-v1"]
         threads, more = await caller.ask("threads")
         assert ([thread.id for thread in threads], more) == (["thread"], True)
+        (listed,) = coach.lists
+        assert (listed.user_id, set(listed.states)) == ("ada", {pb.THREAD_STATE_ACTIVE, pb.THREAD_STATE_INACTIVE})
         assert (await caller.ask("cancel", "turn")) == _END
         coach.refusals = [refusal(UNAVAILABLE), refusal(UNAVAILABLE, "DRAINING", 0.01)]
         assert await caller.messages() == ["0", "1", "2", "3", "4", "5"]
@@ -510,6 +522,17 @@ async def test_the_other_calls_ask_for_the_user_and_are_repeated(kind: str) -> N
         with pytest.raises(ServiceError) as refused:  # more than its deadline leaves
             await caller.messages()
         assert refused.value.retry_after == 60
+
+
+async def test_no_call_waits_for_ever(kind: str) -> None:
+    coach = Coach()
+    async with coach.serving() as address, calling(kind, address) as caller:
+        await caller.read(caller.client.say("Hello"))
+        await caller.read(caller.client.follow("turn"))
+        await caller.ask("thread", "x")
+    chat, follow, unary = coach.deadlines
+    assert [round(seconds, -1) for seconds in (chat, follow)] == [240, 240]  # the library rounds them up
+    assert 9 < unary < 11
 
 
 async def test_a_deletion_whose_answer_was_lost_is_a_deletion(kind: str) -> None:

@@ -6,6 +6,7 @@ import os
 import pty
 import signal
 import sys
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from adapters.sql.engines import database_file
 from entrypoints.cli import connection
+from entrypoints.cli import embedded as server
 from entrypoints.cli.connection import EmbeddedService, ServiceAt, open_channel, service
 from entrypoints.cli.embedded import EmbeddedServer
 from entrypoints.cli.failure import Failure
@@ -137,18 +139,18 @@ class ScriptedCoach(AgentServiceServicer, ThreadServiceServicer):
         self.requests: list[agents_api.ChatRequest] = []
         self.follows: list[agents_api.FollowTurnRequest] = []
         self.cancelled: list[str] = []
-        self.refusals: list[tuple[grpc.StatusCode, str]] = []
+        self.refusals: list[tuple[grpc.StatusCode, str] | None] = []
         self.cancels: Gate | None = None
+        self.agents = [pb.Agent(id="g-v1", domain=pb.DOMAIN_GENERAL, name="Life coach", provider="practice")]
         self.overlapping = False
 
     async def ListAgents(self, request: Any, context: Any) -> agents_api.ListAgentsResponse:
-        agent = pb.Agent(id="g-v1", domain=pb.DOMAIN_GENERAL, name="Life coach", provider="practice")
-        return agents_api.ListAgentsResponse(agents=[agent])
+        return agents_api.ListAgentsResponse(agents=self.agents)
 
     async def Chat(self, request: agents_api.ChatRequest, context: _Context) -> None:  # type: ignore[override]
         self.requests.append(request)
-        if self.refusals:
-            await context.abort(*self.refusals.pop(0))
+        if self.refusals and (refusal := self.refusals.pop(0)) is not None:
+            await context.abort(*refusal)
         for turn in self.turns:
             if self.requests[turn.number].request_id == request.request_id:
                 break
@@ -249,27 +251,42 @@ class Screenful(io.StringIO):
         return self._terminal
 
 
+class Place(ServiceAt):
+    """A service that counts how often it was to be revived."""
+
+    revived = 0
+
+    def revive(self) -> None:
+        self.revived += 1
+
+
 @dataclass
 class Talk:
     """A session with its streams."""
 
     out: Screenful
     err: Screenful
-    session: Session
+    place: Place
     done: "asyncio.Future[bool]"
 
 
+PATIENT = Patience(seconds=30, first_wait=0.01, longest_wait=0.05)
+IMPATIENT = Patience(seconds=0)
+
+
 @contextmanager
-def talking(address: str, typed: str, *, terminal: bool = False, **options: str) -> Iterator[Talk]:
+def talking(
+    address: str, typed: str, *, terminal: bool = False, patience: Patience = PATIENT, **options: str
+) -> Iterator[Talk]:
     """A session that runs in another thread."""
     out, err = Screenful(terminal=terminal), Screenful(terminal=terminal)
     screen = Screen(out, err)
-    place = ServiceAt(address, "")
+    place = Place(address, "")
     with open_channel(address) as channel:
-        client = CoachClient(channel, "ada", patience=Patience(seconds=30, first_wait=0.01, longest_wait=0.05))
+        client = CoachClient(channel, "ada", patience=patience)
         session = Session(client, place, screen, Lines(Screenful(typed, terminal), screen), **options)
         done = asyncio.ensure_future(asyncio.to_thread(session.run))
-        yield Talk(out, err, session, done)
+        yield Talk(out, err, place, done)
 
 
 class Command:
@@ -405,8 +422,36 @@ async def test_a_reply_goes_on_when_the_service_is_restarted_in_the_middle() -> 
             assert await talk.done is True
     assert talk.out.getvalue() == "One \N{PARTY POPPER} two three.\n"
     assert talk.err.getvalue().count("trying again") == 2
+    assert talk.place.revived >= 2
     assert len(coach.turns) == 1
     assert {request.after_position for request in coach.follows} == {6, 10}
+
+
+async def test_where_the_service_is_lost_a_pipe_ends_and_says_what_became_of_the_message() -> None:
+    coach = ScriptedCoach(["One", Gate()])
+    coach.refusals = [(grpc.StatusCode.UNAVAILABLE, "The service is at its limit.")]
+    with ExitStack() as stack:
+        async with coach.serving() as address:
+            talk = stack.enter_context(talking(address, "Hello\nnever\n", patience=IMPATIENT))
+            with pytest.raises(Failure, match="It will not be doubled"):
+                await talk.done
+            talk = stack.enter_context(talking(address, "Hello\nnever\n", patience=IMPATIENT))
+            await until(lambda: talk.out.getvalue() == "One")
+        with pytest.raises(Failure, match=r"is safe.* --thread thread-0"):
+            await talk.done
+    assert len(coach.requests) == 2
+
+
+async def test_a_message_of_which_nobody_knows_whether_it_arrived_is_not_doubled() -> None:
+    coach = ScriptedCoach(["One"], ["Two"], ["Three"])
+    away = (grpc.StatusCode.UNAVAILABLE, "The service is at its limit.")
+    coach.refusals = [None, away, away]
+    async with coach.serving() as address:
+        with talking(address, "Hi\nHello\nBye\nBye\nBye\n", terminal=True, patience=IMPATIENT) as talk:
+            assert await talk.done is True
+    _, hello, bye, again, anew = (request.request_id for request in coach.requests)
+    assert bye == again
+    assert len({hello, bye, anew}) == 3
 
 
 async def test_commands_work_in_a_pipe_and_their_output_is_no_reply() -> None:
@@ -450,6 +495,16 @@ async def test_a_reader_that_leaves_ends_the_turn_and_the_command_quietly() -> N
         gate.open.set()
         assert await chat.process.wait() in (1, 141)
         assert await chat.process.stderr.read() == b""
+    assert coach.cancelled == ["turn-0"]
+
+
+async def test_the_newest_fifty_lines_are_shown_in_their_order() -> None:
+    lines = [f"line {number}" for number in range(52)]
+    coach = ScriptedCoach(*(Script(["Yes"]) for _ in lines))
+    async with coach.serving() as address:
+        with talking(address, "\n".join([*lines, "/history"])) as talk:
+            assert await talk.done is True
+    assert talk.err.getvalue().splitlines() == ["(the newest 50 lines)", *(f"> {line}" for line in lines[2:])]
 
 
 # In a terminal
@@ -469,6 +524,29 @@ async def test_a_terminal_is_greeted_and_sees_tools_and_how_to_go_on() -> None:
     assert "· set_goal" in shown
     assert "There is no command /nonsense" in shown
     assert "--thread thread-0" in shown
+
+
+@pytest.mark.parametrize(
+    ("domain", "greeting"),
+    [("", "Life coach (the practice coach: built in, no AI"), ("career", "Career coach (openai, gpt-6-luna)")],
+)
+async def test_who_answers_says_what_it_is(domain: str, greeting: str) -> None:
+    coach = ScriptedCoach()
+    career = pb.Agent(domain=pb.DOMAIN_CAREER, name="Career coach", provider="openai", model="gpt-6-luna")
+    coach.agents.insert(0, career)
+    async with coach.serving() as address:
+        with talking(address, "", terminal=True, domain=domain) as talk:
+            assert await talk.done is True
+    assert talk.err.getvalue().startswith(greeting)
+
+
+async def test_in_a_terminal_a_turn_that_fails_is_told_and_leaving_is_well() -> None:
+    error = pb.TurnError(reason="PROVIDER_CONFIG", message="The configuration is refused.")
+    coach = ScriptedCoach(Script([], pb.TURN_STATE_FAILED, error))
+    async with coach.serving() as address:
+        with talking(address, "Hello\n", terminal=True) as talk:
+            assert await talk.done is True
+    assert "The configuration is refused." in talk.err.getvalue()
 
 
 async def test_a_thread_is_gone_on_with() -> None:
@@ -565,6 +643,15 @@ def test_a_terminal_gets_no_control_characters(pieces: list[str], expected: str)
     assert shown(*pieces, terminal=True) == expected
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_what_is_said_beside_replies_is_harmless_in_a_terminal_too(terminal: bool) -> None:
+    err = Screenful(terminal=terminal)
+    Screen(Screenful(), err).note("My \x1b]0;title\x07\n\x9b2J")
+    assert err.getvalue() == (
+        "My \ufffd]0;title\ufffd\n\ufffd2J\n" if terminal else "My \x1b]0;title\x07\n\x9b2J\n"
+    )
+
+
 @pytest.mark.parametrize(
     ("pieces", "expected"),
     [(["a\r", "\nb"], "a\r\nb\n"), (["a\n", "\n", "b\n\n"], "a\n\nb\n"), (["\n"], "\n"), ([], "")],
@@ -594,6 +681,14 @@ def test_with_postgresql_the_service_of_the_settings_is_asked(monkeypatch: pytes
     place = service(load_settings())
     with pytest.raises(Failure, match="vida-coach serve"), place:
         pass
+
+
+async def test_a_pipe_to_the_practice_coach_gets_no_lines_of_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VIDA_PRACTICE_WORDS_PER_SECOND", "0")
+    async with command() as chat:
+        out, err = await chat.process.communicate(b"Hello\n")
+    assert (chat.process.returncode, err) == (0, b"")
+    assert out
 
 
 @contextmanager
@@ -648,6 +743,19 @@ def test_an_owner_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch)
         embedded(),
     ):
         pass
+
+
+def test_who_leaves_waits_for_the_turns_of_others_for_a_moment_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VIDA_PRACTICE_WORDS_PER_SECOND", "0.1")
+    monkeypatch.setattr(server, "DRAIN_SECONDS", 0.2)
+    with embedded() as place, open_channel(place.target) as channel:
+        reply = iter(CoachClient(channel, "eve").say("Hello"))
+        assert isinstance(next(reply), pb.TurnStarted)
+        assert isinstance(next(reply), pb.TextDelta)
+        begun = time.monotonic()
+        place.__exit__(None, None, None)
+        assert time.monotonic() - begun < SECONDS
+        place._server = None
 
 
 def test_what_goes_wrong_at_the_start_is_raised_where_it_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -439,6 +440,34 @@ def test_cancelling_gives_up_a_message_that_can_not_be_delivered(other: OtherSid
     end(call, grpc.StatusCode.UNAVAILABLE)
     with pytest.raises(ConnectionLost):
         reading.next()
+
+
+def test_a_turn_that_is_being_cancelled_is_asked_for_no_faster(other: OtherSide) -> None:
+    client = CoachClient(other.channel, "ada", patience=Patience(first_wait=0.5, longest_wait=0.5))
+    reading = Reading(client.say("Hello"))
+    _, call = other.stream("Chat")
+    reading.reply.cancel()
+    for response in chatted(STARTED):
+        call.send_response(response)
+    assert isinstance(reading.next(), pb.TurnStarted)
+    _, cancel = other.unary("CancelTurn")
+    answer(cancel, agents_api.CancelTurnResponse())
+    end(call, grpc.StatusCode.UNAVAILABLE)
+    lost = reading.next()
+    begun = time.monotonic()
+    assert isinstance(lost, Resuming)
+    other.stream("FollowTurn")
+    assert time.monotonic() - begun >= lost.wait / 2
+
+
+def test_closing_ends_the_wait_for_the_next_try(other: OtherSide) -> None:
+    client = CoachClient(other.channel, "ada", patience=Patience(seconds=1_000, first_wait=500, longest_wait=500))
+    reading = Reading(client.say("Hello"))
+    _, call = other.stream("Chat")
+    end(call, grpc.StatusCode.UNAVAILABLE)
+    assert isinstance(reading.next(), Resuming)
+    reading.reply.close()
+    assert reading.is_at_its_end()
 
 
 def test_leaving_closes_the_call_and_nothing_else(other: OtherSide, client: CoachClient) -> None:
