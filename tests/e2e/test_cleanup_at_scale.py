@@ -17,6 +17,7 @@ import grpc
 import pytest
 
 from adapters.system import Ids
+from entrypoints.cli.main import main
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import resources_pb2 as pb
 from entrypoints.grpc_api.gen.vidacoach.agents.v1.agent_service_pb2_grpc import AgentServiceStub
 from entrypoints.ownership import Ownership
@@ -129,6 +130,21 @@ def test_100_000_threads_without_an_owner(file: Path) -> None:
     assert inactive(file) == due
     assert clean()[1]["expired"] == 0
     assert clean("--domain", "health", "--ttl-days", "0")[1]["expired"] == 0
+
+
+def test_the_time_to_live_is_that_of_the_settings_or_of_the_option(
+    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fill(file, 200)
+    monkeypatch.setenv("OPENAI_THREAD_TTL", "50")
+    for arguments, told in (
+        ((), "expired 0 threads idle since before "),
+        (("--ttl-days", "0", "--dry-run"), "would expire 196 threads "),
+        (("--ttl-days", "0"), "expired 196 threads "),
+    ):
+        assert main(["cleanup", *arguments]) == 0
+        assert capsys.readouterr().out.startswith(told)
+    assert len(inactive(file)) == 196
 
 
 @pytest.mark.parametrize(

@@ -181,6 +181,43 @@ def _age(tx: Transaction, turn_id: str) -> None:
     tx.turns.save_claim(replace(turn, claimed_at=tx.now() - timedelta(hours=1)), "gone")
 
 
+async def test_people_are_told_in_words(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("core.use_cases.recover_turns.RecoverTurns._look_for_turns", _never)
+    gates = Gate(), Gate()
+    async with served(ScriptedAgent([gates[0], DONE], [gates[1], DONE])) as client:
+        thread_id, turn_id = await left_behind(client)
+        at_work = [asyncio.create_task(client.chat("Hello", user)) for user in ("ada", "bob")]
+        for gate in gates:
+            await gate.reached.wait()
+
+        async def told(*arguments: str) -> tuple[str, str]:
+            code, output, errors = await run(*arguments)
+            assert code == 0, errors
+            return output, errors
+
+        async def line(user: str) -> str:
+            return (await told("turns", "list", "--user", user))[0].splitlines()[1]
+
+        assert " gone (gone) " in await line("eve")
+        assert " (alive) " in await line("ada")
+        for what, first in (("threads", "the newest 1: "), ("turns", "the oldest 1: ")):
+            output, errors = await told(what, "list", "--limit", "1")
+            assert (len(output.splitlines()), errors.startswith(first)) == (2, True)
+            assert (await told(what, "list", "--limit", "4"))[1] == ""
+        ending = "incomplete (INTERRUPTED)"
+        for arguments, said in (
+            (("threads", "unlock", thread_id, "--dry-run"), f"would end: {ending}, keeping its partial text"),
+            (("turns", "settle", turn_id, "--dry-run"), f"would end: {ending}, keeping its partial text"),
+            (("turns", "settle", turn_id), f"ended: {ending}, keeping its partial text"),
+            (("turns", "settle", turn_id), f"had ended before: {ending}"),
+        ):
+            assert await told(*arguments) == (f"turn {turn_id} {said}\n", "")
+        assert await told("threads", "unlock", thread_id) == ("no turn was unfinished\n", "")
+        for gate in gates:
+            gate.open()
+        await asyncio.gather(*at_work)
+
+
 async def test_a_living_turn_is_left_alone_unless_forced(run: Run) -> None:
     gate = Gate()
     async with served(ScriptedAgent(["so far", gate, "too late", DONE])) as client:

@@ -1,6 +1,7 @@
 """One process owns an embedded database: by a lock that dies with it, and one connection that writes."""
 
 import os
+import resource
 import signal
 import socket
 import sqlite3
@@ -64,6 +65,35 @@ def test_a_second_server_is_told_who_owns_the_database(tmp_path: Path) -> None:
         assert f"`vida-coach serve` (process {server.pid})" in done.stderr
         assert "Traceback" not in done.stderr
         assert healthy(database)  # the first one is none the worse for it
+
+
+def test_a_server_has_all_the_files_that_it_may_have(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 1_000), hard))
+    try:
+        with serving(tmp_path / "x.db") as server:
+            assert resource.prlimit(server.pid, resource.RLIMIT_NOFILE) == (hard, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize(("files", "fits"), [(1_200, True), (1_199, False)])
+def test_a_bound_on_turns_that_needs_more_files_than_there_may_be_is_refused(
+    tmp_path: Path, files: int, fits: bool
+) -> None:
+    line = ["sh", "-c", f'ulimit -n {files} && exec "$@"', "sh", *SERVE]
+    environment = {**os.environ, "VIDA_DATABASE_URL": f"sqlite:///{tmp_path / 'x.db'}", "VIDA_MAX_TURNS": "500"}
+    with subprocess.Popen(
+        line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as server:
+        assert server.stdout is not None
+        told = server.stdout.readline()
+        server.terminate()
+        _, errors = server.communicate(timeout=30)
+    assert told.startswith("listening on ") is fits
+    if not fits:
+        assert server.returncode == 2
+        assert "set VIDA_MAX_TURNS to at most 499" in errors
 
 
 @pytest.mark.parametrize("setting", ["VIDA_LISTEN", "VIDA_HEALTH_LISTEN"])
