@@ -213,6 +213,30 @@ async def test_a_conversation_lost_between_two_rounds_is_rebuilt_with_the_rounds
     assert len([ref for ref in thread.kept if ref.startswith("conv")]) == 2
 
 
+async def test_another_process_goes_on_behind_a_tool_with_a_copy_that_it_has_looked_at(
+    provider: FakeProvider, thread: ThreadOfTest
+) -> None:
+    await thread.say("Hello")
+    provider.then(Answer(output=(Call("goals", "{}", "call_a"),)))
+    request = thread.begin("My goals?")
+    await thread.round(request)
+    thread.ahead = None  # what its process alone knew
+    (conversation,) = provider.conversations.values()
+    late: Any = {**conversation.items[-1], "id": "fc_x", "call_id": "call_x"}
+    conversation.items.append(late)  # of a try that was not the last
+    exchange = ToolExchange("call_a", "goals", "{}", "none", False)
+    again = replace(request, rounds=(ToolRound("", (exchange,)),))
+    assert said(await thread.round(again)) == "You said: none What would you like to change?"
+    assert list(provider.conversations) == [conversation.id]
+    assert words(conversation.items)[2:] == [
+        "user: My goals?",
+        "call call_a: goals",
+        "answer call_a: none",
+        "assistant: You said: none What would you like to change?",
+    ]
+    assert len(provider.posts) == 3
+
+
 async def test_a_round_that_broke_off_is_repeated_with_all_of_the_turn(
     provider: FakeProvider, thread: ThreadOfTest
 ) -> None:
