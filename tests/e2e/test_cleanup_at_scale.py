@@ -17,6 +17,7 @@ import grpc
 import pytest
 
 from adapters.system import Ids
+from entrypoints.cli import record
 from entrypoints.cli.main import main
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import resources_pb2 as pb
 from entrypoints.grpc_api.gen.vidacoach.agents.v1.agent_service_pb2_grpc import AgentServiceStub
@@ -204,11 +205,32 @@ def test_kill_9_in_the_middle_loses_nothing_and_another_goes_on(
     assert inactive(file) == due
 
 
-def test_a_cleanup_beside_another_without_an_owner_exits_75(file: Path) -> None:
+def test_a_cleanup_beside_another_without_an_owner_exits_75_at_once(
+    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(record, "_START_WAIT", 10_000)
     with Ownership(file, "cleanup"):
-        code, report, errors = clean()
-    assert (code, report) == (75, {})
+        assert main(["cleanup"]) == 75
+    out, errors = capsys.readouterr()
+    assert out == ""
     assert "another cleanup is running" in errors
+
+
+def test_a_cleanup_waits_for_a_short_command(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    due = fill(file, 200)
+    other = Ownership(file, "usage")
+    looks = []
+
+    async def nobody_listens(_: Path) -> None:
+        looks.append(len(inactive(file)))
+        if len(looks) == 3:
+            other.release()
+
+    monkeypatch.setattr(record, "_reached", nobody_listens)
+    other.take()
+    assert main(["cleanup"]) == 0
+    assert looks == [0, 0, 0]
+    assert inactive(file) == due
 
 
 async def chatting(address: str, user: str, stop: asyncio.Event) -> int:

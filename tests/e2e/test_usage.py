@@ -6,7 +6,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,13 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2
 
+from core.model.ledger import Tally
 from core.model.turn import Usage
 from core.ports.agent import RoundFinished
+from core.use_cases.report_usage import ReportLine, UsageReport
 from doubles import DONE, Gate, ScriptedAgent
 from entrypoints.cli.main import main
+from entrypoints.cli.usage import _as_text
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import agent_service_pb2 as agents_api
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import user_service_pb2 as api
 from entrypoints.ownership import Ownership
@@ -225,6 +229,25 @@ def test_the_command_reports_beside_the_server_and_without_it(database: str) -> 
     assert json.loads(usage("--user", "bob", "--by", "", "--format", "json")[1])["lines"][0]["turns"] == 1
     assert json.loads(usage("--agent", "none-v1", "--format", "json")[1])["lines"] == []
     assert "no turns" in usage("--until", "2026-01-01")[1]
+
+
+def test_a_cost_that_is_not_the_whole_is_said_to_be_the_least() -> None:
+    ten = Usage(input_tokens=9, output_tokens=1)
+    lines = [
+        ReportLine(("whole",), Tally(turns=1, usage=ten), Decimal(4)),
+        ReportLine(("cut off",), Tally(turns=2, unmetered_turns=1, usage=ten), Decimal(1)),
+        ReportLine(("half",), Tally(turns=1, usage=ten), Decimal(2), unpriced_tokens=5),
+        ReportLine(("unpriced",), Tally(turns=1, usage=ten), unpriced_tokens=10),
+    ]
+    day = date(2026, 11, 22)
+    told = _as_text(("model",), UsageReport(since=day, until=day, currency="EUR", lines=lines))
+    table, notes = told.split("\n\n")
+    costs = [line.split()[-1] for line in table.splitlines()]
+    assert costs == ["EUR", "4.000000", ">1.000000", ">2.000000", "?", ">7.000000"]
+    assert notes.splitlines()[1:] == [
+        "1 turns were cut off: the provider did not say all that they cost",
+        "15 tokens are of models without a price: set VIDA_PRICES",
+    ]
 
 
 @pytest.mark.parametrize(

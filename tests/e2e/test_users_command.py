@@ -44,6 +44,7 @@ async def the_whole_story(capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 0
     assert [next(iter(piece)) for piece in pieces] == ["user", "thread", "turn", "message", "message", "usage"]
     assert pieces[3]["message"]["message"]["content"] == [{"text": "Remember me"}]
+    assert pieces[3]["message"]["message"]["thread_id"] == pieces[1]["thread"]["id"]
     assert pieces[5]["usage"]["turns"] == "1"
 
     assert await command(capsys, "hold", "ada") == (0, "", "held\n")

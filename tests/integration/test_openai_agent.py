@@ -22,7 +22,7 @@ from adapters.openai.memory import StateMode
 from adapters.openai.models import KeyRefused, ModelMissing, model_sunset, sunset_warning
 from core.model.events import TextDelta
 from core.model.message import RefusalPart, Role, TextPart, ToolExchange
-from core.model.thread import ProviderState
+from core.model.thread import UNSYNCED, ProviderState
 from core.model.turn import TurnReason
 from core.ports.agent import RoundFinished, StateChanged, ToolRound
 from fake_provider import (
@@ -211,6 +211,18 @@ async def test_a_conversation_lost_between_two_rounds_is_rebuilt_with_the_rounds
         "assistant: You said: none What would you like to change?",
     ]
     assert len([ref for ref in thread.kept if ref.startswith("conv")]) == 2
+
+
+async def test_a_first_message_that_is_asked_again_makes_no_second_conversation(
+    provider: FakeProvider, thread: ThreadOfTest
+) -> None:
+    provider.then(HttpError(status=503), Answer(fault=Break(how="eof", after=0)))
+    await thread.say("Hello")
+    (conversation,) = provider.conversations.values()
+    assert words(conversation.items) == [
+        "user: Hello",
+        "assistant: You said: Hello What would you like to change?",
+    ]
 
 
 async def test_another_process_goes_on_behind_a_tool_with_a_copy_that_it_has_looked_at(
@@ -405,6 +417,28 @@ async def test_a_copy_that_was_not_finished_is_not_used(provider: FakeProvider, 
     assert [line[:4] for line in words(conversation.items)] == ["user"] * 27 + ["assi"]
 
 
+async def test_a_conversation_that_is_too_long_makes_room_for_a_shorter_one_which_is_kept(
+    provider: FakeProvider, thread: ThreadOfTest
+) -> None:
+    for number in range(4):
+        await thread.say(f"question {number}")
+    provider.then(HttpError(status=400, code="context_length_exceeded"))
+    await thread.say("Last")
+    long, short = provider.conversations.values()
+    kept = words(short.items)
+    assert 2 < len(kept) < len(long.items)
+    assert kept[:-2] == words(long.items)[-len(kept[:-2]) :]
+    thread.add(Role.USER, "Unanswered")
+    await thread.say("And now?")
+    assert list(provider.conversations.values()) == [long, short]
+    assert words(short.items) == [
+        *kept,
+        "user: Unanswered",
+        "user: And now?",
+        "assistant: You said: And now? What would you like to change?",
+    ]
+
+
 async def test_a_locked_conversation_is_waited_for(
     provider: FakeProvider, thread: ThreadOfTest, naps: Naps
 ) -> None:
@@ -448,6 +482,40 @@ async def test_after_an_unknown_outcome_the_provider_is_asked_what_it_has(
     await turn
     assert [request.method for request in provider.requests[-4:]] == ["POST", "GET", "DELETE", "POST"]
     assert [line for line in words(conversation.items) if line == "user: Second"] == ["user: Second"]
+
+
+@pytest.fixture
+def chain(client: AsyncOpenAI, naps: Naps) -> ThreadOfTest:
+    """A thread whose copy is a chain of responses."""
+    mode = StateMode.RESPONSE_CHAIN
+    return ThreadOfTest(OpenAIAgent(client, model="gpt-6-luna", user_key=USER_KEY, state_mode=mode, sleep=naps))
+
+
+async def test_another_process_goes_on_behind_a_tool_from_the_last_link_that_is_on_record(
+    provider: FakeProvider, chain: ThreadOfTest
+) -> None:
+    await chain.say("Hello")
+    provider.then(Answer(output=(Call("goals", "{}", "call_a"),)))
+    request = chain.begin("My goals?")
+    await chain.round(request)
+    chain.ahead = None  # what its process alone knew
+    exchange = ToolExchange("call_a", "goals", "{}", "none", False)
+    again = replace(request, rounds=(ToolRound("", (exchange,)),))
+    assert said(await chain.round(again)) == "You said: none What would you like to change?"
+    _, asked, resumed = provider.posts
+    assert resumed["previous_response_id"] == asked["previous_response_id"]
+    assert len(resumed["input"]) == 3
+
+
+async def test_a_chain_in_doubt_is_begun_anew(provider: FakeProvider, chain: ThreadOfTest) -> None:
+    await chain.say("First")
+    await chain.say("Second")
+    assert chain.state is not None
+    chain.state = replace(chain.state, synced_to=UNSYNCED)
+    await chain.say("Third")
+    await chain.say("Fourth")
+    sent = [("previous_response_id" in body, len(body["input"])) for body in provider.posts]
+    assert sent == [(False, 1), (True, 1), (False, 5), (True, 1)]
 
 
 async def test_without_state_every_request_says_everything(

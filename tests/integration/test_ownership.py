@@ -24,7 +24,9 @@ from adapters.sql.engines import reader_engine, writer_engine
 from adapters.sql.store import SqlStore
 from core.model.errors import StoreUnavailable
 from doubles import ManualClock
+from entrypoints.grpc_api.gen.vidacoach.agents.v1.agent_service_pb2_grpc import AgentServiceStub
 from entrypoints.ownership import DatabaseOwnedError, Ownership, socket_path
+from harness import DEADLINE, message
 
 SERVE = [sys.executable, "-m", "entrypoints.cli.main", "serve", "--listen", "127.0.0.1:0"]
 
@@ -75,6 +77,21 @@ def test_a_server_has_all_the_files_that_it_may_have(tmp_path: Path) -> None:
             assert resource.prlimit(server.pid, resource.RLIMIT_NOFILE) == (hard, hard)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_second_signal_cuts_a_drain_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VIDA_PRACTICE_WORDS_PER_SECOND", "0.01")
+    database = tmp_path / "x.db"
+    with serving(database) as server, grpc.insecure_channel(f"unix:{socket_path(database)}") as channel:
+        events = AgentServiceStub(channel).Chat(message("I want a new job"), timeout=DEADLINE)
+        while not next(events).event.HasField("text_delta"):
+            """What comes before the text."""
+        server.send_signal(signal.SIGTERM)
+        assert server.stderr is not None
+        assert any("stopping: running turns have" in line for line in server.stderr)
+        assert server.poll() is None
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(DEADLINE) == 0
 
 
 @pytest.mark.parametrize(("files", "fits"), [(1_200, True), (1_199, False)])
