@@ -127,6 +127,17 @@ async def test_why_a_copy_stays_is_said(
     assert "kanarienvogel" not in stays.value.reason
 
 
+@pytest.mark.parametrize(("status", "code"), [(400, "conversation_locked"), (409, ""), (425, ""), (429, "")])
+async def test_a_conversation_that_is_busy_is_asked_for_again_when_it_says(
+    provider: FakeProvider, copies: OpenAICopies, status: int, code: str
+) -> None:
+    made = await copies._client.conversations.create(items=[{"type": "message", "role": "user", "content": "x"}])
+    provider.refusals["deletions"] = [HttpError(status=status, code=code or None, headers={"retry-after": "7"})]
+    with pytest.raises(CopyStays) as stays:
+        await copies.erase(made.id)
+    assert (stays.value.refused, stays.value.retry_after) == (False, 7.0)
+
+
 async def test_a_provider_that_is_away_is_no_refusal() -> None:
     client = make_client(KEY, "http://127.0.0.1:1/v1", 2)
     with pytest.raises(CopyStays) as stays:
