@@ -683,14 +683,6 @@ def test_with_postgresql_the_service_of_the_settings_is_asked(monkeypatch: pytes
         pass
 
 
-async def test_a_pipe_to_the_practice_coach_gets_no_lines_of_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VIDA_PRACTICE_WORDS_PER_SECOND", "0")
-    async with command() as chat:
-        out, err = await chat.process.communicate(b"Hello\n")
-    assert (chat.process.returncode, err) == (0, b"")
-    assert out
-
-
 @contextmanager
 def embedded() -> Iterator[EmbeddedService]:
     with EmbeddedService(load_settings()) as place:

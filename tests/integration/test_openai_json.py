@@ -130,7 +130,25 @@ async def test_its_failures_count_for_everybody(agent: OpenAIAgent, provider: Fa
             await agent.complete_json(QUESTION)
         assert failed.value.reason is TurnReason.PROVIDER_UNAVAILABLE
     assert agent.refusal() is not None
+    with pytest.raises(AgentFailed) as failed:
+        await agent.complete_json(QUESTION)
+    assert failed.value.reason is TurnReason.PROVIDER_UNAVAILABLE
     assert len(provider.posts) == FAILURES
+
+
+async def test_an_answer_ends_a_row_of_failures(agent: OpenAIAgent, provider: FakeProvider) -> None:
+    for _ in range(FAILURES):
+        provider.then(REFUSALS["unavailable"][0], said(ANSWER))
+        await agent.complete_json(QUESTION)
+    assert agent.refusal() is None
+
+
+async def test_what_is_wrong_with_a_question_is_nobody_elses(agent: OpenAIAgent, provider: FakeProvider) -> None:
+    for _ in range(FAILURES):
+        provider.then(HttpError(status=400))
+        with pytest.raises(AgentFailed):
+            await agent.complete_json(QUESTION)
+    assert agent.refusal() is None
 
 
 async def test_its_time_is_bounded(provider: FakeProvider) -> None:
