@@ -1,5 +1,6 @@
 """What every suite may use: clean settings, an own PostgreSQL, stores of every kind."""
 
+import logging
 import os
 import platform
 import shutil
@@ -14,6 +15,7 @@ from adapters.sql.schema import migrate
 from adapters.sql.store import SqlStore
 from core.ports.store import Store
 from doubles import ManualClock
+from entrypoints.observability import _OURS
 from own_postgres import OwnPostgres, Postgres, Spares, templated
 
 
@@ -25,6 +27,22 @@ def clean_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
             monkeypatch.delenv(name)
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def clean_logging() -> Iterator[None]:
+    """What a command sets up in this process ends with its test: others look at what is logged as well."""
+    root = logging.getLogger()
+    loggers = [root, *map(logging.getLogger, _OURS)]
+    levels = [logger.level for logger in loggers]
+    handlers, told = root.handlers[:], logging.raiseExceptions
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
+    for handler in root.handlers[:]:
+        if handler not in handlers:
+            root.removeHandler(handler)
+    logging.raiseExceptions = told
 
 
 @pytest.fixture(scope="session")

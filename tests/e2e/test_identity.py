@@ -382,6 +382,26 @@ async def test_without_certificates_a_caller_is_its_tokens_client(
     assert callers(sqlite_url) == ["token:backend", "token:app", "token"]
 
 
+async def test_without_a_policy_a_token_is_for_its_user_alone(
+    lab: Lab, sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VIDA_DATABASE_URL", sqlite_url)
+    for certified in (True, False):
+        lab.set(client_ca=certified, policy=False)
+        if not certified:
+            monkeypatch.delenv("VIDA_TLS_CLIENT_CA")
+        async with lab.served(ScriptedAgent(), APP if certified else None) as client:
+            ada = Caller(client.channel, lab.issuer.token("ada"))
+            of = await begin(ada, "ada")
+            for name in ABOUT_SOMETHING.keys() | ABOUT_A_USER.keys():
+                assert (await ada.refusal(name, "eve", of))[1] == "CALLER_NOT_ALLOWED"
+            nobody = Caller(client.channel, None)
+            assert (await nobody.refusal("AgentService/GetTurn", "ada", of))[1] == "UNAUTHENTICATED"
+            with pytest.raises(grpc.aio.AioRpcError) as error:
+                await ada.call("AdminService/ListTurns", "ada", of)
+            assert error.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
 async def test_an_authorization_is_one_bearer_token(
     lab: Lab, sqlite_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,7 @@
 """Nothing personal leaks sideways: canaries in every field, none in logs, metrics, traces, or in what callers are
 told of errors."""
 
+import asyncio
 import io
 import json
 import logging
@@ -259,6 +260,14 @@ async def test_what_a_provider_says_stays_inside(out: Outlets, monkeypatch: pyte
             assert (await answer(client)).error.reason == "PROVIDER_CONFIG"
     checked(out, "provider fault")
     assert {span.name for span in out.collector.spans} >= {"chat gpt-6-luna", "execute_tool set_goal"}
+
+
+async def test_what_nobody_waited_for_is_told_without_its_words(out: Outlets) -> None:
+    async with served(ScriptedAgent()):
+        asyncio.get_running_loop().call_exception_handler(
+            {"message": "an exception was never retrieved", "exception": explode("task"), "task": CANARY}
+        )
+    checked(out, "event loop: an exception was never retrieved")
 
 
 async def test_lines_say_which_call_turn_and_thread_they_are_about(out: Outlets) -> None:

@@ -72,7 +72,7 @@ async def bounded(client: Client, calls: int) -> AsyncIterator[grpc.aio.Channel]
         ids=part.ids(),
         access=part.access(),
         bounds=server.Bounds(
-            request_bytes=2**20, connections=10, streams=10, calls=calls, stream_seconds=60, connection_seconds=60
+            request_bytes=2**20, connections=9, streams=8, calls=calls, stream_seconds=70, connection_seconds=60
         ),
         reflected=False,
     )
@@ -98,7 +98,10 @@ async def test_more_calls_than_allowed_are_refused_and_health_checks_are_not() -
         assert not (await client.threads.ListThreads(threads_api.ListThreadsRequest(user_id="ada"))).threads
 
 
-async def test_as_many_calls_as_allowed_are_taken_and_each_gives_its_place_back() -> None:
+async def test_as_many_calls_as_allowed_are_taken_and_each_gives_its_place_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("VIDA_DRAIN", "0")  # a failure shows at once
     gate = Gate()
     async with served(ScriptedAgent(["a", gate, DONE])) as client, bounded(client, calls=2) as channel:
         agents: Any = AgentServiceStub(channel)
@@ -125,6 +128,32 @@ async def test_as_many_calls_as_allowed_are_taken_and_each_gives_its_place_back(
         assert await ask() == ""
         gate.open()
         await rest_of(held)
+
+
+async def test_what_the_library_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What would take minutes to be seen, or a peer whose cable is cut."""
+    told: list[dict[str, Any]] = []
+    make = grpc.aio.server
+
+    def noted(*, options: list[tuple[str, Any]], **more: Any) -> grpc.aio.Server:
+        told.append(dict(options))
+        return make(options=options, **more)
+
+    monkeypatch.setattr(grpc.aio, "server", noted)
+    async with served() as client, bounded(client, calls=1):
+        options = told[-1]
+    assert options["grpc.max_receive_message_length"] == 2**20
+    assert options["grpc.max_allowed_incoming_connections"] == 9
+    assert options["grpc.max_concurrent_streams"] == 8
+    assert options["grpc.max_connection_age_ms"] == 60_000
+    # Streams that are open on a connection that is to be closed come to their end.
+    assert options["grpc.max_connection_age_grace_ms"] >= 70_000
+    assert options["grpc.keepalive_time_ms"] + options["grpc.http2.ping_timeout_ms"] <= 25_000
+    assert options["grpc.keepalive_timeout_ms"] == options["grpc.http2.ping_timeout_ms"]
+    # A client of ours that asks whether the server is there is not sent away for it.
+    assert options["grpc.http2.max_pings_without_data"] == 0
+    assert options["grpc.http2.min_recv_ping_interval_without_data_ms"] < 20_000
+    assert options["grpc.server.max_pending_requests"] == options["grpc.server.max_pending_requests_hard_limit"]
 
 
 async def test_an_old_connection_is_left_without_harm(monkeypatch: pytest.MonkeyPatch) -> None:
