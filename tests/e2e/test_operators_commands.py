@@ -16,6 +16,7 @@ import pytest
 from adapters.catalog.loader import SHIPPED
 from core.model.events import TextDelta, TurnStarted
 from core.model.message import Role
+from core.model.thread import ThreadState
 from core.ports.store import Transaction
 from core.ports.turns import LogAppend
 from doubles import DONE, Gate, ScriptedAgent
@@ -216,6 +217,35 @@ async def test_people_are_told_in_words(run: Run, monkeypatch: pytest.MonkeyPatc
         for gate in gates:
             gate.open()
         await asyncio.gather(*at_work)
+
+
+@pytest.mark.parametrize("beside", [True, False], ids=["beside a service", "alone"])
+async def test_lists_are_as_long_as_asked_for_and_have_every_state(run: Run, beside: bool) -> None:
+    async def story() -> None:
+        listed = (await as_json(run, "threads", "list"))["threads"]
+        assert [one["state"] for one in listed] == ["inactive", "active", "active"]
+        newest = (await as_json(run, "threads", "list", "--limit", "1"))["threads"]
+        assert newest == listed[:1]
+        assert len((await as_json(run, "threads", "list", "--state", "active"))["threads"]) == 2
+        assert len((await as_json(run, "turns", "list"))["turns"]) == 2
+        assert len((await as_json(run, "turns", "list", "--limit", "1"))["turns"]) == 1
+
+    def fill(tx: Transaction) -> None:
+        tx.users.ensure("eve", tx.now())
+        tx.threads.add(
+            a_thread("eve", state=ThreadState.INACTIVE, last_message_at=tx.now() + timedelta(minutes=1))
+        )
+
+    gate = Gate()
+    async with served(ScriptedAgent([gate, DONE], [gate, DONE])) as client:
+        streams = [client.agents.Chat(message(), timeout=DEADLINE) for _ in range(2)]
+        for stream in streams:
+            await stream.read()
+        await client.container.store().write(fill)
+        if beside:
+            await story()
+    if not beside:
+        await story()
 
 
 async def test_a_living_turn_is_left_alone_unless_forced(run: Run) -> None:

@@ -22,8 +22,10 @@ from core.use_cases.report_usage import ReportLine, UsageReport
 from doubles import DONE, Gate, ScriptedAgent
 from entrypoints.cli.main import main
 from entrypoints.cli.usage import _as_text
+from entrypoints.grpc_api.gen.vidacoach.admin.v1 import admin_service_pb2 as admin_api
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import agent_service_pb2 as agents_api
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import user_service_pb2 as api
+from entrypoints.grpc_api.services import admin
 from entrypoints.ownership import Ownership
 from harness import Client, detail, message, reason, served
 
@@ -150,6 +152,30 @@ async def test_the_bound_on_turns_in_flight_says_which_it_is(monkeypatch: pytest
         assert [violation.subject for violation in quota.violations] == ["in_progress"]
         gate.open()
         await at_work
+
+
+async def test_a_long_report_comes_in_pieces(sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VIDA_DATABASE_URL", sqlite_url)
+    monkeypatch.setattr(admin, "_LINES", 2)
+    written: list[admin_api.ReportUsageResponse] = []
+
+    class Context:
+        async def write(self, response: admin_api.ReportUsageResponse) -> None:
+            written.append(response)
+
+    async with served(ScriptedAgent()) as client:
+        service: Any = client.container.admin_service()
+        request = admin_api.ReportUsageRequest(by=["user"])
+        await service.ReportUsage(request, Context())
+        assert [len(piece.lines) for piece in written] == [0]  # what it is about is told all the same
+        assert written[0].until_day == today()
+        users = ["ada", "bob", "eve", "kim", "lea"]
+        for user in users:
+            await client.chat(user=user)
+        written.clear()
+        await service.ReportUsage(request, Context())
+        assert [[*line.group] for piece in written for line in piece.lines] == [[user] for user in users]
+        assert [len(piece.lines) for piece in written] == [2, 2, 1]
 
 
 PRICES = """
