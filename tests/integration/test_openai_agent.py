@@ -518,6 +518,33 @@ async def test_a_chain_in_doubt_is_begun_anew(provider: FakeProvider, chain: Thr
     assert sent == [(False, 1), (True, 1), (False, 5), (True, 1)]
 
 
+async def test_a_chain_that_is_too_long_is_begun_anew_with_less(
+    provider: FakeProvider, chain: ThreadOfTest
+) -> None:
+    for number in range(4):
+        await chain.say(f"question {number}")
+    provider.then(HttpError(status=400, code="context_length_exceeded"))
+    await chain.say("Last")
+    refused, sent = provider.posts[-2:]
+    assert "previous_response_id" in refused
+    assert "previous_response_id" not in sent
+    assert 1 < len(sent["input"]) < 9
+
+
+async def test_what_another_mode_has_left_behind_is_not_gone_on_with(
+    provider: FakeProvider, thread: ThreadOfTest, chain: ThreadOfTest
+) -> None:
+    await thread.say("First")
+    chain.messages, chain.turns, chain.state = thread.messages, thread.turns, thread.state
+    await chain.say("Second")
+    thread.turns, thread.state = chain.turns, chain.state
+    await thread.say("Third")
+    assert thread.state is not None
+    conversation = provider.conversations[thread.state.conversation_id or ""]
+    said_there = [line for line in words(conversation.items) if line.startswith("user: ")]
+    assert said_there == ["user: First", "user: Second", "user: Third"]
+
+
 async def test_without_state_every_request_says_everything(
     provider: FakeProvider, client: AsyncOpenAI, naps: Naps
 ) -> None:
