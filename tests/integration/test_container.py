@@ -23,6 +23,8 @@ from entrypoints.grpc_api.server import Bounds, Server
 from entrypoints.settings import SettingsError, load_settings
 from records import a_thread
 
+ANY_KEY = "none"
+
 
 async def make(container: Container) -> dict[str, object]:
     """Every part, by name."""
@@ -182,7 +184,7 @@ async def test_what_is_set_reaches_the_parts(sqlite_url: str, monkeypatch: pytes
     """What shows in no short test of the whole service: its seconds are many, or its bounds are wide."""
     monkeypatch.setenv("VIDA_DATABASE_URL", sqlite_url)
     for name, value in {
-        "OPENAI_API_KEY": "sk-test",
+        "OPENAI_API_KEY": ANY_KEY,
         "OPENAI_BASE_URL": "http://127.0.0.1:1/v1",
         "VIDA_TURN_BUDGET": "3600",
         "VIDA_LEASE": "7",
