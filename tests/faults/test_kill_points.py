@@ -31,8 +31,8 @@ pytestmark = pytest.mark.timeout(60 * REPEATS)
 class Case:
     """A point, the message whose turn passes it, and what must become of that turn.
 
-    `cut` is the position at which the stream breaks. `tool` counts calls and effects. `words` are those that are
-    kept where the turn does not complete.
+    `cut` is the last position at which the stream may break. `tool` counts calls and effects. `words` are those
+    that are kept where the turn does not complete.
     """
 
     point: str
@@ -121,8 +121,9 @@ async def test_a_turn(case: Case, database_url: str, cluster: Cluster) -> None:
         by_the_kill = [
             cut for cut, why in zip(told.cuts, told.refusals, strict=False) if why != "STORE_UNAVAILABLE"
         ]
-        assert len(by_the_kill) == 1
-        assert case.cut in (None, by_the_kill[0])
+        # Who comes back before the dead one is off the list meets it once more: at the same position.
+        assert len(set(by_the_kill)) == 1
+        assert case.cut is None or by_the_kill[0] <= case.cut, "more was shown than was committed"
         whole = expected(told.message)
         assert told.text == (whole if case.state == COMPLETED else _first_words(whole, case.words))
         lines = Effects(cluster.folder / "effects").lines(f"{told.turn_id}:")
