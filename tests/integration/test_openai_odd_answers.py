@@ -1,6 +1,7 @@
 """Answers about conversations that are nothing of the sort: they end a turn by its name, or are got around."""
 
 import json
+from collections.abc import AsyncIterator
 from dataclasses import replace
 
 import httpx2
@@ -27,12 +28,27 @@ DEEP = b"[" * 100_000
 ANY_KEY = "none"
 
 
+class Body(httpx2.AsyncByteStream):
+    """An answer's body, which holds a connection until it is closed."""
+
+    def __init__(self, content: bytes) -> None:
+        self._content = content
+        self.closed = False
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        yield self._content
+
+    async def aclose(self) -> None:
+        self.closed = True
+
+
 class Odd:
     """A provider with one conversation after another, that answers some requests as told."""
 
     def __init__(self, *, kind: str = "text/event-stream", **answers: bytes) -> None:
         self.kind = kind
         self.answers = answers
+        self.bodies: list[Body] = []
         self.asked: list[str] = []
         self.made = 0
         self.client = AsyncOpenAI(
@@ -49,8 +65,9 @@ class Odd:
         path = request.url.path.removeprefix("/v1/")
         self.asked.append(f"{request.method} {path}")
         if path == "responses":
-            reply, kind = self.answers.get("reply", REPLY), self.kind
-            return httpx2.Response(200, content=reply, headers={"content-type": kind} if kind else {})
+            body = Body(self.answers.get("reply", REPLY))
+            self.bodies.append(body)
+            return httpx2.Response(200, stream=body, headers={"content-type": self.kind} if self.kind else {})
         if (request.method, path) == ("POST", "conversations"):
             self.made += 1
             made = json.dumps({"id": f"conv_{self.made}", "object": "conversation"}).encode()
@@ -77,6 +94,7 @@ async def test_an_answer_that_is_no_stream_is_not_asked_for_again(kind: str, rep
     odd = Odd(kind=kind, reply=reply)
     assert await fails(odd.thread()) == (TurnReason.PROVIDER_PROTOCOL, "")
     assert odd.asked.count("POST responses") == 1
+    assert [body.closed for body in odd.bodies] == [True]
 
 
 @pytest.mark.parametrize("kind", ["", "text/plain", "application/octet-stream"])

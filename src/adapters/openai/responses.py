@@ -55,11 +55,12 @@ class Responses:
             response = (await watchdog.wait(call)).http_response
             exchange.opened = True
             exchange.request_id = response.headers.get("x-request-id", "")
-            if response.headers.get("content-type", "").partition(";")[0].strip().lower() in _NO_STREAMS:
-                raise ProviderFault(TurnReason.PROVIDER_PROTOCOL)
+            kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
             body = _body(response)
             del call, response  # they hold the request and all that it says, which nobody needs any more
             async with aclosing(body), aclosing(_pieces(body)) as pieces:
+                if kind in _NO_STREAMS:
+                    raise ProviderFault(TurnReason.PROVIDER_PROTOCOL)
                 while reading.end is None:
                     deltas = reading.read(await _events(pieces, splitter, watchdog))
                     exchange.started = True
