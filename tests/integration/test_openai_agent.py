@@ -24,7 +24,7 @@ from core.model.events import TextDelta
 from core.model.message import RefusalPart, Role, TextPart, ToolExchange
 from core.model.thread import UNSYNCED, ProviderState
 from core.model.turn import TurnReason
-from core.ports.agent import RoundFinished, StateChanged, ToolRound
+from core.ports.agent import ReplyRequest, RoundFinished, StateChanged, ToolRound
 from fake_provider import (
     Answer,
     Break,
@@ -225,19 +225,24 @@ async def test_a_first_message_that_is_asked_again_makes_no_second_conversation(
     ]
 
 
-async def test_another_process_goes_on_behind_a_tool_with_a_copy_that_it_has_looked_at(
-    provider: FakeProvider, thread: ThreadOfTest
-) -> None:
-    await thread.say("Hello")
+async def taken_over_behind_a_tool(provider: FakeProvider, thread: ThreadOfTest) -> ReplyRequest:
+    """A request whose first round called a tool, as another process goes on with it."""
     provider.then(Answer(output=(Call("goals", "{}", "call_a"),)))
     request = thread.begin("My goals?")
     await thread.round(request)
     thread.ahead = None  # what its process alone knew
+    exchange = ToolExchange("call_a", "goals", "{}", "none", False)
+    return replace(request, rounds=(ToolRound("", (exchange,)),))
+
+
+async def test_another_process_goes_on_behind_a_tool_with_a_copy_that_it_has_looked_at(
+    provider: FakeProvider, thread: ThreadOfTest
+) -> None:
+    await thread.say("Hello")
+    again = await taken_over_behind_a_tool(provider, thread)
     (conversation,) = provider.conversations.values()
     late: Any = {**conversation.items[-1], "id": "fc_x", "call_id": "call_x"}
     conversation.items.append(late)  # of a try that was not the last
-    exchange = ToolExchange("call_a", "goals", "{}", "none", False)
-    again = replace(request, rounds=(ToolRound("", (exchange,)),))
     assert said(await thread.round(again)) == "You said: none What would you like to change?"
     assert list(provider.conversations) == [conversation.id]
     assert words(conversation.items)[2:] == [
@@ -495,12 +500,7 @@ async def test_another_process_goes_on_behind_a_tool_from_the_last_link_that_is_
     provider: FakeProvider, chain: ThreadOfTest
 ) -> None:
     await chain.say("Hello")
-    provider.then(Answer(output=(Call("goals", "{}", "call_a"),)))
-    request = chain.begin("My goals?")
-    await chain.round(request)
-    chain.ahead = None  # what its process alone knew
-    exchange = ToolExchange("call_a", "goals", "{}", "none", False)
-    again = replace(request, rounds=(ToolRound("", (exchange,)),))
+    again = await taken_over_behind_a_tool(provider, chain)
     assert said(await chain.round(again)) == "You said: none What would you like to change?"
     _, asked, resumed = provider.posts
     assert resumed["previous_response_id"] == asked["previous_response_id"]
