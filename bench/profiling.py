@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -76,14 +76,21 @@ def serve(out: Path) -> None:
     """`vida-coach serve`, which writes to a file where its time went between SIGUSR1 and SIGUSR2."""
     from entrypoints.cli.main import main
 
-    samples: Counter[str] = Counter()
+    samples: dict[str, float] = defaultdict(float)
     before: dict[str, float] = {}
+    last = 0.0
 
     def sample(_: int, frame: FrameType | None) -> None:
-        samples[_place(frame)] += 1
+        # The signal comes for what all threads have used: what is counted is this one's share of it.
+        nonlocal last
+        now = time.thread_time()
+        samples[_place(frame)] += now - last
+        last = now
 
     def begin(_: int, __: FrameType | None) -> None:
+        nonlocal last
         samples.clear()
+        last = time.thread_time()
         before.update(_thread_seconds())
         signal.setitimer(signal.ITIMER_PROF, SAMPLE_SECONDS, SAMPLE_SECONDS)
 

@@ -21,7 +21,8 @@ FULL = 0.8
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
     """A load, and what became of it. `cpu` is the server's processor time in seconds, `base` what it used before,
-    `peak` what it used while all streams were live, or at the end if they never were.
+    `peak` what it used while all streams were live, or at the end if they never were. `cpu_live` and `deltas_live`
+    are for the time from then to the end of the first stream.
 
     `beside` is how much of a core the generator and the provider took together, `others` how much of the server's
     core was taken by processes that are none of this.
@@ -34,6 +35,15 @@ class Run:
     peak: Usage
     beside: float
     others: float
+    cpu_live: float
+    deltas_live: int
+
+    @property
+    def per_delta_live(self) -> float:
+        """The server's microseconds per delta while all streams are live. Raises BenchError if they never were."""
+        if not self.deltas_live:
+            raise BenchError(f"{self.server}: its streams were never all live: {self.outcome.failed}")
+        return self.cpu_live / self.deltas_live * 1e6
 
     @property
     def per_delta(self) -> float:
@@ -66,6 +76,8 @@ class Generator:
         peak = server.usage()
         if when_live is not None and said == LIVE:
             when_live()
+        deltas_live = int(self._process.line(load.seconds + 60))
+        cpu_live = server.usage().cpu - peak.cpu
         outcome = Outcome.read(self._process.line(load.seconds + 60))
         after, wall = server.usage(), time.monotonic() - begun
         cpu = after.cpu - before.cpu
@@ -77,6 +89,8 @@ class Generator:
             peak=peak,
             beside=outcome.busy + (upstream.usage().cpu - provider.cpu) / wall,
             others=max(0.0, busy_seconds(self._core) - busy - cpu) / wall,
+            cpu_live=cpu_live,
+            deltas_live=deltas_live,
         )
 
 

@@ -120,6 +120,7 @@ class Tally:
     completed: int = 0
     deltas: int = 0
     messages: int = 0
+    arrived: int = 0
     failed: Counter[str] = field(default_factory=Counter)
     first_text: array[int] = field(default_factory=lambda: array("q"))
     added: array[int] = field(default_factory=lambda: array("q"))
@@ -157,6 +158,7 @@ class Stream:
             tally.first_text.append(now - self._began)
             tally.spoken += 1
         self._count += count
+        tally.arrived += count
         tally.messages += 1
 
     def end(self, problem: str | None) -> None:
@@ -197,7 +199,9 @@ class Generator:
                 self._calls.append(calls)
                 self._watch(calls)
         began, cpu = time.monotonic(), time.process_time()
-        tally, told, stall = self._tally, False, 0.0
+        tally, stall = self._tally, 0.0
+        before_live: int | None = None
+        while_live: int | None = None
         while tally.over < self._load.streams and (passed := time.monotonic() - began) < self._load.seconds:
             wait = self._ask(passed)
             asleep = time.monotonic()
@@ -207,16 +211,21 @@ class Generator:
             for number, _ in events:
                 self._read(number)
             self._busy.append(time.monotonic_ns() - woken)
-            if not told and tally.spoken >= self._load.streams:
-                told = True
+            if before_live is None and tally.spoken >= self._load.streams:
+                before_live = tally.arrived
                 print(LIVE, flush=True)
+            if before_live is not None and while_live is None and tally.over:
+                while_live = tally.arrived - before_live
+                print(while_live, flush=True)
         wall, cpu = time.monotonic() - began, time.process_time() - cpu
         for connection in self._open.values():
             connection.socket.close()
         if unfinished := self._load.streams - tally.over:
             tally.failed["unfinished"] += unfinished
-        if not told:
+        if before_live is None:
             print("never live", flush=True)
+        if while_live is None:
+            print(0, flush=True)
         return Outcome(
             completed=tally.completed,
             failed=dict(tally.failed),
@@ -282,7 +291,11 @@ _RESPONSE = json.dumps({"model": MODEL, "input": "Hello", "stream": True}).encod
 
 
 def main() -> None:
-    """Runs one load after another, as they are asked for."""
+    """Runs one load after another, as they are asked for.
+
+    Prints a line when all streams are live, one when the first of them ends, with how many deltas came in between,
+    and one with the outcome.
+    """
     gc.disable()
     for line in sys.stdin:
         print(json.dumps(asdict(Generator(Load(**json.loads(line))).run())), flush=True)

@@ -18,6 +18,7 @@ from typing import Any
 import httpx2
 import openai
 import pytest
+import uvloop
 
 from adapters.openai.client import make_client
 from adapters.openai.transport import MAX_FIELD, PullTransport
@@ -158,6 +159,75 @@ async def test_what_comes_between_two_reads_is_one_piece() -> None:
         await sent.wait()
         await until(lambda: unread(connection) == 100 * len(chunk(b"more ")) + len(chunk(b"")))
         assert [piece async for piece in pieces] == [b"more " * 100]
+
+
+on_both_loops = pytest.mark.parametrize(
+    "loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"]
+)
+"""`serve` runs on uvloop, all else on asyncio's own: they look at sockets at different times."""
+
+
+async def paused_behind(
+    exchanges: "asyncio.Queue[Exchange]", pieces: AsyncIterator[bytes], response: Any
+) -> Exchange:
+    """Reads a first piece, lets another slip in before the pause, and waits for that."""
+    exchange = await exchanges.get()
+    assert await anext(pieces) == b"one "
+    response.stream._stream._response.content.feed_data(b"slipped ")
+    _, transport = socket_of(response)
+    await until(lambda: not transport.is_reading())
+    return exchange
+
+
+@on_both_loops
+def test_what_slips_in_before_a_pause_comes_with_what_comes_behind_it(
+    loop: Callable[[], asyncio.AbstractEventLoop],
+) -> None:
+    async def run() -> None:
+        async with streaming() as (exchanges, response):
+            pieces = response.aiter_raw()
+            exchange = await paused_behind(exchanges, pieces, response)
+            connection, transport = socket_of(response)
+            for sent, came in ((b"abc", b"slipped abc"), (b"def", b"def")):
+                await exchange.send(chunk(sent))
+                await until(lambda: unread(connection) == len(chunk(b"abc")))
+                assert await anext(pieces) == came
+                await until(lambda: not transport.is_reading())
+
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(run())
+
+
+@on_both_loops
+def test_what_slips_in_before_a_pause_is_not_lost_with_the_connection(
+    loop: Callable[[], asyncio.AbstractEventLoop],
+) -> None:
+    async def run() -> None:
+        async with streaming() as (exchanges, response):
+            pieces = response.aiter_raw()
+            exchange = await paused_behind(exchanges, pieces, response)
+            exchange.reset()
+            assert await anext(pieces) == b"slipped "
+            with pytest.raises(httpx2.TransportError):
+                await anext(pieces)
+
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(run())
+
+
+@asynccontextmanager
+async def streaming() -> AsyncIterator[tuple["asyncio.Queue[Exchange]", httpx2.Response]]:
+    """An answer that has begun, and the server's end of it."""
+    exchanges: asyncio.Queue[Exchange] = asyncio.Queue()
+
+    async def answer(exchange: Exchange) -> None:
+        await exchange.request()
+        await exchange.send(CHUNKED + chunk(b"one "))
+        exchanges.put_nowait(exchange)
+        await exchange.reader.read()
+
+    async with serving(answer) as server, client() as http, http.stream("POST", server.url) as response:
+        yield exchanges, response
 
 
 async def test_a_sender_is_held_up_while_nobody_reads() -> None:

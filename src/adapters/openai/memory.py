@@ -7,7 +7,7 @@ from enum import StrEnum
 from functools import partial
 from typing import Any, Protocol
 
-from openai import AsyncOpenAI, omit
+from openai import AsyncOpenAI
 from openai.types.responses import ResponseInputItemParam
 
 from adapters.openai.context import Context
@@ -129,9 +129,12 @@ class ConversationMemory(Memory):
         self._built = True
         items = await self._context.items()
         first, rest = items[:MAX_ITEMS], items[MAX_ITEMS:]
+        begin = self._client.conversations.with_raw_response.create
+        body = {"items": first} if first else {}
         with translated(Exchange()):
-            created = await self._client.conversations.create(items=first or omit, metadata=labels(self._request))
-        conversation = identifier(getattr(created, "id", None), MAX_CONVERSATION_ID)
+            created = await begin(extra_body={**body, "metadata": labels(self._request)})
+            found = decoded(created.content) or {}
+        conversation = identifier(found.get("id"), MAX_CONVERSATION_ID)
         if conversation is None:
             raise ProviderFault(TurnReason.PROVIDER_PROTOCOL)
         self._gone = False

@@ -139,13 +139,12 @@ class _Body(httpx2.AsyncByteStream):
         return self
 
     async def __anext__(self) -> bytes:
-        self._go_on()
         try:
             if self._seconds is None:
-                piece = await self._response.content.readany()
+                piece = await self._piece()
             else:
                 async with asyncio.timeout(self._seconds):
-                    piece = await self._response.content.readany()
+                    piece = await self._piece()
         except _FAILURES as error:
             raise _as_httpx2(error) from error
         if not piece:
@@ -153,6 +152,16 @@ class _Body(httpx2.AsyncByteStream):
         # Whoever comes back at once finds it reading: to pause costs as much as to read.
         self._pausing = self._loop.call_soon(self._pause)
         return piece
+
+    async def _piece(self) -> bytes:
+        content = self._response.content
+        if not self._goes_on() or not (left := content.read_nowait()):
+            return await content.readany()
+        # This came between the last piece and the pause. Were it handed out alone, what waits behind it would come
+        # in its place, and everything one piece late from now on.
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)  # asyncio looks at the socket in the first turn and reads in the second
+        return left if content.exception() is not None else left + content.read_nowait()
 
     async def aclose(self) -> None:
         self._response.close()
@@ -165,12 +174,15 @@ class _Body(httpx2.AsyncByteStream):
         if (transport := self._transport()) is not None:
             transport.pause_reading()
 
-    def _go_on(self) -> None:
+    def _goes_on(self) -> bool:
+        """Goes on reading. Returns whether it had paused."""
         if self._pausing is not None:
             self._pausing.cancel()
             self._pausing = None
-        elif (transport := self._transport()) is not None:
+            return False
+        if (transport := self._transport()) is not None:
             transport.resume_reading()
+        return True
 
     def _transport(self) -> asyncio.Transport | None:
         connection = self._response.connection

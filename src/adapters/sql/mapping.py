@@ -27,7 +27,7 @@ from core.model.turn import Continuation, Turn, TurnReason, TurnState, Usage
 from core.model.user import User
 from core.ports.threads import NewMessage
 
-_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 AnyRow = Row[*tuple[Any, ...]]
 Values = dict[str, Any]
@@ -362,8 +362,8 @@ def dump_events(events: Sequence[TurnEvent]) -> str:
     """Writes events as compact JSON. What an ended turn and its reply are stands in their own rows."""
     match events:
         case [TextDelta(text, refusal=False)]:  # nearly every row of a running turn, in a fraction of the time
-            return f'[["t",{_encode(text)}]]'
-    return _encode([_event_values(event) for event in events])
+            return f'[["t",{encode(text)}]]'
+    return encode([_event_values(event) for event in events])
 
 
 def load_events(stored: Sequence[str], finished: TurnFinished | None) -> list[TurnEvent]:

@@ -22,10 +22,10 @@ from core.use_cases.turn_feed import TurnFeed
 
 _log = logging.getLogger(__name__)
 
-_PACE_PER_TURN = 0.0003
-_MIN_PACE, _MAX_PACE = 0.004, 0.15
+_PACE_PER_TURN = 0.0005
+_MIN_PACE, _MAX_PACE = 0.004, 0.18
 """Seconds between two pieces of a turn's text; less than the least is not waited for."""
-_COMMITS_IN_A_PACE = 5
+_COMMITS_IN_A_PACE = 6
 _FETCHES_IN_A_PACE = 30
 """How many times turns are sent to fetch more, those together whose time it is."""
 _MIN_TICK = 0.005

@@ -14,12 +14,14 @@ from sqlalchemy import (
     bindparam,
     column,
     delete,
+    exists,
     func,
     insert,
     literal_column,
     select,
     update,
 )
+from sqlalchemy.types import TypeEngine
 
 from adapters.sql import mapping as m
 from adapters.sql import tables as t
@@ -61,7 +63,6 @@ def _ends_at(turn_id: ColumnElement[str], start: ColumnElement[int]) -> ColumnEl
 _open = select(_turn.id).where(
     _turn.id == _it, _turn.epoch == bindparam("of_epoch"), _is_running, _ends_at(_it, _start)
 )
-_ADD_IF_OPEN = Statement(insert(t.turn_log).from_select(_COLUMNS, _open.add_columns(_position, _start, _events)))
 _kept_open = _open.with_for_update(read=True).cte("open")
 # Nobody waits to hear that it was taken: if it was not, this divides by zero. A row that breaks a rule of its
 # table would fail as well, and stand in the server's log as a whole.
@@ -75,8 +76,27 @@ _BEGIN_ATTEMPT = Statement(
     update(t.turns).where(_turn.id == _it).values(attempt=bindparam("new_attempt", type_=Integer))
 )
 
-# The same for a whole group in one statement, and without waiting for a lock: PostgreSQL. To look first whether a
-# row is free costs as much as all the rest.
+# The same for a whole group in one statement: SQLite. For each statement its thread gives the interpreter away,
+# and waits for it again while replies are read.
+_of_batch = func.json_each(bindparam("batch", type_=Text)).table_valued("value", name="each")
+
+
+def _of_each(number: int, type_: TypeEngine[Any]) -> ColumnElement[Any]:
+    return func.json_extract(_of_batch.c.value, literal_column(f"'$[{number}]'"), type_=type_)
+
+
+_each_id, _each_start = _of_each(0, String()), _of_each(2, BigInteger())
+_ADD_IF_OPEN = Statement(
+    insert(t.turn_log).from_select(
+        _COLUMNS,
+        select(_each_id, _of_each(3, BigInteger()), _each_start, _of_each(4, Text())).where(
+            exists().where(_turn.id == _each_id, _turn.epoch == _of_each(1, Integer()), _is_running),
+            _ends_at(_each_id, _each_start),
+        ),
+    )
+)
+
+# And without waiting for a lock: PostgreSQL. To look first whether a row is free costs as much as all the rest.
 _ids = bindparam("ids", type_=ARRAY(String))
 _sets = (
     func.unnest(
@@ -171,13 +191,15 @@ class TurnLog(Repository, turns.TurnLog):
     def _append_alone(self, values: Sequence[dict[str, Any]]) -> Appended:
         """For a writer that has the whole database: nobody is busy."""
         if not self._session.hopeful:
-            return Appended(
-                frozenset(each["of_turn"] for each in values if self._session.count(_ADD_IF_OPEN, each))
-            )
+            return Appended(frozenset(each["of_turn"] for each in values if self._add([each])))
         self._session.hoped = True
-        if self._session.count_each(_ADD_IF_OPEN, values) != len(values):
+        if self._add(values) != len(values):
             raise Conflict
         return Appended(frozenset(each["of_turn"] for each in values))
+
+    def _add(self, values: Sequence[dict[str, Any]]) -> int:
+        """Adds those that continue the log of an open turn; returns how many they are."""
+        return self._session.count(_ADD_IF_OPEN, {"batch": m.encode([tuple(each.values()) for each in values])})
 
     def read(self, turn_id: str, after: int = 0) -> Sequence[LogEntry]:
         rows = self._session.rows(_READ, {"of_turn": turn_id, "behind": after})
