@@ -5,7 +5,7 @@ import json
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from adapters.openai.errors import ProviderFault
@@ -75,22 +75,22 @@ def test_comments_are_no_events() -> None:
     assert split([b": ping\n\n: ping\n\n"]) == []
 
 
-@pytest.mark.parametrize("size", [1, 100])
-def test_an_endless_event_is_refused(size: int) -> None:
+@given(st.lists(st.integers(min_value=0), max_size=8), st.sampled_from([b"", b"\n\ndata: 3\n\n"]))
+@example([], b"")
+@example([], b"\n\ndata: 3\n\n")
+def test_an_event_that_is_too_long_ends_it_behind_what_came_before(places: list[int], behind: bytes) -> None:
+    data = b"data: 1\n\ndata: 2\n\ndata: " + b"x" * 1000 + behind
     splitter = SseSplitter(max_event=1000)
-
-    def feed_without_end() -> None:
-        for _ in range(2000):
-            splitter.feed(b"x" * size)
-
-    with pytest.raises(ProviderFault) as caught:
-        feed_without_end()
-    assert caught.value.reason is TurnReason.OUTPUT_LIMIT
+    events = [event for chunk in cut(data, places) for event in splitter.feed(chunk)]
+    assert events == [b"1", b"2"]
+    assert splitter.fault is not None
+    assert splitter.fault.reason is TurnReason.OUTPUT_LIMIT
 
 
-def test_an_event_that_is_too_long_is_refused_also_in_one_piece() -> None:
-    with pytest.raises(ProviderFault):
-        SseSplitter(max_event=1000).feed(b"data: " + b"x" * 1000 + b"\n\n")
+def test_an_event_as_long_as_allowed_is_read() -> None:
+    splitter = SseSplitter(max_event=1000)
+    assert splitter.feed(b"data: " + b"x" * 994 + b"\n\n") == [b"x" * 994]
+    assert splitter.fault is None
 
 
 @pytest.mark.parametrize("data", [b"{", b"nonsense", b"[1]", b'"text"', b"\xff", b"[" * 100_000])

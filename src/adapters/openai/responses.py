@@ -215,10 +215,10 @@ def _pieces(body: httpx2.Response | httpx2.AsyncByteStream) -> AsyncGenerator[by
 
 async def _events(pieces: AsyncIterator[bytes], splitter: SseSplitter, watchdog: Watchdog) -> list[bytes]:
     """The next events that have come as a whole. Raises ProviderFault where there are no more."""
-    while (piece := await watchdog.wait(anext(pieces, None))) is not None:
+    while splitter.fault is None and (piece := await watchdog.wait(anext(pieces, None))) is not None:
         if events := splitter.feed(piece):
             return events
-    raise ProviderFault(TurnReason.PROVIDER_TRUNCATED, Remedy.LOOK)
+    raise splitter.fault or ProviderFault(TurnReason.PROVIDER_TRUNCATED, Remedy.LOOK)
 
 
 def _as_event(status: str, response: bytes) -> bytes:

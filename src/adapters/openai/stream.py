@@ -42,11 +42,12 @@ _WANTED = frozenset(
 class SseSplitter:
     """Splits a stream of Server-Sent Events, however it is cut into chunks.
 
-    Takes LF, CRLF and CR. Half an event at the end of the stream is no event. Raises ProviderFault
-    (`OUTPUT_LIMIT`) where an event is longer than `max_event` bytes.
+    Takes LF, CRLF and CR. Half an event at the end of the stream is no event. Where an event is longer than
+    `max_event` bytes, `fault` is set (`OUTPUT_LIMIT`): what came before it is returned, what follows is not.
     """
 
     def __init__(self, max_event: int = MAX_EVENT_BYTES) -> None:
+        self.fault: ProviderFault | None = None
         self._max_event = max_event
         self._buffer = bytearray()
         self._after_cr = False
@@ -56,24 +57,26 @@ class SseSplitter:
 
         The data of an event whose name says that nobody wants it is b"".
         """
+        if self.fault is not None:
+            return []
         if self._after_cr or b"\r" in chunk:
             chunk = self._with_line_feeds(chunk)
         buffer = self._buffer
         searched = max(len(buffer) - 1, 0)
         buffer += chunk
         end = buffer.rfind(b"\n\n", searched)
-        if end < 0:
-            self._check(len(buffer))
-            return []
-        blocks = bytes(buffer[:end]).split(b"\n\n")
-        del buffer[: end + 2]
-        self._check(len(buffer))
-        events = []
+        blocks: list[bytes] = []
+        if end >= 0:
+            blocks = bytes(buffer[:end]).split(b"\n\n")
+            del buffer[: end + 2]
+        events: list[bytes] = []
         for block in blocks:
-            self._check(len(block))
+            if self._refuses(block):
+                return events
             data = _data_of(block)
             if data is not None:
                 events.append(data)
+        self._refuses(buffer)
         return events
 
     def _with_line_feeds(self, chunk: bytes) -> bytes:
@@ -84,9 +87,12 @@ class SseSplitter:
             self._after_cr = chunk.endswith(b"\r")
         return chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
 
-    def _check(self, size: int) -> None:
-        if size > self._max_event:
-            raise ProviderFault(TurnReason.OUTPUT_LIMIT)
+    def _refuses(self, event: bytes | bytearray) -> bool:
+        if len(event) <= self._max_event:
+            return False
+        self.fault = ProviderFault(TurnReason.OUTPUT_LIMIT)
+        self._buffer.clear()
+        return True
 
 
 def _data_of(block: bytes) -> bytes | None:
