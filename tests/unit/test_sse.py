@@ -1,6 +1,5 @@
 """Server-Sent Events read the same, however the bytes arrive."""
 
-import asyncio
 import json
 from itertools import pairwise
 
@@ -9,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from adapters.openai.errors import ProviderFault
-from adapters.openai.stream import Silence, SseSplitter, TextCleaner, Watchdog, clean, decoded
+from adapters.openai.stream import SseSplitter, TextCleaner, clean, decoded
 from core.model.turn import TurnReason
 
 DELTA = "response.output_text.delta"
@@ -113,20 +112,3 @@ def test_cleaning_does_not_depend_on_the_cuts(text: str, places: list[int]) -> N
     assert whole == clean(text)
     assert "\0" not in whole
     whole.encode()
-
-
-async def soon() -> str:
-    await asyncio.sleep(0)
-    await asyncio.sleep(0)
-    return "heard"
-
-
-async def test_only_an_event_ends_a_silence() -> None:
-    watchdog = Watchdog(Silence(first_event=0.0, idle=10.0, last_event=0.0))
-    with pytest.raises(TimeoutError):
-        await watchdog.wait(soon())
-    watchdog.heard()
-    assert await watchdog.wait(soon()) == "heard"
-    watchdog.heard(all_said=True)
-    with pytest.raises(TimeoutError):
-        await watchdog.wait(soon())

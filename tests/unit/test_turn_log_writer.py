@@ -1,9 +1,7 @@
 """Group commit in virtual time: what waits for the tick, and what becomes of a commit that fails."""
 
 import asyncio
-import functools
-import selectors
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -22,45 +20,13 @@ from core.use_cases.turn_log_writer import OpenLog, TurnLogWriter
 from doubles import CATALOG, ManualClock
 from harness import until
 from records import NOW, a_thread, a_turn, request
+from virtual_time import in_virtual_time
 
 T = TypeVar("T")
 
 TICK = 0.005
 COMMIT = 0.002
 """Virtual seconds that a commit takes."""
-
-
-class VirtualTime(asyncio.SelectorEventLoop):
-    """A loop in which waiting takes no time: when nothing is ready, the clock jumps to the next timer."""
-
-    def __init__(self) -> None:
-        self._virtual = 1_000.0
-        loop = self
-
-        class Selector(selectors.SelectSelector):
-            def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-                ready = super().select(0)
-                if not ready and timeout is None:
-                    raise AssertionError("everything waits for something that never comes")
-                if not ready and timeout:
-                    loop._virtual += timeout
-                return ready
-
-        super().__init__(Selector())
-
-    def time(self) -> float:
-        return self._virtual
-
-
-def in_virtual_time(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
-    """Runs a test in a loop with virtual time."""
-
-    @functools.wraps(test)
-    def run(**arguments: object) -> None:
-        with asyncio.Runner(loop_factory=VirtualTime) as runner:
-            runner.run(test(**arguments))
-
-    return run
 
 
 class SlowStore(Store):

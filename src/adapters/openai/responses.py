@@ -49,9 +49,8 @@ class Responses:
         Closing it closes the connection: that stops a response that is not written in the background.
         """
         exchange = Exchange()
-        watchdog = Watchdog(self._silence)
         splitter = SseSplitter()
-        with translated(exchange):
+        with translated(exchange), Watchdog(self._silence) as watchdog:
             response = (await watchdog.wait(call)).http_response
             exchange.opened = True
             exchange.request_id = response.headers.get("x-request-id", "")

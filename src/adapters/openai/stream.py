@@ -6,7 +6,7 @@ import re
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import jiter
 
@@ -177,12 +177,25 @@ class Silence:
 class Watchdog:
     """Bounds the silence of a provider. Only events end a silence: comments and bytes don't.
 
-    The time that the reader spends elsewhere between two waits is not counted.
+    The time that the reader spends elsewhere between two waits is not counted. To be left when all is read: it has
+    one timer, which is moved on when it strikes. A timer for each wait costs as much as what is waited for.
     """
 
     def __init__(self, silence: Silence) -> None:
         self._silence = silence
         self._left = silence.first_event
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+        self._strikes_at = self._due = 0.0
+        self._waiting: asyncio.Task[Any] | None = None
+        self._struck = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
 
     def heard(self, *, all_said: bool = False) -> None:
         """An event came; `all_said`: and only the end can follow."""
@@ -190,13 +203,41 @@ class Watchdog:
 
     async def wait(self, awaitable: Awaitable[T]) -> T:
         """Waits within what is left of the silence. Raises TimeoutError."""
-        now = asyncio.get_running_loop().time
-        began = now()
+        task = asyncio.current_task()
+        assert task is not None
+        cancelled_before = task.cancelling()
+        self._due = self._loop.time() + self._left
+        if self._timer is None or self._due < self._strikes_at:
+            self._set_timer()
+        self._waiting = task
         try:
-            async with asyncio.timeout(self._left):
-                return await awaitable
+            return await awaitable
+        except asyncio.CancelledError as cancelled:
+            if self._struck and task.cancelling() - 1 <= cancelled_before:
+                raise TimeoutError from cancelled
+            raise
         finally:
-            self._left = max(self._left - (now() - began), 0.0)
+            self._waiting = None
+            self._left = max(self._due - self._loop.time(), 0.0)
+            if self._struck:
+                self._struck = False
+                task.uncancel()
+
+    def _set_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._strikes_at = self._due
+        self._timer = self._loop.call_at(self._due, self._strike)
+
+    def _strike(self) -> None:
+        self._timer = None
+        if self._waiting is None:
+            return
+        if self._loop.time() < self._due:
+            self._set_timer()
+        else:
+            self._struck = True
+            self._waiting.cancel()
 
 
 async def drain(chunks: AsyncIterator[bytes]) -> None:
