@@ -17,7 +17,7 @@ from harness import rest_of
 
 SUITE = "load"
 STREAMS = sized("LOAD_STREAMS", 40, 100, 2_000)
-WAVES = 3
+WAVES = sized("LOAD_WAVES", 3, 3, 8)
 MOST_MEMORY = 256
 """KiB that a stream may cost the server, whatever its reader does."""
 SPREAD = 16
@@ -64,6 +64,7 @@ async def test_nobody_waits_for_slow_readers(cluster: Cluster, tmp_path: Path) -
         FIGURES.add(SUITE, {"streams": len(quick), "slow readers": few, "readers of nothing": few})
     await judge(SUITE, url, cluster.addresses, tolds, draw)
     FIGURES.add(SUITE, {f"MiB at most in wave {wave}": peak for wave, peak in enumerate(peaks)})
-    base, first, *_, last = peaks
+    # The heap takes some waves to find its size; a leak goes on.
+    base, first, settled, last = peaks[0], peaks[1], peaks[WAVES // 2], peaks[-1]
     assert first - base <= SPREAD + STREAMS * MOST_MEMORY / 1024
-    assert last <= first + SPREAD, "what a wave took has not been given back"
+    assert last <= settled + SPREAD, "what a wave took has not been given back"
