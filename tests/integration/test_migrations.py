@@ -425,3 +425,33 @@ def test_a_database_of_the_fifth_version_gets_its_active_threads_by_days(sqlite_
     assert migrate(sqlite_url) is SchemaState.OUTDATED
     assert indexes() == {by_day}
     assert drift(sqlite_url) == []
+
+
+def test_the_rows_of_a_log_lie_together_and_outlive_the_way_there(tmp_path: Path) -> None:
+    """Of a table's kind Alembic knows nothing either."""
+    file = tmp_path / "vida.db"
+    url = f"sqlite:///{file}"
+    rows = [("b", 1, 0, "[]"), ("a", 7, 3, '[["t","é"]]'), ("a", 3, 0, "[]")]
+
+    def log() -> tuple[bool, list[tuple[Any, ...]]]:
+        connection = sqlite3.connect(file)
+        ((made,),) = connection.execute("SELECT sql FROM sqlite_master WHERE name = 'turn_log'")
+        found = connection.execute("SELECT turn_id, position, start, events FROM turn_log").fetchall()
+        connection.close()
+        return made.rstrip().endswith("WITHOUT ROWID"), found
+
+    step(url, "0003")
+    turn = next(row for table, row in OLD_ROWS if table == "turns")
+    turns = [("turns", {**turn, "id": turn_id, "state": "completed", "finished_at": TIME}) for turn_id in "ab"]
+    for table, row in [*(each for each in OLD_ROWS if each[0] not in ("turns", "messages", "turn_log")), *turns]:
+        values = ", ".join("TRUE" if v is True else "FALSE" if v is False else repr(v) for v in row.values())
+        execute(url, f"INSERT INTO {table} ({', '.join(row)}) VALUES ({values})")
+    step(url, "0008")
+    for each in rows:
+        execute(url, f"INSERT INTO turn_log VALUES {each}")
+    assert log() == (False, rows)
+    assert migrate(url) is SchemaState.OUTDATED
+    assert log() == (True, sorted(rows))
+    assert drift(url) == []
+    step(url, "-0008")
+    assert log() == (False, sorted(rows))

@@ -281,12 +281,15 @@ messages = Table(
     _on_sqlite("thread_id", "assistant_threads.id"),
 )
 attachments = Table("attachments", metadata, AttachmentColumns, PrimaryKeyConstraint("turn_id", "number"))
+# By rowid, each row of a long log would be on a page with those of all turns that run beside it: to read and to
+# delete it when the turn has ended would touch as many pages as it has rows.
 turn_log = Table(
     "turn_log",
     metadata,
     TurnLogColumns,
     PrimaryKeyConstraint("turn_id", "position"),
     _on_sqlite("turn_id", "turns.id"),
+    sqlite_with_rowid=False,
 )
 goals = Table("goals", metadata, GoalColumns, UniqueConstraint("key"))
 usage = Table("usage", metadata, UsageColumns, PrimaryKeyConstraint("user_id", "day", "agent_id", "model", "slot"))
