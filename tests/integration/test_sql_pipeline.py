@@ -304,6 +304,7 @@ async def test_the_way_of_a_change_to_the_server_and_back_is_short(
     postgres_url: str, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is not read costs no wait of its own."""
+    monkeypatch.setattr(writer, "_WORD", 60.0)  # word of it to others travels between two changes, or with one
     store = SqlStore(postgres_url, clock)
     await store.write(lambda tx: [tx.agents.publish(agent) for agent in CATALOG.agents()])
     waits = 0
