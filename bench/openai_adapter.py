@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import importlib
 import json
 import statistics
 import sys
@@ -19,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "bench")]
 
 import aiohttp  # noqa: E402
+import uvloop  # noqa: E402
 from openai import AsyncOpenAI  # noqa: E402
 
 from adapters.openai import OpenAIAgent, make_client  # noqa: E402
@@ -178,7 +178,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="how often each way reads a reply (%(default)s)")
     parser.add_argument("--deltas", type=int, default=10_000, help="of a reply (%(default)s)")
     parser.add_argument("--streams", type=int, nargs="*", default=[40, 200], help="that are paced (40 200)")
-    parser.add_argument("--uvloop", action="store_true", help="use uvloop, which must be installed for that")
+    parser.add_argument(
+        "--asyncio", action="store_true", help="run on asyncio's own loop, not on uvloop as `serve`"
+    )
     parser.add_argument("--json", action="store_true", help="print every measurement as JSON")
     options = parser.parse_args()
     all_ways = ("typed", "adapter", "ticked")
@@ -192,9 +194,7 @@ def main() -> None:
         ),
         Load("set-up", ("--flat-out",), 1, 1, 100 * options.rounds, ("typed", "adapter", "bare")),
     ]
-    run = asyncio.run
-    if options.uvloop:
-        run = importlib.import_module("uvloop").run
+    run = asyncio.run if options.asyncio else uvloop.run
     results = {}
     for load in loads:
         print(f"{load.name}: {load.deltas} deltas a reply", file=sys.stderr, flush=True)
