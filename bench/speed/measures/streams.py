@@ -32,7 +32,7 @@ def steady(bench: Bench, server: Server, streams: int) -> Run:
 
 
 def delta(bench: Bench) -> list[Verdict]:
-    """CPU per delta at 500 streams, beside the null server; and of everybody at a load that nobody minds."""
+    """CPU per delta while 500 streams are live, beside null; and of everybody at a load that nobody minds."""
     streams = 100 if bench.quick else 500
     with bench.field(PRODUCT, "null") as found:
         runs = _rounds(bench, found, streams)

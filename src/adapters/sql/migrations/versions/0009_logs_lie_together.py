@@ -27,4 +27,4 @@ def _recreate(*, with_rowid: bool) -> None:
         reflect_kwargs={"resolve_fks": False},
         table_kwargs={"sqlite_with_rowid": with_rowid},
     ):
-        """Only the table's kind changes."""
+        pass  # only the table's kind changes
