@@ -118,6 +118,12 @@ def step(url: str, revision: str) -> None:
     engine.dispose()
 
 
+def insert(url: str, table: str, row: dict[str, Any]) -> None:
+    """Adds a row behind the service's back."""
+    values = ", ".join("TRUE" if v is True else "FALSE" if v is False else repr(v) for v in row.values())
+    execute(url, f"INSERT INTO {table} ({', '.join(row)}) VALUES ({values})")
+
+
 TIME = "2026-01-01 00:00:00.000000"
 OLD_ROWS: list[tuple[str, dict[str, Any]]] = [
     ("users", {"id": "ada", "created_at": TIME}),
@@ -194,8 +200,7 @@ OLD_ROWS: list[tuple[str, dict[str, Any]]] = [
 async def test_a_database_of_the_first_version_is_brought_along_with_its_data(empty_url: str) -> None:
     step(empty_url, "0001")
     for table, row in OLD_ROWS:
-        values = ", ".join("TRUE" if v is True else "FALSE" if v is False else repr(v) for v in row.values())
-        execute(empty_url, f"INSERT INTO {table} ({', '.join(row)}) VALUES ({values})")
+        insert(empty_url, table, row)
     assert migrate(empty_url) is SchemaState.OUTDATED
     assert drift(empty_url) == []
 
@@ -243,8 +248,7 @@ async def test_a_database_of_the_third_version_gets_a_ledger_of_its_turns(empty_
         {**late, "id": "5", "input_tokens": 100, "state": "running"},
     ]
     for table, row in [*rows, *(("turns", row) for row in turns)]:
-        values = ", ".join("TRUE" if v is True else "FALSE" if v is False else repr(v) for v in row.values())
-        execute(empty_url, f"INSERT INTO {table} ({', '.join(row)}) VALUES ({values})")
+        insert(empty_url, table, row)
     assert migrate(empty_url) is SchemaState.OUTDATED
     assert drift(empty_url) == []
     usage = Usage(input_tokens=33, cached_input_tokens=7, output_tokens=5, reasoning_tokens=9)
@@ -444,8 +448,7 @@ def test_the_rows_of_a_log_lie_together_and_outlive_the_way_there(tmp_path: Path
     turn = next(row for table, row in OLD_ROWS if table == "turns")
     turns = [("turns", {**turn, "id": turn_id, "state": "completed", "finished_at": TIME}) for turn_id in "ab"]
     for table, row in [*(each for each in OLD_ROWS if each[0] not in ("turns", "messages", "turn_log")), *turns]:
-        values = ", ".join("TRUE" if v is True else "FALSE" if v is False else repr(v) for v in row.values())
-        execute(url, f"INSERT INTO {table} ({', '.join(row)}) VALUES ({values})")
+        insert(url, table, row)
     step(url, "0008")
     for each in rows:
         execute(url, f"INSERT INTO turn_log VALUES {each}")

@@ -10,7 +10,7 @@ import ssl
 import struct
 import subprocess
 import termios
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -161,10 +161,17 @@ async def test_what_comes_between_two_reads_is_one_piece() -> None:
         assert [piece async for piece in pieces] == [b"more " * 100]
 
 
-on_both_loops = pytest.mark.parametrize(
-    "loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"]
-)
-"""`serve` runs on uvloop, all else on asyncio's own: they look at sockets at different times."""
+def on_both_loops(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """Runs a test on uvloop, as `serve` does, and on asyncio's own: they look at sockets at different times."""
+
+    def run(loop: Callable[[], asyncio.AbstractEventLoop]) -> None:
+        with asyncio.Runner(loop_factory=loop) as runner:
+            runner.run(test())
+
+    loops = pytest.mark.parametrize(
+        "loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"]
+    )
+    return loops(run)
 
 
 async def paused_behind(
@@ -180,39 +187,27 @@ async def paused_behind(
 
 
 @on_both_loops
-def test_what_slips_in_before_a_pause_comes_with_what_comes_behind_it(
-    loop: Callable[[], asyncio.AbstractEventLoop],
-) -> None:
-    async def run() -> None:
-        async with streaming() as (exchanges, response):
-            pieces = response.aiter_raw()
-            exchange = await paused_behind(exchanges, pieces, response)
-            connection, transport = socket_of(response)
-            for sent, came in ((b"abc", b"slipped abc"), (b"def", b"def")):
-                await exchange.send(chunk(sent))
-                await until(lambda: unread(connection) == len(chunk(b"abc")))
-                assert await anext(pieces) == came
-                await until(lambda: not transport.is_reading())
-
-    with asyncio.Runner(loop_factory=loop) as runner:
-        runner.run(run())
+async def test_what_slips_in_before_a_pause_comes_with_what_comes_behind_it() -> None:
+    async with streaming() as (exchanges, response):
+        pieces = response.aiter_raw()
+        exchange = await paused_behind(exchanges, pieces, response)
+        connection, transport = socket_of(response)
+        for sent, came in ((b"abc", b"slipped abc"), (b"def", b"def")):
+            await exchange.send(chunk(sent))
+            await until(lambda: unread(connection) == len(chunk(b"abc")))
+            assert await anext(pieces) == came
+            await until(lambda: not transport.is_reading())
 
 
 @on_both_loops
-def test_what_slips_in_before_a_pause_is_not_lost_with_the_connection(
-    loop: Callable[[], asyncio.AbstractEventLoop],
-) -> None:
-    async def run() -> None:
-        async with streaming() as (exchanges, response):
-            pieces = response.aiter_raw()
-            exchange = await paused_behind(exchanges, pieces, response)
-            exchange.reset()
-            assert await anext(pieces) == b"slipped "
-            with pytest.raises(httpx2.TransportError):
-                await anext(pieces)
-
-    with asyncio.Runner(loop_factory=loop) as runner:
-        runner.run(run())
+async def test_what_slips_in_before_a_pause_is_not_lost_with_the_connection() -> None:
+    async with streaming() as (exchanges, response):
+        pieces = response.aiter_raw()
+        exchange = await paused_behind(exchanges, pieces, response)
+        exchange.reset()
+        assert await anext(pieces) == b"slipped "
+        with pytest.raises(httpx2.TransportError):
+            await anext(pieces)
 
 
 @asynccontextmanager

@@ -28,6 +28,7 @@ from core.model.user import User
 from core.ports.threads import NewMessage
 
 encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+"""Writes compact JSON."""
 
 AnyRow = Row[*tuple[Any, ...]]
 Values = dict[str, Any]

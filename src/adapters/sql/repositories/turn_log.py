@@ -81,16 +81,16 @@ _BEGIN_ATTEMPT = Statement(
 _of_batch = func.json_each(bindparam("batch", type_=Text)).table_valued("value", name="each")
 
 
-def _of_each(number: int, type_: TypeEngine[Any]) -> ColumnElement[Any]:
-    return func.json_extract(_of_batch.c.value, literal_column(f"'$[{number}]'"), type_=type_)
+def _of_each(name: str, type_: TypeEngine[Any]) -> ColumnElement[Any]:
+    return func.json_extract(_of_batch.c.value, literal_column(f"'$.{name}'"), type_=type_)
 
 
-_each_id, _each_start = _of_each(0, String()), _of_each(2, BigInteger())
+_each_id, _each_start = _of_each("of_turn", String()), _of_each("start", BigInteger())
 _ADD_IF_OPEN = Statement(
     insert(t.turn_log).from_select(
         _COLUMNS,
-        select(_each_id, _of_each(3, BigInteger()), _each_start, _of_each(4, Text())).where(
-            exists().where(_turn.id == _each_id, _turn.epoch == _of_each(1, Integer()), _is_running),
+        select(_each_id, _of_each("position", BigInteger()), _each_start, _of_each("events", Text())).where(
+            exists().where(_turn.id == _each_id, _turn.epoch == _of_each("of_epoch", Integer()), _is_running),
             _ends_at(_each_id, _each_start),
         ),
     )
@@ -199,7 +199,7 @@ class TurnLog(Repository, turns.TurnLog):
 
     def _add(self, values: Sequence[dict[str, Any]]) -> int:
         """Adds those that continue the log of an open turn; returns how many they are."""
-        return self._session.count(_ADD_IF_OPEN, {"batch": m.encode([tuple(each.values()) for each in values])})
+        return self._session.count(_ADD_IF_OPEN, {"batch": m.encode(values)})
 
     def read(self, turn_id: str, after: int = 0) -> Sequence[LogEntry]:
         rows = self._session.rows(_READ, {"of_turn": turn_id, "behind": after})
