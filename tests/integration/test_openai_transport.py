@@ -404,6 +404,13 @@ async def test_connections_that_nobody_uses_are_closed(monkeypatch: pytest.Monke
         assert descriptors() <= before
 
 
+async def test_an_address_of_another_kind_is_told_apart() -> None:
+    async with client() as http:
+        for _ in range(2):  # its place is free again
+            with pytest.raises(httpx2.UnsupportedProtocol):
+                await http.post("ftp://127.0.0.1/")
+
+
 async def test_nobody_listening_is_told_apart() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]
@@ -432,6 +439,14 @@ async def test_an_answer_cut_short_or_broken(data: bytes) -> None:
         for _ in range(2):  # its place is free again
             with pytest.raises(httpx2.RemoteProtocolError):
                 await http.post(server.url)
+
+
+async def test_whatever_letters_a_server_names_its_status_in() -> None:
+    data = OK.replace(b"200 OK", b"503 D\xe9pass\xe9")
+    async with serving(saying(data)) as server, client() as http:
+        for _ in range(2):  # its place is free again
+            response = await http.post(server.url)
+            assert (response.status_code, response.text) == (503, "ok")
 
 
 async def test_a_reset_in_the_middle_of_a_body() -> None:
@@ -539,6 +554,23 @@ async def test_a_certificate_of_an_own_authority(certificate: Path, no_proxy_yet
             assert (await http.post(server.url)).text == "ok"
             with pytest.raises(httpx2.ConnectError):
                 await http.post(server.url.replace("127.0.0.1", "localhost"))
+
+
+async def test_the_client_tells_nothing_to_whom_nobody_vouches_for(
+    certificate: Path, no_proxy_yet: pytest.MonkeyPatch
+) -> None:
+    requests = []
+
+    async def answer(exchange: Exchange) -> None:
+        requests.append(await exchange.request())
+        await exchange.send(OK)
+
+    no_proxy_yet.delenv("SSL_CERT_FILE", raising=False)
+    async with serving(answer, tls=tls_of(certificate)) as server, make_client("key", server.url, 1) as asking:
+        with pytest.raises(openai.APIConnectionError) as refused:
+            await asking.models.list()
+    assert isinstance(refused.value.__cause__, httpx2.ConnectError)
+    assert requests == []
 
 
 async def test_an_encrypted_sender_is_held_up_as_well(certificate: Path, no_proxy_yet: pytest.MonkeyPatch) -> None:

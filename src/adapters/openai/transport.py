@@ -65,11 +65,12 @@ class PullTransport(httpx2.AsyncBaseTransport):
         except BaseException:
             self._room.release()
             raise
+        reason = (response.reason or "").encode(errors="surrogateescape")  # bytes that are no UTF-8 as they came
         return httpx2.Response(
             response.status,
             headers=response.raw_headers,
             stream=_Body(response, limits["read"], self._room.release),
-            extensions={"http_version": b"HTTP/1.1", "reason_phrase": (response.reason or "").encode()},
+            extensions={"http_version": b"HTTP/1.1", "reason_phrase": reason},
         )
 
     async def aclose(self) -> None:
