@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from adapters.openai.round import MAX_TOKENS, RoundReader
+from adapters.openai.round import MAX_CALLS, MAX_TOKENS, RoundReader
 from adapters.openai.stream import MAX_ID
 from core.model.events import TextDelta, ToolCalled
 from core.model.turn import TurnReason, Usage
@@ -167,6 +167,26 @@ def test_calls_come_with_the_end_and_once() -> None:
     reader.read([event("response.completed", response={"output": [item]})])
     assert reader.end is not None
     assert reader.end.calls == (ToolCalled("call_1", "goals", '{"a": 1}'),)
+
+
+def test_as_many_calls_as_allowed_are_taken_though_the_end_repeats_them() -> None:
+    def read(count: int) -> RoundReader:
+        facts = {"type": "function_call", "name": "goals", "arguments": "{}"}
+        items = [{**facts, "call_id": f"call_{number}"} for number in range(count)]
+        reader = RoundReader()
+        reader.read(
+            event("response.output_item.done", output_index=place, item=item) for place, item in enumerate(items)
+        )
+        reader.read([event("response.completed", response={"output": items})])
+        return reader
+
+    most = read(MAX_CALLS)
+    assert most.fault is None
+    assert most.end is not None
+    assert len(most.end.calls) == MAX_CALLS
+    more = read(MAX_CALLS + 1)
+    assert more.fault is not None
+    assert (more.fault.reason, more.end) == (TurnReason.PROVIDER_PROTOCOL, None)
 
 
 def test_an_answer_that_falls_short_calls_nothing() -> None:

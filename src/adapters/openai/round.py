@@ -170,7 +170,8 @@ class RoundReader:
         call = ToolCalled(
             clean(_string(item, "call_id")), clean(_string(item, "name")), clean(_string(item, "arguments"))
         )
-        if not call.call_id or not call.name or len(self._calls) >= MAX_CALLS:
+        one_too_many = len(self._calls) >= MAX_CALLS and call.call_id not in self._calls
+        if not call.call_id or not call.name or one_too_many:
             raise ProviderFault(TurnReason.PROVIDER_PROTOCOL)
         self._calls.setdefault(call.call_id, call)
 
