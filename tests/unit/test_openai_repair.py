@@ -147,6 +147,16 @@ def test_nothing_is_trusted_before_what_is_listed_of_a_copy_of_which_nothing_is_
         assert (todo is not None) is helps
 
 
+def test_a_thread_that_repeats_itself_is_not_taken_to_lack_what_it_has() -> None:
+    lines = transcript([("Are you there?", "yes", 0)] * 35)
+    whole = copied(lines)
+    assert len(whole) > PAGE
+    assert repaired(list(whole), lines, len(lines)) == whole
+    result = repaired(whole[:-2], lines, len(lines) - 2)
+    assert result is not None
+    assert told(result) == told(whole)
+
+
 def test_a_page_that_begins_in_an_answer_is_read_from_the_next_question_on() -> None:
     lines = transcript([(f"question {number}", "a\n\nb" if number % 2 else "c", 1) for number in range(60)])
     for extra in range(12):

@@ -73,10 +73,12 @@ def repair(
     copy = _copied(newest, is_all=is_all)
     record = _recorded(line for line in lines if line.index >= begins_at)
     known = [offset for offset, question in enumerate(record) if question.index - 1 <= synced_to]
+    mirrored = sum(question.index <= synced_to for question in record)
     most, start = 0, 0
     for offset in [0] if is_all else known:
         same = _same(copy, islice(record, offset, None))
-        if same > most:
+        # Where a thread repeats itself, a place at which the copy would lack what it mirrors is not the right one.
+        if same > most or (same == most and start + most < mirrored):
             most, start = same, offset
     if not most and not is_all:
         return None
