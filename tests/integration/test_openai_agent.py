@@ -716,6 +716,15 @@ async def test_the_provider_says_when_to_come_back(
     assert naps.taken == [7.0]
 
 
+async def test_a_limit_that_a_message_names_is_not_run_against(
+    provider: FakeProvider, thread: ThreadOfTest, naps: Naps
+) -> None:
+    spent = "Limit 200, Used 200, Requested 1. Please try again in 7m12s."
+    provider.then(Answer(output=(), ending=Failed("rate_limit_exceeded", spent)))
+    assert await fails(thread) == (TurnReason.PROVIDER_RATE_LIMITED, "")
+    assert (naps.taken, len(provider.posts)) == ([], 1)
+
+
 async def test_a_wrong_key_is_a_fault_of_the_configuration(provider: FakeProvider, naps: Naps) -> None:
     client = make_client("sk-wrong", provider.base_url, 5)
     agent = OpenAIAgent(client, model="gpt-6-luna", user_key=USER_KEY, sleep=naps)

@@ -33,11 +33,16 @@ REBUILD, SHRINK = Remedy.REBUILD, Remedy.SHRINK
         (400, "", "This model's maximum context length is 4096 tokens.", "", R.CONTEXT_TOO_LONG, SHRINK),
         (400, "", "The prompt length 9 exceeds the max_model_len 8.", "input", R.CONTEXT_TOO_LONG, SHRINK),
         (400, "", "The request exceeds the available context size.", "", R.CONTEXT_TOO_LONG, SHRINK),
+        (400, "", "Your input exceeds the context window of this model.", "", R.CONTEXT_TOO_LONG, SHRINK),
         (None, "", "More tokens than the context length.", "", R.CONTEXT_TOO_LONG, SHRINK),
         (413, "", "", "", R.CONTEXT_TOO_LONG, SHRINK),
         (307, "", "", "", R.PROVIDER_CONFIG, NONE),
         (400, "content_filter", "", "", R.CONTENT_FILTERED, NONE),
         (400, "invalid_prompt", "flagged", "", R.CONTENT_FILTERED, NONE),
+        (400, "content_policy_violation", "", "", R.CONTENT_FILTERED, NONE),
+        (None, "image_content_policy_violation", "", "", R.CONTENT_FILTERED, NONE),
+        (None, "bio_policy", "", "", R.CONTENT_FILTERED, NONE),
+        (None, "misalignment_policy_violation", "", "", R.CONTENT_FILTERED, NONE),
         (400, "model_not_found", "", "model", R.PROVIDER_CONFIG, NONE),
         (404, "model_not_found", "", "", R.PROVIDER_CONFIG, NONE),
         (404, "", "The model does not exist.", "model", R.PROVIDER_CONFIG, NONE),
@@ -53,12 +58,16 @@ REBUILD, SHRINK = Remedy.REBUILD, Remedy.SHRINK
         (429, "rate_limit_exceeded", "Please try again in 1s.", "", R.PROVIDER_RATE_LIMITED, RETRY),
         (429, "rate_limit_exceeded", "Request too large for gpt-6-luna", "", R.PROVIDER_RATE_LIMITED, NONE),
         (429, "insufficient_quota", "", "", R.PROVIDER_RATE_LIMITED, NONE),
+        (429, "billing_hard_limit_reached", "", "", R.PROVIDER_RATE_LIMITED, NONE),
+        (None, "usage_not_included", "", "", R.PROVIDER_RATE_LIMITED, NONE),
         (429, "", "", "", R.PROVIDER_RATE_LIMITED, RETRY),
         (408, "", "", "", R.PROVIDER_TIMEOUT, RETRY),
         (500, "server_error", "", "", R.PROVIDER_UNAVAILABLE, RETRY),
         (502, "", "", "", R.PROVIDER_UNAVAILABLE, RETRY),
         (503, "server_is_overloaded", "", "", R.PROVIDER_UNAVAILABLE, RETRY),
         (None, "slow_down", "", "", R.PROVIDER_UNAVAILABLE, RETRY),
+        (None, "overloaded", "", "", R.PROVIDER_UNAVAILABLE, RETRY),
+        (529, "", "", "", R.PROVIDER_UNAVAILABLE, RETRY),
         (None, "something_new", "", "", R.PROVIDER_UNAVAILABLE, NONE),
     ],
 )
@@ -129,6 +138,27 @@ def test_how_long_the_provider_asks_to_wait(headers: dict[str, str], wait: float
     fault = fault_of(status_error(429, headers), Exchange())
     assert fault is not None
     assert fault.retry_after == pytest.approx(wait)
+
+
+@pytest.mark.parametrize(
+    ("asked", "wait"),
+    [
+        ("Please try again in 1.2s. Visit the dashboard.", 1.2),
+        ("Please try again in 20ms.", 0.02),
+        ("Please try again in 6m0s.", 360.0),
+        ("Please try again in 7m12s. Visit the dashboard.", 432.0),
+        ("Please try again in 1m26.4s.", 86.4),
+        ("Please try again in 1h3m.", 3_780.0),
+        ("Please try again in a few seconds.", None),
+        ("Please try again in 5 minutes.", None),
+        ("Please try again later.", None),
+    ],
+)
+def test_how_long_a_message_asks_to_wait(asked: str, wait: float | None) -> None:
+    message = f"Rate limit reached on requests per day (RPD): Limit 200, Used 200, Requested 1. {asked}"
+    fault = fault_in_stream({"code": "rate_limit_exceeded", "message": message})
+    assert fault.reason is R.PROVIDER_RATE_LIMITED
+    assert fault.retry_after == (None if wait is None else pytest.approx(wait))
 
 
 def test_what_is_kept_of_an_error_is_safe_to_log() -> None:

@@ -90,7 +90,7 @@ _OVERLOADED = frozenset({"overloaded", "server_error", "server_is_overloaded", "
 _GONE = frozenset({"conversation_not_found", "not_found", "previous_response_not_found"})
 _CODE = re.compile(r"[\w.-]{1,64}", re.ASCII)
 _NO_ROOM = re.compile(r"context (?:window|length|size)|max_model_len")
-_TRY_AGAIN = re.compile(r"try again in ([0-9]+(?:\.[0-9]+)?) ?(ms|s)\b")
+_TRY_AGAIN = re.compile(r"try again in (?:([0-9]+)h)?(?:([0-9]+)m)?(?:([0-9]+(?:\.[0-9]+)?) ?(ms|s))?\b")
 
 
 def fault_of(error: Exception, exchange: Exchange) -> ProviderFault | None:
@@ -236,9 +236,13 @@ def _date(text: str | None) -> datetime | None:
 
 
 def _asked_for(message: str) -> float | None:
-    """Seconds that a rate limit's message asks for; within a stream there is no header to say it."""
+    """Seconds that a rate limit's message asks for (`20ms`, `1.2s`, `7m12s`, `1h3m`); within a stream there is no
+    header to say it."""
     found = _TRY_AGAIN.search(message.lower())
-    return float(found[1]) * (0.001 if found[2] == "ms" else 1.0) if found else None
+    if found is None or not any(found.groups()):
+        return None
+    hours, minutes, rest = (float(part or 0) for part in found.group(1, 2, 3))
+    return hours * 3_600 + minutes * 60 + rest * (0.001 if found[4] == "ms" else 1.0)
 
 
 def _number(text: str | None, unit: float) -> float | None:
