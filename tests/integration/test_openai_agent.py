@@ -18,6 +18,7 @@ from pydantic import BaseModel
 
 from adapters.openai.agent import OpenAIAgent
 from adapters.openai.client import make_client
+from adapters.openai.errors import ProviderFault
 from adapters.openai.memory import StateMode
 from adapters.openai.models import KeyRefused, ModelMissing, model_sunset, sunset_warning
 from core.model.events import TextDelta
@@ -1022,11 +1023,32 @@ async def test_the_last_day_of_a_model(provider: FakeProvider, client: AsyncOpen
 
 
 @pytest.mark.parametrize(
+    ("answer", "fault"),
+    [
+        (HttpError(status=403), KeyRefused),
+        (HttpError(status=400, code="model_not_found"), ModelMissing),
+        (HttpError(status=410), ProviderFault),
+        (HttpError(status=200, body=b"<html>", headers={"content-type": "text/html"}), ProviderFault),
+        (HttpError(status=200, body=b"[]"), ProviderFault),
+    ],
+)
+async def test_what_says_nothing_of_a_model_is_no_good_news(
+    provider: FakeProvider, client: AsyncOpenAI, answer: HttpError, fault: type[ProviderFault]
+) -> None:
+    provider.refusals["models"] = [answer]
+    with pytest.raises(ProviderFault) as caught:
+        await model_sunset(client, "gpt-6-luna")
+    assert type(caught.value) is fault
+    assert caught.value.reason in (TurnReason.PROVIDER_CONFIG, TurnReason.PROVIDER_PROTOCOL)
+
+
+@pytest.mark.parametrize(
     ("today", "warning"),
     [
         (date(2026, 11, 15), None),
         (date(2026, 11, 16), "The model gpt-4o leaves the API on 2027-01-14, in 59 days. "),
         (date(2027, 1, 13), "The model gpt-4o leaves the API on 2027-01-14, in 1 day. "),
+        (date(2027, 1, 14), "The model gpt-4o leaves the API on 2027-01-14, in 0 days. "),
         (date(2027, 1, 15), "The model gpt-4o left the API on 2027-01-14. "),
     ],
 )

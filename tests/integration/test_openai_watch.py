@@ -123,8 +123,9 @@ async def test_a_key_that_is_refused_is_a_warning_without_the_key(
         HttpError(status=503, headers={"x-should-retry": "false"}, message=f"Bearer {SECRET}"),
         HttpError(status=404, message="no such route"),
         HttpError(status=200, body=b"<html>"),
+        HttpError(status=200, body=b"<html>", headers={"content-type": "text/html"}),
     ],
-    ids=["down", "does not know of models", "no JSON"],
+    ids=["down", "does not know of models", "no JSON", "a page"],
 )
 async def test_a_provider_that_can_not_be_asked_is_told_once_and_asked_again_soon(
     nights: Nights, clock: ManualClock, said: Said, refusal: HttpError

@@ -3,6 +3,7 @@
 from datetime import date
 
 from openai import AsyncOpenAI
+from openai.types import Model
 
 from adapters.openai.errors import Exchange, ProviderFault, translated
 from core.model.turn import TurnReason
@@ -35,14 +36,16 @@ async def model_sunset(client: AsyncOpenAI, model: str) -> date | None:
     """
     try:
         with translated(Exchange()):
-            found = await client.with_options(max_retries=2, timeout=10.0).models.retrieve(model)
+            found: object = await client.with_options(max_retries=2, timeout=10.0).models.retrieve(model)
     except ProviderFault as fault:
         if fault.status in (401, 403):
             raise KeyRefused(fault.status) from fault
         if fault.status == 404 or fault.code == _NOT_FOUND:
             raise ModelMissing(fault.status, fault.code) from fault
         raise
-    day = getattr(found, "shutdown_date", None)
+    if not isinstance(found, Model):  # the SDK hands on the text of a page of somebody in between
+        raise ProviderFault(TurnReason.PROVIDER_PROTOCOL)
+    day = found.shutdown_date
     try:
         return date.fromisoformat(day) if day else None
     except (TypeError, ValueError):
