@@ -562,6 +562,68 @@ async def test_without_state_every_request_says_everything(
     assert provider.responses == {}
 
 
+async def test_where_nothing_is_kept_nothing_is_asked_that_needs_it(
+    provider: FakeProvider, client: AsyncOpenAI
+) -> None:
+    agent = OpenAIAgent(client, model="gpt-6-luna", user_key=USER_KEY, state_mode=StateMode.STATELESS)
+    thread = ThreadOfTest(agent)
+    await thread.say("First")
+    await thread.say("Second")
+    needs = {"conversation", "previous_response_id", "background", "context_management"}
+    assert [needs & body.keys() for body in provider.posts] == [set(), set()]
+
+
+# --- what a request can hold
+
+
+@pytest.fixture
+def small(request: pytest.FixtureRequest, provider: FakeProvider, client: AsyncOpenAI, naps: Naps) -> ThreadOfTest:
+    """A thread with a model of which nobody knows how much it reads: it is said to be 3,000 tokens."""
+    provider.models["own"] = None
+    agent = OpenAIAgent(
+        client, model="own", user_key=USER_KEY, state_mode=request.param, context_tokens=3_000, sleep=naps
+    )
+    return ThreadOfTest(agent)
+
+
+@pytest.mark.parametrize("small", [StateMode.STATELESS], indirect=True)
+async def test_the_oldest_turns_are_left_out_where_a_model_reads_little(
+    provider: FakeProvider, small: ThreadOfTest
+) -> None:
+    for number in range(4):
+        await small.say(f"{number} " + "x" * 600)
+    assert [len(body["input"]) for body in provider.posts] == [1, 3, 3, 3]
+    assert provider.posts[-1]["input"][0]["content"][0]["text"].startswith("2 ")
+
+
+@pytest.mark.parametrize("small", [StateMode.CONVERSATION, StateMode.RESPONSE_CHAIN], indirect=True)
+async def test_a_copy_that_is_too_long_is_given_up_even_where_nothing_of_the_record_fits(
+    provider: FakeProvider, small: ThreadOfTest
+) -> None:
+    await small.say("x" * 3_000)
+    provider.then(HttpError(status=400, code="context_length_exceeded"))
+    await small.say("And now?")
+    assert words(provider.shown[-1]) == ["user: And now?"]
+    assert len(provider.posts) == 3
+    await small.say("Go on")
+    assert words(provider.shown[-1]) == [
+        "user: And now?",
+        "assistant: You said: And now? What would you like to change?",
+        "user: Go on",
+    ]
+
+
+@pytest.mark.parametrize("small", [StateMode.CONVERSATION, StateMode.RESPONSE_CHAIN], indirect=True)
+async def test_a_message_that_is_too_long_by_itself_costs_the_copy_nothing(
+    provider: FakeProvider, small: ThreadOfTest
+) -> None:
+    await small.say("First")
+    before = small.state
+    provider.then(HttpError(status=400, code="context_length_exceeded"))
+    assert await fails(small, "x" * 9_000) == (TurnReason.CONTEXT_TOO_LONG, "")
+    assert (len(provider.posts), small.state) == (2, before)
+
+
 # --- what a response may say
 
 

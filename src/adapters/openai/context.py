@@ -72,6 +72,11 @@ class Context:
         fixed = _length(definition.instructions) + _length(tools) + definition.max_output_tokens
         return max(self._window - fixed - tokens(turn_items(request)), 0)
 
+    @property
+    def has_room(self) -> bool:
+        """Whether the turn itself leaves room for more."""
+        return self._room > 0
+
     async def lines(self) -> Sequence[Message]:
         """The whole transcript before this turn. What was attached to a question that had no answer is not shown
         again: a picture that the provider refuses would else spoil every turn behind it.

@@ -212,7 +212,7 @@ class ConversationMemory(Memory):
         return True
 
     async def shrink(self) -> bool:
-        if not await self._context.shrink():
+        if not await self._context.shrink() and (self._built or not self._context.has_room):
             return False
         self.conversation, self._gone = None, True
         return True
@@ -262,8 +262,8 @@ class ChainMemory(Memory):
         return True
 
     async def shrink(self) -> bool:
-        self.previous = None
-        return await self._context.shrink()
+        begun, self.previous = self.previous, None
+        return await self._context.shrink() or (begun is not None and self._context.has_room)
 
     def copy(self, response_id: str | None) -> ProviderState | None:
         if response_id is None:
