@@ -92,6 +92,9 @@ def test_strict_output_takes_the_form() -> None:
         (said(ANSWER[:20], ending=Incomplete()), TurnReason.OUTPUT_LIMIT),
         (said("", ending=Incomplete(reason="content_filter")), TurnReason.CONTENT_FILTERED),
         (REFUSALS["invalid_key"][0], TurnReason.PROVIDER_CONFIG),
+        (HttpError(status=200, body=b"{}"), TurnReason.PROVIDER_PROTOCOL),
+        (HttpError(status=200, body=b'{"status": ["completed"]}'), TurnReason.PROVIDER_PROTOCOL),
+        (HttpError(status=200, body=b'{"status": "in_progress"}'), TurnReason.PROVIDER_PROTOCOL),
     ],
 )
 async def test_what_is_no_whole_answer_fails(

@@ -135,7 +135,7 @@ class Responses:
             with translated(Exchange()):
                 async with asyncio.timeout(self._silence.first_event):
                     found = await self._client.responses.with_raw_response.retrieve(response_id)
-            status = (decoded(found.content) or {}).get("status")
+            status = _status(found.content)
         except ProviderFault as fault:
             if fault.status == 404:
                 _log("a response is gone", response_id, fault)
@@ -153,7 +153,7 @@ class Responses:
         half an answer."""
         with translated(Exchange()):
             found = await call
-            status = (decoded(found.content) or {}).get("status")
+            status = _status(found.content)
         if status not in _ENDED:
             raise ProviderFault(TurnReason.PROVIDER_PROTOCOL)
         reading = Reading(follows_text=False)
@@ -218,6 +218,12 @@ async def _events(pieces: AsyncIterator[bytes], splitter: SseSplitter, watchdog:
         if events := splitter.feed(piece):
             return events
     raise splitter.fault or ProviderFault(TurnReason.PROVIDER_TRUNCATED, Remedy.LOOK)
+
+
+def _status(response: bytes) -> str:
+    """What a response says of itself, "" for nothing. Raises ProviderFault."""
+    status = (decoded(response) or {}).get("status")
+    return status if isinstance(status, str) else ""
 
 
 def _as_event(status: str, response: bytes) -> bytes:
