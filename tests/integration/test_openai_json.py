@@ -2,7 +2,7 @@
 
 import logging
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from enum import StrEnum
 from typing import Literal
@@ -72,6 +72,31 @@ async def test_an_answer_comes_in_its_form(agent: OpenAIAgent, provider: FakePro
     assert sent["text"]["format"]["schema"] == schema_of(Insight)
     assert "ada" not in str(sent)
     assert not provider.rejected
+
+
+async def test_what_is_asked(agent: OpenAIAgent, provider: FakeProvider) -> None:
+    provider.then(said(ANSWER), said(ANSWER))
+    await agent.complete_json(QUESTION)
+    await agent.complete_json(replace(QUESTION, max_output_tokens=1))
+    sent, less = provider.posts
+    assert {name: sent[name] for name in ("model", "instructions", "input", "reasoning", "max_output_tokens")} == {
+        "model": "gpt-6-luna",
+        "instructions": "Sum it up.",
+        "input": "I will call Bo.",
+        "reasoning": {"effort": "none"},
+        "max_output_tokens": 1_000,
+    }
+    assert len(sent["safety_identifier"]) == 64
+    assert less["max_output_tokens"] == 16
+
+
+async def test_a_model_that_does_not_think_is_not_told_how_much(
+    provider: FakeProvider, client: AsyncOpenAI
+) -> None:
+    provider.then(said(ANSWER))
+    answer = await OpenAIAgent(client, model="gpt-4o", user_key=USER_KEY).complete_json(QUESTION)
+    assert answer.value == INSIGHT
+    assert "reasoning" not in provider.posts[0]
 
 
 def test_strict_output_takes_the_form() -> None:

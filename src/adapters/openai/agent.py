@@ -10,7 +10,7 @@ from hashlib import sha256
 from itertools import count
 from typing import TypeVar, cast
 
-from openai import AsyncOpenAI
+from openai import AsyncOpenAI, omit
 from openai.types.responses import FunctionToolParam, ResponseTextConfigParam
 from openai.types.responses.response_create_params import ResponseCreateParamsStreaming
 from openai.types.shared_params import Reasoning
@@ -292,11 +292,14 @@ class OpenAIAgent(Agent):
                 return answer
 
     def _question(self, request: JsonRequest[T]) -> Awaitable[object]:
+        # Left to itself a model thinks first, and that counts: of a bounded answer nothing may be left.
+        effort = tuning.nearest_effort("none", self._model)
         return self._client.responses.with_raw_response.create(
             model=self._model,
             instructions=request.instructions,
             input=request.text,
             store=False,
+            reasoning=cast("Reasoning", {"effort": effort}) if effort else omit,
             text={
                 "format": {
                     "type": "json_schema",

@@ -13,12 +13,18 @@ def effort(definition: AgentDefinition, model: str) -> str:
     """The reasoning effort to send, "" for none at all.
 
     A definition that names its model is taken at its word. One that runs on whatever the deployment has chosen
-    gets the nearest effort that model takes: GPT-4 and servers' own models have none; Sol and Astra begin at
-    `low` and the first GPT-5 at `minimal` (developers.openai.com/api/docs/models).
+    gets the nearest effort that model takes.
     """
     wish = definition.effort
-    if not wish or definition.model != DEFAULT_MODEL:
-        return wish
+    return nearest_effort(wish, model) if wish and definition.model == DEFAULT_MODEL else wish
+
+
+def nearest_effort(wish: str, model: str) -> str:
+    """The effort nearest to a wish that a model takes, "" for none at all.
+
+    GPT-4 and servers' own models have none; Sol and Astra begin at `low` and the first GPT-5 at `minimal`
+    (developers.openai.com/api/docs/models).
+    """
     if _O_SERIES.match(model):
         return "low" if wish in ("none", "minimal") else wish
     generation = _generation(model)
