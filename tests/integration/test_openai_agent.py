@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import re
 from contextlib import aclosing
 from dataclasses import replace
 from datetime import date
@@ -890,6 +891,25 @@ async def test_a_finished_reply_gives_its_connection_back(provider: FakeProvider
 
 
 # --- discretion
+
+
+async def test_each_failure_is_logged_with_what_the_provider_knows_it_by(
+    provider: FakeProvider, thread: ThreadOfTest, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    provider.then(
+        Answer(output=(Call("goals"),)),
+        HttpError(status=503, code="slow_down"),
+        Answer(fault=Break(how="eof", after=0)),
+        Answer(fault=Break(how="duplicate")),
+    )
+    await thread.say("Hello")
+    logged = [record.getMessage() for record in caplog.records if record.name == "adapters.openai.agent"]
+    assert [re.sub("request_id=req_[0-9a-f]+ ", "", line) for line in logged] == [
+        "provider fault: reason=PROVIDER_UNAVAILABLE status=503 code=slow_down turn_id=turn-1 round=1 try=0",
+        "provider fault: reason=PROVIDER_TRUNCATED status=None code= turn_id=turn-1 round=1 try=1",
+        "an odd stream: duplicates=1 turn_id=turn-1",
+    ]
 
 
 async def test_nothing_personal_or_secret_is_logged(

@@ -85,8 +85,9 @@ async def test_a_try_that_was_cut_short_is_gone_on_with(
     assert (provider.conversations, provider.items) == ({}, {})
 
 
+@pytest.mark.parametrize("status", [400, 409])
 async def test_a_response_that_is_still_written_is_stopped_first(
-    provider: FakeProvider, client: AsyncOpenAI, copies: OpenAICopies
+    provider: FakeProvider, client: AsyncOpenAI, copies: OpenAICopies, status: int
 ) -> None:
     provider.then(Answer(output=(Text(text="a b", pieces=("a ", "b")),), pauses=(Pause(),)))
     agent = OpenAIAgent(client, model="gpt-6-luna", user_key=USER_KEY, background=True)
@@ -97,7 +98,7 @@ async def test_a_response_that_is_still_written_is_stopped_first(
         if isinstance(event, Begun):
             break
     await reply.aclose()
-    provider.refusals["deletions"] = [HttpError(status=400, message="Cannot delete a response in progress.")]
+    provider.refusals["deletions"] = [HttpError(status=status, message="Cannot delete a response in progress.")]
     (response,) = thread.begun
     await copies.erase(response)
     assert provider.cancelled == [response]

@@ -259,6 +259,25 @@ def test_a_provider_that_lost_everything_is_told_again_once(mode: str) -> None:
     run(main())
 
 
+@pytest.mark.parametrize("what", ["conversations", "items"])
+def test_a_provider_that_is_silent_about_the_copy_is_asked_again_after_a_minute(what: str) -> None:
+    async def main() -> None:
+        async with lab("conversation") as it:
+            if what == "items":  # a line that the copy lacks
+                await it.say("zeroth")
+                it.provider.then(HttpError(status=401, code="invalid_api_key"))
+                assert outcome(await it.say("first")) == (FAILED, R.PROVIDER_CONFIG)
+            it.provider.refusals[what] = [HttpError(gate=Gate())]
+            posts, begun = len(it.provider.posts), asyncio.get_running_loop().time()
+            assert outcome(await it.say("second")) == (COMPLETED, None)
+            assert 60 <= asyncio.get_running_loop().time() - begun <= 62
+            assert it.provider.refusals[what] == []
+            assert len(it.provider.posts) == posts + 1
+            assert not await it.lags_behind("second")
+
+    run(main())
+
+
 @pytest.mark.parametrize("mode", ["conversation", "response_chain"])
 @pytest.mark.parametrize("how", ["No tool output found for function call call_1.", "No tool call found for it."])
 def test_a_copy_that_the_provider_can_not_use_is_told_again(mode: str, how: str) -> None:

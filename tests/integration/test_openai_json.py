@@ -18,6 +18,7 @@ from adapters.practice.agent import PracticeAgent
 from core.model.errors import NotSupported
 from core.model.turn import TurnReason, Usage
 from core.ports.agent import AgentFailed, JsonRequest
+from core.ports.telemetry import Unmeasured
 from fake_provider import Answer, FakeProvider, Gate, HttpError, Incomplete, Text, rate_limited
 from fake_provider.faults import REFUSALS
 from openai_thread import KEY, USER_KEY, Naps
@@ -148,6 +149,51 @@ async def test_it_is_asked_again_where_that_can_help(
     assert (await agent.complete_json(QUESTION)).value == INSIGHT
     assert len(naps.taken) == 2
     assert naps.taken[1] == 3.0
+
+
+class Counted(Unmeasured):
+    """Notes what is asked again."""
+
+    def __init__(self) -> None:
+        self.again: list[tuple[str, TurnReason]] = []
+
+    def retried(self, provider: str, reason: TurnReason) -> None:
+        self.again.append((provider, reason))
+
+
+async def test_what_is_asked_again_is_counted_and_every_failure_logged(
+    provider: FakeProvider, client: AsyncOpenAI, naps: Naps, caplog: pytest.LogCaptureFixture
+) -> None:
+    told = Counted()
+    agent = OpenAIAgent(client, model="gpt-6-luna", user_key=USER_KEY, sleep=naps, telemetry=told)
+    half = said(ANSWER[:20], ending=Incomplete(reason="steered"))  # for whatever that is: it broke off
+    provider.then(REFUSALS["overloaded"][0], half, said(ANSWER))
+    assert (await agent.complete_json(QUESTION)).value == INSIGHT
+    assert told.again == [
+        ("openai", TurnReason.PROVIDER_UNAVAILABLE),
+        ("openai", TurnReason.PROVIDER_TRUNCATED),
+    ]
+    provider.then(REFUSALS["invalid_key"][0])
+    with pytest.raises(AgentFailed):
+        await agent.complete_json(QUESTION)
+    assert len(told.again) == 2
+    logged = [record.getMessage() for record in caplog.records if record.name == "adapters.openai.agent"]
+    assert [line.partition(" request_id=")[0].removeprefix("provider fault: ") for line in logged] == [
+        "reason=PROVIDER_UNAVAILABLE status=503 code=server_is_overloaded",
+        "reason=PROVIDER_TRUNCATED status=None code=",
+        "reason=PROVIDER_CONFIG status=401 code=invalid_api_key",
+    ]
+    assert "request_id=req_" in logged[0]
+
+
+async def test_no_wait_goes_beyond_its_time(agent: OpenAIAgent, provider: FakeProvider, naps: Naps) -> None:
+    provider.then(rate_limited("7"), rate_limited("7"), said(ANSWER))
+    with pytest.raises(AgentFailed) as failed:
+        await agent.complete_json(replace(QUESTION, seconds=6.0))
+    assert failed.value.reason is TurnReason.PROVIDER_RATE_LIMITED
+    assert (naps.taken, len(provider.posts)) == ([], 1)
+    assert (await agent.complete_json(replace(QUESTION, seconds=20.0))).value == INSIGHT
+    assert naps.taken == [7.0]
 
 
 async def test_its_failures_count_for_everybody(agent: OpenAIAgent, provider: FakeProvider) -> None:

@@ -137,6 +137,17 @@ def gateway() -> Handler:
     return handle
 
 
+def busy(status: int) -> Handler:
+    """Answers so where it has something, in words of its own."""
+
+    def handle(request: httpx2.Request) -> httpx2.Response:
+        if route_of(request).split("/")[1] in ("responses", "conversations"):
+            return answers(status, {"error": {"message": "Please come back later."}})
+        return answers(404, {"error": {"message": f"Invalid URL ({route_of(request)})"}})
+
+    return handle
+
+
 def same_for_all(status: int) -> Handler:
     return lambda _: answers(status, {"error": {"message": "Come back later."}})
 
@@ -152,6 +163,7 @@ def same_for_all(status: int) -> Handler:
         (vllm, Abilities(responses=YES, conversations=NO)),
         (key_without_rights, Abilities()),
         (gateway(), Abilities(responses=NO, conversations=NO, chains=NO, chat_completions=NO)),
+        *((busy(status), Abilities()) for status in (401, 407, 408, 429, 500, 502)),
         (same_for_all(405), Abilities(responses=NO, conversations=NO, chains=NO, chat_completions=NO)),
         (same_for_all(400), Abilities()),
         (same_for_all(403), Abilities()),

@@ -288,6 +288,17 @@ def test_once_all_items_are_done_the_end_must_come_soon(after: str, seconds: flo
     run(main())
 
 
+@pytest.mark.parametrize("behind", [b": still here\n\n", b'data: {"type": "response.output_text.delta"}\n\n'])
+def test_what_follows_the_end_is_not_waited_for(behind: bytes) -> None:
+    async def main() -> None:
+        player = Player([*EVENTS, *(step for _ in range(1_000) for step in (0.1, behind))])
+        begun = asyncio.get_running_loop().time()
+        assert await at_player(player).say("Hello") == "One and two."
+        assert asyncio.get_running_loop().time() - begun <= 1.0
+
+    run(main())
+
+
 def test_a_lost_delta_is_neither_hidden_nor_filled_in() -> None:
     async def main() -> None:
         lost = place_of("response.output_text.delta", 1)
