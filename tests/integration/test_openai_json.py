@@ -225,7 +225,7 @@ async def test_what_is_wrong_with_a_question_is_nobody_elses(agent: OpenAIAgent,
     assert agent.refusal() is None
 
 
-async def test_its_time_is_bounded(provider: FakeProvider) -> None:
+async def test_its_time_is_bounded(provider: FakeProvider, caplog: pytest.LogCaptureFixture) -> None:
     gate = Gate()
     provider.then(HttpError(gate=gate))
     agent = OpenAIAgent(
@@ -235,6 +235,7 @@ async def test_its_time_is_bounded(provider: FakeProvider) -> None:
     with pytest.raises(AgentFailed) as failed:
         await agent.complete_json(request)
     assert failed.value.reason is TurnReason.PROVIDER_TIMEOUT
+    assert "provider fault: reason=PROVIDER_TIMEOUT" in caplog.text
     assert len(provider.posts) == 1
     gate.released.set()
     await agent.aclose()

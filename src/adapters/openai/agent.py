@@ -269,7 +269,9 @@ class OpenAIAgent(Agent):
             async with asyncio.timeout(request.seconds):
                 text, usage = await self._completed(request, patience)
         except TimeoutError as error:
-            raise ProviderFault(TurnReason.PROVIDER_TIMEOUT) from error
+            fault = ProviderFault(TurnReason.PROVIDER_TIMEOUT)
+            _log_question(fault)
+            raise fault from error
         return JsonAnswer(filled(request.into, text), usage)
 
     async def _completed(self, request: JsonRequest[T], patience: Patience) -> tuple[str, Usage]:
@@ -278,10 +280,7 @@ class OpenAIAgent(Agent):
             try:
                 answer = await self._responses.complete(self._question(request))
             except ProviderFault as fault:
-                logger.warning(
-                    "provider fault: reason=%s status=%s code=%s request_id=%s",
-                    *(fault.reason.value, fault.status, fault.code, fault.request_id),
-                )
+                _log_question(fault)
                 if fault.is_outage:
                     self._policy.breaker.failed()
                 if not await patience.wait(fault):
@@ -340,4 +339,14 @@ def _log(fault: ProviderFault, request: ReplyRequest, number: int) -> None:
         request.turn_id,
         len(request.rounds),
         number,
+    )
+
+
+def _log_question(fault: ProviderFault) -> None:
+    logger.warning(
+        "provider fault: reason=%s status=%s code=%s request_id=%s",
+        fault.reason.value,
+        fault.status,
+        fault.code,
+        fault.request_id,
     )
