@@ -148,6 +148,32 @@ async def test_who_is_at_an_erasure_is_left_alone(store: Store) -> None:
     assert (await store.read(lambda tx: tx.users.belongings("ada")))[0].threads == 1
 
 
+@pytest.mark.parametrize("threads", [0, 1])
+async def test_what_comes_after_an_erasure_stays_whoever_is_still_at_it(
+    store: Store, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    await with_thread(store)
+    begun = await store.write(lambda tx: tx.erasures.open(IDS.new(), "ada", tx.now()))
+    erasures_type: Any = type(await store.read(lambda tx: tx.erasures))
+    monkeypatch.setattr(erasures_type, "left", lambda *_: [begun])  # two processes have found it
+    await eraser(store).go_on()
+    done = await store.read(lambda tx: tx.erasures.find(begun.id))
+    assert done is not None
+    assert done.finished_at is not None
+    # The user begins anew, and the other process gets to it only now.
+    for _ in range(threads):
+        await with_thread(store)
+    await store.write(lambda tx: tx.users.ensure("ada", tx.now()))
+    await store.write(lambda tx: tx.goals.add(a_goal("ada"), "ada"))
+    await eraser(store).go_on()
+    left, _ = await store.read(lambda tx: tx.users.belongings("ada"))
+    assert (left.threads, left.messages, left.goals) == (threads, threads, 1)
+    assert await store.read(lambda tx: tx.users.get("ada")) is not None
+    assert await store.read(lambda tx: tx.erasures.find(begun.id)) == done
+    assert not await store.write(lambda tx: tx.erasures.note(begun.id, Counts(threads=1), tx.now()))
+    assert await store.read(lambda tx: tx.erasures.find(begun.id)) == done
+
+
 async def test_a_user_with_belongings_cannot_be_removed(store: Store) -> None:
     await with_thread(store)
     with pytest.raises(Conflict):

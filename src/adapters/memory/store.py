@@ -597,12 +597,14 @@ class Erasures(_Repository, erasures.Erasures):
             copies_left=sum(copy.thread_id in graves for copy in tables.copies.values()),
         )
 
-    def note(self, erasure_id: str, erased: Counts, now: datetime) -> None:
+    def note(self, erasure_id: str, erased: Counts, now: datetime) -> bool:
         tables = self._tables
         receipt = tables.erasures[erasure_id]
+        if receipt.finished_at is not None:
+            return False
         tables.put(tables.erasures, erasure_id, replace(receipt, erased=receipt.erased + erased))
-        if user_id := self._user_of(erasure_id):
-            tables.put(tables.open_erasures, user_id, (erasure_id, now))
+        tables.put(tables.open_erasures, self._user_of(erasure_id), (erasure_id, now))
+        return True
 
     def finish(self, erasure_id: str, now: datetime) -> None:
         tables = self._tables

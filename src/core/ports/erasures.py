@@ -29,8 +29,9 @@ class Erasures(Protocol):
         """Reads a receipt."""
 
     @abstractmethod
-    def note(self, erasure_id: str, erased: Counts, now: datetime) -> None:
-        """Adds to what an erasure has erased, and says that somebody is at it."""
+    def note(self, erasure_id: str, erased: Counts, now: datetime) -> bool:
+        """Adds to what an erasure has erased, and says that somebody is at it. False, and nothing is noted, where
+        it is finished: what there is of the user now has come since."""
 
     @abstractmethod
     def finish(self, erasure_id: str, now: datetime) -> None:

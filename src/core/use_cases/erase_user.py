@@ -95,6 +95,8 @@ class EraseUser:
         self._here.add(erasure.id)
         try:
             await self._erase_all(erasure)
+        except _FinishedError:
+            _log.info("erasure %s was finished by somebody else", erasure.id)
         finally:
             self._here.discard(erasure.id)
         self._erased()
@@ -117,12 +119,22 @@ class EraseUser:
         def change(tx: Transaction) -> ErasedThread | None:
             erased = erase_thread(tx, erasure.user_id, thread_id, erasure_id=erasure.id)
             if erased is not None:
-                tx.erasures.note(erasure.id, erased.counts, tx.now())
+                _note(tx, erasure, erased.counts)
             return erased
 
         erased = await patiently(lambda: self._store.write(change))
         for turn in erased.unfinished if erased is not None else ():
             self._gone(turn)
+
+
+class _FinishedError(Exception):
+    """An erasure is over: what there is of its user has come since, and stays."""
+
+
+def _note(tx: Transaction, erasure: OpenErasure, erased: Counts) -> None:
+    """Notes what was erased, or has it taken back. Several may be at one erasure, and not all hear of its end."""
+    if not tx.erasures.note(erasure.id, erased, tx.now()):
+        raise _FinishedError
 
 
 def _finish(tx: Transaction, erasure: OpenErasure) -> bool:
@@ -131,11 +143,10 @@ def _finish(tx: Transaction, erasure: OpenErasure) -> bool:
         raise LegalHold
     if tx.threads.ids_of(erasure.user_id, after="", limit=1):
         return False
-    now = tx.now()
-    tx.erasures.note(erasure.id, Counts(goals=tx.goals.delete_of(erasure.user_id)), now)
+    _note(tx, erasure, Counts(goals=tx.goals.delete_of(erasure.user_id)))
     tx.ledger.forget(erasure.user_id)
     tx.users.remove(erasure.user_id)
-    tx.erasures.finish(erasure.id, now)
+    tx.erasures.finish(erasure.id, tx.now())
     return True
 
 

@@ -34,7 +34,7 @@ _OPEN = insert_if_new(t.erasures)
 _OF_USER = Statement(select(_e.id, _e.user_id).where(_e.user_id == bindparam("of_user")))
 _FIND = Statement(_receipts.where(_e.id == _erasure_id))
 _NEWEST = Statement(_receipts.order_by(_e.requested_at.desc(), _e.id.desc()).limit(_limit))
-_ERASED = Statement(select(_e.erased).where(_e.id == _erasure_id).with_for_update())
+_ERASED = Statement(select(_e.erased, _e.finished_at).where(_e.id == _erasure_id).with_for_update())
 _CHANGE = Statement(update(t.erasures).where(_e.id == _erasure_id))
 _FINISH = Statement(update(t.erasures).where(_e.id == _erasure_id, _e.finished_at.is_(None)))
 _LEFT = Statement(
@@ -65,10 +65,13 @@ class Erasures(Repository, erasures.Erasures):
         row = self._session.row(_FIND, {"of_erasure": erasure_id})
         return None if row is None else m.receipt_of(row)
 
-    def note(self, erasure_id: str, erased: Counts, now: datetime) -> None:
+    def note(self, erasure_id: str, erased: Counts, now: datetime) -> bool:
         row = self._session.row(_ERASED, {"of_erasure": erasure_id})
+        if row.finished_at is not None:
+            return False
         counts = dataclasses.asdict(Counts(**row.erased) + erased)
         self._session.run(_CHANGE, {"of_erasure": erasure_id, "erased": counts, "touched_at": now})
+        return True
 
     def finish(self, erasure_id: str, now: datetime) -> None:
         self._session.run(_FINISH, {"of_erasure": erasure_id, "user_id": None, "finished_at": now})
