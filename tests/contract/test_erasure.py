@@ -174,6 +174,28 @@ async def test_what_comes_after_an_erasure_stays_whoever_is_still_at_it(
     assert await store.read(lambda tx: tx.erasures.find(begun.id)) == done
 
 
+async def test_an_erasure_that_breaks_holds_up_no_other(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    users = ("ada", "bob")
+    broken, _ = [await with_thread(store, user) for user in users]
+    for user in users:
+        await store.write(lambda tx, u=user: tx.erasures.open(IDS.new(), u, tx.now() - 2 * LEFT_AFTER))  # type: ignore[misc]
+    threads_type: Any = type(await store.read(lambda tx: tx.threads))
+    delete = threads_type.delete
+
+    def breaks(threads: Any, thread_id: str, *arguments: Any, **more: Any) -> Any:
+        if thread_id == broken.id:
+            raise ValueError("not what was written")
+        return delete(threads, thread_id, *arguments, **more)
+
+    monkeypatch.setattr(threads_type, "delete", breaks)
+    await eraser(store).go_on()
+    left = [await store.read(lambda tx, u=user: tx.users.belongings(u)) for user in users]  # type: ignore[misc]
+    assert [counts.threads for counts, _ in left] == [1, 0]
+    monkeypatch.undo()
+    await eraser(store)("ada")  # nothing was given up
+    assert await store.read(lambda tx: tx.users.get("ada")) is None
+
+
 async def test_a_user_with_belongings_cannot_be_removed(store: Store) -> None:
     await with_thread(store)
     with pytest.raises(Conflict):
@@ -551,6 +573,67 @@ async def test_what_a_reader_keeps_is_purged_when_it_has_left(
             await done.wait()
     finally:
         await finish.stop()
+
+
+async def test_a_purge_that_fails_is_made_again_and_holds_up_nothing_else(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(finish_erasures, "_PERIOD", 0.0)
+    monkeypatch.setattr(finish_erasures, "_SHORTEST_PAUSE", 0.0)
+    thread = await with_thread(store)
+    await store.write(lambda tx: tx.threads.delete(thread.id, tx.now()))
+    shelf, purged = Shelf(), asyncio.Event()
+
+    async def purge() -> bool:
+        if not shelf.asked:
+            raise RuntimeError("broken")
+        purged.set()
+        return True
+
+    monkeypatch.setattr(store, "purge", purge)
+    finish = FinishErasures(store=store, copies=shelf, erase_user=eraser(store), wanted=asyncio.Event())
+    finish.start()
+    try:
+        async with asyncio.timeout(20):
+            await purged.wait()
+    finally:
+        await finish.stop()
+    assert shelf.asked == [f"of {thread.id}"]
+
+
+async def test_much_that_is_left_at_a_provider_holds_up_nothing_else(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("_PERIOD", "_SHORTEST_PAUSE", "_COUNTED_EVERY"):
+        monkeypatch.setattr(finish_erasures, name, 0.0)
+    thread = await with_thread(store)
+    await store.write(lambda tx: tx.copies.keep(thread.id, "p", [f"r{number:02}" for number in range(30)]))
+    await store.write(lambda tx: tx.threads.delete(thread.id, tx.now()))
+    shelf, wanted = Shelf(), asyncio.Event()
+    purged: list[int] = []
+    counted: list[int] = []
+
+    class Counting(Unmeasured):
+        def copies_left(self, provider: str, count: int, *, reached: bool) -> None:
+            counted.append(count)
+            wanted.set()  # somebody goes on deleting
+
+    async def purge() -> bool:
+        purged.append(len(shelf.asked))
+        return True
+
+    monkeypatch.setattr(store, "purge", purge)
+    finish = FinishErasures(
+        store=store, copies=shelf, erase_user=eraser(store), wanted=wanted, telemetry=Counting()
+    )
+    finish.start()
+    try:
+        await nothing_left(store)
+    finally:
+        await finish.stop()
+    assert len(shelf.asked) == 31
+    assert any(0 < count < 31 for count in counted)
+    assert any(0 < asked < 31 for asked in purged)
 
 
 async def test_what_runs_at_a_provider_gets_a_moment_to_end_before_its_copies_go(store: Store) -> None:

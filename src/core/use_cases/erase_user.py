@@ -7,7 +7,7 @@ from collections.abc import Callable
 from datetime import timedelta
 
 from core.model.erasure import Counts, ErasedThread, Receipt, user_hash
-from core.model.errors import LegalHold
+from core.model.errors import LegalHold, StoreUnavailable
 from core.model.turn import Turn
 from core.model.user import check_user_id
 from core.ports.erasures import OpenErasure
@@ -79,6 +79,10 @@ class EraseUser:
                     await self._erase(left)
             except LegalHold:
                 _log.info("erasure %s is on hold", left.id)
+            except StoreUnavailable:
+                raise
+            except Exception:  # noqa: BLE001 - one that breaks must not keep the others from being gone on with
+                _log.exception("erasure %s can't be gone on with", left.id)
 
     async def _erase_from_the_start(self, user_id: str) -> Receipt:
         erasure_id = self._ids.new()

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import math
 import random
+from collections.abc import Awaitable, Callable
 
 from core.model.erasure import Copy
 from core.model.errors import StoreUnavailable
@@ -23,7 +24,7 @@ from core.use_cases.patience import patiently
 _log = logging.getLogger(__name__)
 
 _PERIOD = 5.0
-"""Seconds between two looks at what is due."""
+"""Seconds between two looks at what is due, and for which one works off copies."""
 _AT_ONCE = 8
 """Copies that are worked on at the same time."""
 _TAKEN_FOR = 120.0
@@ -60,6 +61,7 @@ class FinishErasures:
         self._random = random.Random()  # noqa: S311 - spreads load, guards nothing
         self._wanted = wanted
         self._telemetry = telemetry
+        self._to_purge = False
         self._count_at = -math.inf
         self._told = {copies.provider}
         self._task: asyncio.Task[None] | None = None
@@ -76,35 +78,54 @@ class FinishErasures:
             await asyncio.gather(self._task, return_exceptions=True)
 
     async def _work(self) -> None:
+        steps: tuple[Callable[[], Awaitable[bool | None]], ...] = (
+            self._purge,
+            self._erase_user.go_on,
+            self._erase_copies,
+            self._count,
+        )
         while True:
-            was_wanted = self._wanted.is_set()
+            self._to_purge |= self._wanted.is_set()
             self._wanted.clear()
-            try:
-                if was_wanted and not await self._store.purge():
-                    self._wanted.set()  # somebody still reads what was there before
-                await self._erase_user.go_on()
-                await self._erase_copies()
-                await self._count()
-            except StoreUnavailable:
-                _log.debug("the store does not answer")
-                self._wanted.set()
-            except Exception:  # noqa: BLE001 - whatever it is, the next look may succeed, and must be made
-                _log.exception("erasures can't be finished")
+            soon = False
+            for step in steps:
+                try:
+                    soon = bool(await step()) or soon
+                except StoreUnavailable:
+                    _log.debug("the store does not answer")
+                    soon = True
+                    break
+                except Exception:  # noqa: BLE001 - whatever it is, the others are done, and the next look is made
+                    _log.exception("erasures can't be finished")
             await asyncio.sleep(_SHORTEST_PAUSE)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_PERIOD):
-                    await self._wanted.wait()
+            if not soon:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_PERIOD):
+                        await self._wanted.wait()
 
-    async def _erase_copies(self) -> None:
-        """Erases what is due at the provider. What others have taken comes up again if they fail."""
+    async def _purge(self) -> bool:
+        """Has the store's files purged where something was erased. Returns whether somebody still reads what was
+        there before."""
+        if self._to_purge:
+            self._to_purge = not await self._store.purge()
+        return self._to_purge
+
+    async def _erase_copies(self) -> bool:
+        """Erases what is due at the provider, for a while: what else is to be done must not wait for all of it.
+        Returns whether there may be more. What others have taken comes up again if they fail."""
         provider = self._copies.provider
+        loop = asyncio.get_running_loop()
+        end = loop.time() + _PERIOD
         while await self._store.read(lambda tx: tx.copies.any_due(provider)):
             taken = await self._store.write(lambda tx: tx.copies.claim(provider, _AT_ONCE, _TAKEN_FOR))
             if not taken:
-                return
+                break
             async with asyncio.TaskGroup() as group:
                 for copy in taken:
                     group.create_task(self._erase(copy), name=f"erase-{copy.ref}")
+            if loop.time() >= end:
+                return True
+        return False
 
     async def _count(self) -> None:
         """Now and then tells how much is left; of a provider that is not ours, aloud when it is first met."""
