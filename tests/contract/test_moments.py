@@ -13,7 +13,7 @@ from core.model.errors import CoreError, InvalidField, QuotaExceeded, RequestIdR
 from core.model.events import TurnStarted
 from core.model.trail import trail
 from core.model.turn import BusyPolicy, Turn, TurnReason, TurnState
-from core.ports.agent import AgentFailed
+from core.ports.agent import AgentFailed, Begun
 from core.ports.store import Store
 from core.ports.telemetry import UNMEASURED, Telemetry, Unmeasured, Vitals
 from core.use_cases.turn_engine import TurnLimits
@@ -182,6 +182,24 @@ async def test_what_nobody_can_take_over_is_told_as_ended(store: Store) -> None:
         TurnState.INCOMPLETE,
         TurnReason.INTERRUPTED,
     )
+
+
+async def test_a_turn_that_can_not_be_claimed_is_told_as_ended(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    silent = Gate()
+    async with service(store, ScriptedAgent([Begun("h1"), silent])) as it:
+        turn_id = await it.say()
+        await silent.reached.wait()
+        await it.kill()
+    messages: Any = type(await store.read(lambda tx: tx.messages))
+    monkeypatch.setattr(messages, "question_of", lambda *_: None)  # what it is to answer can't be found
+    noted = Noted()
+    async with service(store, telemetry=noted) as it:
+        await it.events(turn_id)
+        assert noted.of(turn_id) == ["ended"]
+        assert noted.last("ended").reason is TurnReason.INTERNAL
+        await until(lambda: it.agent.stopped == ["h1"])  # nobody will read it
 
 
 async def test_no_piece_of_text_costs_a_moment_or_a_look_at_the_clock(store: Store) -> None:

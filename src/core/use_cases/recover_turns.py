@@ -220,7 +220,7 @@ class RecoverTurns:
                 raise
             except Exception:  # noqa: BLE001 - one broken turn must not keep the others waiting
                 _log.exception("turn %s can't be claimed", turn.id)
-                await self._give_up(turn, why)
+                outcome = await self._give_up(turn, why)
             finally:
                 if refusal is None and not isinstance(outcome, ClaimedTurn):
                     self._engine.release(turn.user_id)
@@ -233,7 +233,9 @@ class RecoverTurns:
             self._feeds.tell(turn.id)
             self._engine.ended(outcome)
 
-    async def _give_up(self, turn: Turn, why: Why) -> None:
+    async def _give_up(self, turn: Turn, why: Why) -> Ended | None:
+        """Ends a turn that can't be claimed; where that can't be done either, it is left as it is."""
+
         def change(tx: Transaction) -> Ended | None:
             current = tx.turns.lock(turn.id)
             if current is None or not is_free(tx, current, self._owner, why):
@@ -241,12 +243,13 @@ class RecoverTurns:
             return end_turn(tx, self._ids, turn.id, Ending(reason=TurnReason.INTERNAL))
 
         try:
-            await self._store.write(change)
+            return await self._store.write(change)
         except StoreUnavailable:
             raise
         except Exception:  # noqa: BLE001 - it is reported once and left as it is
             _log.exception("turn %s can't be ended", turn.id)
             self._given_up.add(turn.id)
+            return None
 
 
 def _read(tx: Transaction, turn_ids: Sequence[str]) -> Sequence[Turn]:
