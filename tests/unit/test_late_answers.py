@@ -1,14 +1,20 @@
-"""A store's answers that overtake each other: what has ended meanwhile does not begin."""
+"""A store's answers that overtake each other: what has ended meanwhile does not begin, and is told as ended."""
 
 import asyncio
 from collections.abc import Callable
 from typing import TypeVar
 
+import pytest
+
 from adapters.memory.store import MemoryStore
-from core.model.turn import BusyPolicy, TurnReason, TurnState
+from core.model.turn import BusyPolicy, Turn, TurnReason, TurnState
+from core.ports.agent import AgentFailed, Begun
 from core.ports.store import Transaction
+from core.ports.telemetry import Unmeasured
+from core.use_cases import recover_turns
 from core.use_cases.claim_turn import ClaimedTurn
-from doubles import DONE, Gate, ManualClock, ScriptedAgent, Service, service
+from core.use_cases.end_turn import Ended
+from doubles import DONE, Gate, ManualClock, ScriptedAgent, Service, service, text_of
 from harness import until
 
 T = TypeVar("T")
@@ -68,3 +74,56 @@ async def test_a_turn_that_ended_before_its_claim_was_answered_does_not_run(cloc
         await has_ended(it, waiting, TurnReason.CANCELLED_BY_CALLER)
         await it.events(await it.say(thread_id=first.thread_id))
         assert len(it.agent.requests) == 2
+
+
+class Told(Unmeasured):
+    """Notes the endings that it is told of."""
+
+    def __init__(self) -> None:
+        self.endings: list[TurnReason | None] = []
+
+    def ended(self, turn: Turn) -> None:
+        self.endings.append(turn.reason)
+
+
+@pytest.mark.parametrize("by", ["a look at what is held", "a stop"])
+async def test_an_ending_that_is_seen_before_it_is_answered_is_told_and_acted_upon(
+    clock: ManualClock, by: str
+) -> None:
+    store, told = LateStore(clock), Told()
+    agent = ScriptedAgent([Begun("h1"), "half", AgentFailed(TurnReason.PROVIDER_STALLED)])
+    async with service(store, agent, telemetry=told) as it:
+        store.is_late = lambda result: isinstance(result, Ended)
+        turn_id = await it.say()
+        await store.gate.reached.wait()
+        if by == "a stop":
+            stopping = asyncio.create_task(it.engine.drain(0))
+            await until(lambda: it.engine._draining)
+            for _ in range(100):  # time for a stop to go wrong in
+                await asyncio.sleep(0)
+        else:
+            stopping = asyncio.create_task(it.recover._take_stock())
+            await stopping
+        assert told.endings == []
+        store.gate.open()
+        await stopping
+        await until(lambda: not it.engine.knows(turn_id))
+        assert told.endings == [TurnReason.PROVIDER_STALLED]
+        await until(lambda: agent.stopped == ["h1"])
+
+
+async def test_an_ending_that_is_seen_before_it_is_answered_lets_the_next_one_run(
+    clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recover_turns, "_LONGEST_PERIOD", 1e6)  # nothing is looked for because time has passed
+    store, gate = LateStore(clock), Gate()
+    async with service(store, ScriptedAgent([gate, "a", DONE], ["b", DONE]), lease=1e7) as it:
+        first, _ = await it.threads.turn("ada", await it.say())
+        waiting = await it.say(thread_id=first.thread_id, on_busy=BusyPolicy.QUEUE)
+        store.is_late = lambda result: isinstance(result, Ended)
+        gate.open()
+        await store.gate.reached.wait()
+        await it.recover._take_stock()
+        store.gate.open()
+        async with asyncio.timeout(20):
+            assert text_of(await it.events(waiting)) == "b"

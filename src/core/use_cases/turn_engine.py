@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import math
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -85,7 +85,7 @@ class TurnEngine:
         self._writer = TurnLogWriter(store, telemetry)
         self._writing: asyncio.Task[None] | None = None
         self._running: dict[str, _Run] = {}
-        self._decided: dict[tuple[str, int], _Decided] = {}
+        self._ending: set[tuple[str, int]] = set()
         self._expected: set[str] = set()
         self._too_late: set[str] = set()
         self._aside: set[asyncio.Task[None]] = set()
@@ -213,12 +213,16 @@ class TurnEngine:
         task.add_done_callback(forget)
 
     def abandon(self, turn_id: str) -> None:
-        """Stops work on a turn that somebody else has ended or claimed; followers go on from the store."""
+        """Stops work on a turn that somebody else has ended or claimed; followers go on from the store.
+
+        One whose ending is on its way finds out by itself: that may be the very ending that was seen, and it is
+        still to be told.
+        """
         self._feeds.drop(turn_id)
         self._feeds.tell(turn_id)
         if turn_id in self._expected:
             self._too_late.add(turn_id)
-        if run := self._running.get(turn_id):
+        if (run := self._running.get(turn_id)) and not self._is_ending(run):
             run.task.cancel()
 
     def ended(self, ended: Ended) -> None:
@@ -301,41 +305,37 @@ class TurnEngine:
             return False
 
     async def _stop(self, chosen: Callable[["_Run"], bool]) -> None:
-        """Stops turns and releases them. Between a look at a turn and its stop nothing else happens."""
-        stopped = [run for run in self._running.values() if chosen(run)]
-        decided = [self._decided.get((run.claimed.turn.id, run.claimed.turn.epoch)) for run in stopped]
+        """Stops turns and releases them; those whose ending is on its way get time for it. Between a look at a
+        turn and its stop nothing else happens."""
+        runs = [run for run in self._running.values() if chosen(run)]
+        ending = [run.task for run in runs if self._is_ending(run)]
+        stopped = [run for run in runs if not self._is_ending(run)]
         for run in stopped:
             run.task.cancel()
         await asyncio.gather(*(run.task for run in stopped), return_exceptions=True)
+        writes: list[Awaitable[None]] = [*(self._release(run.claimed.turn) for run in stopped), *ending]
         try:
             async with asyncio.timeout(_LAST_WRITES):
-                releases = [
-                    self._release(run.claimed.turn, end) for run, end in zip(stopped, decided, strict=True)
-                ]
-                for outcome in await asyncio.gather(*releases, return_exceptions=True):
+                for outcome in await asyncio.gather(*writes, return_exceptions=True):
                     if isinstance(outcome, Exception):
                         _log.error("a turn is left to be recovered", exc_info=outcome)
         except TimeoutError:
             _log.error("the store does not answer: turns are left to be recovered")
 
-    async def _release(self, turn: Turn, decided: "_Decided | None") -> None:
-        """Ends a turn as it was to end, or gives it up."""
+    def _is_ending(self, run: "_Run") -> bool:
+        """Whether it is decided how a turn ends, and only the store still has to take it."""
+        return (run.claimed.turn.id, run.claimed.turn.epoch) in self._ending
+
+    async def _release(self, turn: Turn) -> None:
+        """Gives a turn up, or ends it where nobody else can go on with it."""
         on_turn(turn)
-        ended: Ended | None
-        if decided is None:
-            ended = await patiently(
-                lambda: self._store.write(lambda tx: release_turn(tx, self._ids, turn, self.claimant)),
-            )
-        else:
-            try:
-                ended = await self._end(turn.id, decided.ending, epoch=turn.epoch, tail=decided.tail)
-            except (LeaseLost, TurnNotFound):
-                _log.warning("turn %s is no longer ours", turn.id)
-                return
+        ended = await patiently(
+            lambda: self._store.write(lambda tx: release_turn(tx, self._ids, turn, self.claimant)),
+        )
         if ended is None:
             self._telemetry.handed_over(turn)
-        elif not ended.already:
-            self._telemetry.ended(ended.turn)
+        else:
+            self.ended(ended)
 
     def _is_idempotent(self, definition: AgentDefinition, name: str) -> bool:
         if name not in definition.tools:
@@ -356,11 +356,11 @@ class TurnEngine:
                 _log.exception("turn %s failed", turn.id)
                 ending = Ending(reason=TurnReason.INTERNAL)
                 tail = await _settled(log)
-            self._decided[turn.id, turn.epoch] = _Decided(ending, tail)
+            self._ending.add((turn.id, turn.epoch))
             try:
                 ended, kept = await self._end_somehow(turn, ending, tail)
             finally:
-                del self._decided[turn.id, turn.epoch]
+                self._ending.discard((turn.id, turn.epoch))
             if not ended.already:
                 log.publish([*kept, TurnFinished(ended.turn, ended.reply)])
             self.ended(ended)
@@ -404,14 +404,6 @@ async def _settled(log: OpenLog) -> tuple[TurnEvent, ...]:
         raise
     except Exception:  # noqa: BLE001 - the append that failed is lost; the ending is not
         return ()
-
-
-@dataclass(frozen=True, slots=True)
-class _Decided:
-    """How a turn is to end once the store takes it."""
-
-    ending: Ending
-    tail: Sequence[TurnEvent]
 
 
 @dataclass(frozen=True, slots=True)
