@@ -3,6 +3,7 @@
 import asyncio
 from contextlib import aclosing
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -22,12 +23,13 @@ from core.model.errors import (
 )
 from core.model.events import LogEntry, TextDelta, ToolAnswered, ToolCalled, TurnFinished, TurnStarted
 from core.model.message import Role
-from core.model.thread import ProviderState
+from core.model.thread import ProviderState, Thread
 from core.model.turn import TurnReason, TurnState, Usage
 from core.ports.agent import AgentFailed, RoundFinished, StateChanged
-from core.ports.store import Conflict, Store
+from core.ports.store import Conflict, Store, Transaction
 from core.ports.tools import ToolOutput
 from core.ports.turns import RequestKey
+from core.use_cases import read_threads
 from core.use_cases.end_turn import Ending, end_turn
 from core.use_cases.follow_turn import FollowTurn
 from core.use_cases.read_threads import MessageQuery, ThreadQuery
@@ -36,6 +38,7 @@ from core.use_cases.turn_engine import TurnLimits
 from core.use_cases.turn_feed import TurnFeeds
 from doubles import DONE, Gate, NotedTools, ScriptedAgent, kinds, service, text_of
 from harness import until
+from records import NOW, a_thread
 
 
 async def test_a_turn_is_started_text_finished(store: Store) -> None:
@@ -283,6 +286,29 @@ async def test_only_the_last_page_has_no_next_one(store: Store, size: int) -> No
                 lines, token = await it.threads.messages(query, size, token)
                 pages.append(len(lines))
             assert pages == [size] * (4 // size) + [4 % size] * (4 % size > 0)
+
+
+async def test_a_page_of_threads_ends_before_it_grows_too_large(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(read_threads, "MAX_PAGE_BYTES", 100)
+    more: dict[str, Any] = {"title": "é" * 10, "metadata": {"k": "👋" * 5}}  # 41 bytes
+    threads = [a_thread(last_message_at=NOW - timedelta(hours=number), **more) for number in range(5)]
+    threads.insert(2, a_thread(last_message_at=NOW - timedelta(minutes=90), metadata={"k" * 60: "v" * 60}))
+    async with service(store) as it:
+
+        def fill(tx: Transaction) -> None:
+            tx.users.ensure("ada", NOW)
+            for thread in threads:
+                tx.threads.add(thread)
+
+        await store.write(fill)
+        pages: list[list[Thread]] = []
+        token = ""
+        while token or not pages:
+            found, token = await it.threads.threads(ThreadQuery(user_id="ada"), 0, token)
+            pages.append([*found])
+        assert pages == [threads[:2], threads[2:3], threads[3:5], threads[5:]]
 
 
 async def test_cancel_keeps_the_partial_text_and_is_idempotent(store: Store) -> None:

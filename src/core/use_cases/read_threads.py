@@ -1,9 +1,10 @@
 """Reading and describing conversations."""
 
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import TypeVar
 
 from core.model.agent import Domain
 from core.model.attachment import is_unread, size_of
@@ -16,10 +17,12 @@ from core.ports.store import Store, Transaction
 from core.ports.threads import ThreadKey
 from core.use_cases.paging import make_token, page_size, read_token
 
+T = TypeVar("T")
+
 _MAX_INDEX = 2**53
 MAX_PAGE_BYTES = 3 * 2**20
-"""Text, images and files in a page of more than one message. gRPC clients refuse responses over 4 MiB unless told
-otherwise."""
+"""What people wrote, images and files in a page of more than one thread or message. gRPC clients refuse responses
+over 4 MiB unless told otherwise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,8 +70,8 @@ class ReadThreads:
         found = await self._store.read(
             lambda tx: tx.threads.list(query.user_id, query.domain, query.states, before, size + 1)
         )
-        page = found[:size]
-        if len(found) <= size:
+        page = _within_bytes(found[:size], _bytes_of_thread)
+        if len(found) == len(page):
             return page, ""
         return page, make_token(scope, [page[-1].last_message_at.isoformat(), page[-1].id])
 
@@ -99,7 +102,7 @@ class ReadThreads:
             return lines
 
         found = await self._store.read(find)
-        page = _within_bytes(found[:size])
+        page = _within_bytes(found[:size], _bytes_of_message)
         return page, make_token(scope, [page[-1].index]) if len(found) > len(page) else ""
 
     async def turn(self, user_id: str, turn_id: str) -> tuple[Turn, Message | None]:
@@ -133,14 +136,22 @@ class ReadThreads:
         return await self._store.write(change)
 
 
-def _within_bytes(messages: Sequence[Message]) -> Sequence[Message]:
-    """As many messages as a response can hold that clients take without being asked to, and at least one."""
+def _within_bytes(things: Sequence[T], bytes_of: Callable[[T], int]) -> Sequence[T]:
+    """As many as a response can hold that clients take without being asked to, and at least one."""
     size = 0
-    for number, message in enumerate(messages):
-        size += len(message.text.encode()) + sum(map(size_of, message.content))
+    for number, thing in enumerate(things):
+        size += bytes_of(thing)
         if number and size > MAX_PAGE_BYTES:
-            return messages[:number]
-    return messages
+            return things[:number]
+    return things
+
+
+def _bytes_of_message(message: Message) -> int:
+    return len(message.text.encode()) + sum(map(size_of, message.content))
+
+
+def _bytes_of_thread(thread: Thread) -> int:
+    return sum(len(text.encode()) for text in (thread.title, *thread.metadata, *thread.metadata.values()))
 
 
 def _thread(tx: Transaction, user_id: str, thread_id: str) -> Thread:

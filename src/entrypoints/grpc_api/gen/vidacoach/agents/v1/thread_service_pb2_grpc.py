@@ -76,7 +76,8 @@ class ThreadServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListThreads(self, request, context):
-        """Lists a user's threads, the one with the newest message first.
+        """Lists a user's threads, the one with the newest message first. A page may
+        hold fewer than asked for: it ends before it has more than 3 MiB.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -84,7 +85,7 @@ class ThreadServiceServicer:
 
     def ListMessages(self, request, context):
         """Lists the messages of a thread in order, or newest first. A page may hold
-        fewer than asked for: it ends early where its text passes 2 MiB.
+        fewer than asked for: it ends before it has more than 3 MiB of text and bytes.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -38,10 +38,12 @@ class ThreadServiceStub:
     GetThread: _grpc.UnaryUnaryMultiCallable[_thread_service_pb2.GetThreadRequest, _thread_service_pb2.GetThreadResponse]
     """Reads a thread."""
     ListThreads: _grpc.UnaryUnaryMultiCallable[_thread_service_pb2.ListThreadsRequest, _thread_service_pb2.ListThreadsResponse]
-    """Lists a user's threads, the one with the newest message first."""
+    """Lists a user's threads, the one with the newest message first. A page may
+    hold fewer than asked for: it ends before it has more than 3 MiB.
+    """
     ListMessages: _grpc.UnaryUnaryMultiCallable[_thread_service_pb2.ListMessagesRequest, _thread_service_pb2.ListMessagesResponse]
     """Lists the messages of a thread in order, or newest first. A page may hold
-    fewer than asked for: it ends early where its text passes 2 MiB.
+    fewer than asked for: it ends before it has more than 3 MiB of text and bytes.
     """
     UpdateThread: _grpc.UnaryUnaryMultiCallable[_thread_service_pb2.UpdateThreadRequest, _thread_service_pb2.UpdateThreadResponse]
     """Changes a thread's title or metadata."""
@@ -72,10 +74,12 @@ class ThreadServiceAsyncStub(ThreadServiceStub):
     GetThread: _aio.UnaryUnaryMultiCallable[_thread_service_pb2.GetThreadRequest, _thread_service_pb2.GetThreadResponse]  # type: ignore[assignment]
     """Reads a thread."""
     ListThreads: _aio.UnaryUnaryMultiCallable[_thread_service_pb2.ListThreadsRequest, _thread_service_pb2.ListThreadsResponse]  # type: ignore[assignment]
-    """Lists a user's threads, the one with the newest message first."""
+    """Lists a user's threads, the one with the newest message first. A page may
+    hold fewer than asked for: it ends before it has more than 3 MiB.
+    """
     ListMessages: _aio.UnaryUnaryMultiCallable[_thread_service_pb2.ListMessagesRequest, _thread_service_pb2.ListMessagesResponse]  # type: ignore[assignment]
     """Lists the messages of a thread in order, or newest first. A page may hold
-    fewer than asked for: it ends early where its text passes 2 MiB.
+    fewer than asked for: it ends before it has more than 3 MiB of text and bytes.
     """
     UpdateThread: _aio.UnaryUnaryMultiCallable[_thread_service_pb2.UpdateThreadRequest, _thread_service_pb2.UpdateThreadResponse]  # type: ignore[assignment]
     """Changes a thread's title or metadata."""
@@ -115,7 +119,9 @@ class ThreadServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _thread_service_pb2.ListThreadsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_thread_service_pb2.ListThreadsResponse, _abc.Awaitable[_thread_service_pb2.ListThreadsResponse]]:
-        """Lists a user's threads, the one with the newest message first."""
+        """Lists a user's threads, the one with the newest message first. A page may
+        hold fewer than asked for: it ends before it has more than 3 MiB.
+        """
 
     @_abc_1.abstractmethod
     def ListMessages(
@@ -124,7 +130,7 @@ class ThreadServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_thread_service_pb2.ListMessagesResponse, _abc.Awaitable[_thread_service_pb2.ListMessagesResponse]]:
         """Lists the messages of a thread in order, or newest first. A page may hold
-        fewer than asked for: it ends early where its text passes 2 MiB.
+        fewer than asked for: it ends before it has more than 3 MiB of text and bytes.
         """
 
     @_abc_1.abstractmethod
