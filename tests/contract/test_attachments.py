@@ -1,6 +1,7 @@
 """Images and files from acceptance to deletion, on every store."""
 
 import asyncio
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -270,20 +271,27 @@ async def test_as_much_as_a_message_may_have(store: Store) -> None:
 
 
 async def test_the_loop_goes_on_while_bytes_are_checked(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Other calls must not wait for a large file to be looked through."""
-    checked_in = []
-    original = IncomingMessage.checked
+    """Neither other calls nor other changes wait for a large file to be looked through."""
+    looks: list[tuple[str, str]] = []
 
-    def checked(message: IncomingMessage) -> IncomingMessage:
-        try:
-            asyncio.get_running_loop()
-            checked_in.append("loop")
-        except RuntimeError:
-            checked_in.append("thread")
-        return original(message)
+    def noted(name: str) -> None:
+        original = getattr(IncomingMessage, name)
 
-    monkeypatch.setattr(IncomingMessage, "checked", checked)
+        def look(message: IncomingMessage) -> Any:
+            try:
+                asyncio.get_running_loop()
+                looks.append((name, "loop"))
+            except RuntimeError:
+                looks.append((name, threading.current_thread().name.partition("_")[0]))
+            return original(message)
+
+        monkeypatch.setattr(IncomingMessage, name, look)
+
+    for name in ("checked", "fingerprint"):
+        noted(name)
     async with service(store) as it:
-        await it.events(await send(it, FilePart(TEXT)))
-        await it.events(await it.say())
-    assert checked_in == ["thread", "loop"]
+        await it.events(await send(it, FilePart(TEXT), request_id="r1"))
+        await it.events(await it.say(request_id="r2"))
+    assert looks == [
+        ("checked", "asyncio"), ("fingerprint", "asyncio"), ("checked", "loop"), ("fingerprint", "loop"),
+    ]  # fmt: skip

@@ -281,7 +281,7 @@ class Lifecycles(RuleBasedStateMachine):
         other = next(user for user in USERS if user != thread.user)
         message = self.message(other, thread.id, "hello", BusyPolicy.INTERRUPT, "")
         record = self.acceptors[owner]._record
-        self.refused(lambda tx: record(tx, message, None, self.ids.new()), ThreadNotFound)
+        self.refused(lambda tx: record(tx, message, message.request(), None, self.ids.new()), ThreadNotFound)
         self.refused(lambda tx: _erase(other, thread.id, tx), ThreadNotFound)
 
     @rule(owner=owners, pick=picks, policy=policies, refusal=refusals, otherwise=st.integers(0, 3))
@@ -301,11 +301,13 @@ class Lifecycles(RuleBasedStateMachine):
         record = self.acceptors[owner]._record
         if thread.deleted:
             if thread_id:
-                self.refused(lambda tx: record(tx, message, error, self.ids.new()), ThreadNotFound)
+                self.refused(
+                    lambda tx: record(tx, message, message.request(), error, self.ids.new()), ThreadNotFound
+                )
         elif otherwise == 0:
-            self.refused(lambda tx: record(tx, message, error, self.ids.new()), RequestIdReused)
+            self.refused(lambda tx: record(tx, message, message.request(), error, self.ids.new()), RequestIdReused)
         else:
-            recorded = self.write(lambda tx: record(tx, message, error, self.ids.new()))
+            recorded = self.write(lambda tx: record(tx, message, message.request(), error, self.ids.new()))
             assert (recorded.turn.id, recorded.attached, recorded.claimed) == (turn.id, True, None)
             self.cover("attached")
 
@@ -335,7 +337,7 @@ class Lifecycles(RuleBasedStateMachine):
         turn_id, error = self.ids.new(), refusal() if refusal else None
 
         def change(tx: Transaction) -> Any:
-            return self.acceptors[owner]._record(tx, message, error, turn_id)
+            return self.acceptors[owner]._record(tx, message, message.request(), error, turn_id)
 
         if thread is not None and thread.deleted:
             self.refused(change, ThreadNotFound)
@@ -773,7 +775,7 @@ class Lifecycles(RuleBasedStateMachine):
         record = self.acceptors[owner]._record
 
         def change(tx: Transaction) -> None:
-            record(tx, message, None, self.ids.new())
+            record(tx, message, message.request(), None, self.ids.new())
             tx.leases.renew(owner, 1_000.0)
             _erase(thread.user, thread.id, tx)
             raise ZeroDivisionError

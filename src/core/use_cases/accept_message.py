@@ -81,6 +81,15 @@ class IncomingMessage:
         canonical = json.dumps([self.thread_id, domain, content], ensure_ascii=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
+    def request(self) -> RequestKey:
+        """What a repeat is known by."""
+        return RequestKey(
+            caller=self.caller,
+            user_id=self.user_id,
+            request_id=self.request_id,
+            fingerprint=self.fingerprint() if self.request_id else "",
+        )
+
 
 def _part_facts(part: ContentPart) -> list[str]:
     """What makes a part another one. The fingerprints on record hang on it."""
@@ -153,10 +162,10 @@ class AcceptMessage:
         """
         try:
             if data_of(message.content):
-                message = await asyncio.to_thread(message.checked)  # too much to look through in the event loop
+                checked = await asyncio.to_thread(_checked, message)  # too much to look through in the event loop
             else:
-                message = message.checked()
-            return await self._detached.run(self._accept(message))
+                checked = _checked(message)
+            return await self._detached.run(self._accept(*checked))
         except CoreError as error:
             self._telemetry.refused(type(error))
             raise
@@ -165,14 +174,14 @@ class AcceptMessage:
         """Waits for messages that are being accepted."""
         await self._detached.settle()
 
-    async def _accept(self, message: IncomingMessage) -> Accepted:
+    async def _accept(self, message: IncomingMessage, request: RequestKey) -> Accepted:
         begun = self._telemetry.time()
         refusal = self._engine.reserve(message.user_id)
         turn_id = self._ids.new()
         recorded: _Recorded | None = None
         with self._engine.expecting(turn_id):
             try:
-                recorded = await self._store.write(lambda tx: self._record(tx, message, refusal, turn_id))
+                recorded = await self._store.write(lambda tx: self._record(tx, message, request, refusal, turn_id))
             finally:
                 if refusal is None and (recorded is None or recorded.claimed is None):
                     self._engine.release(message.user_id)
@@ -187,15 +196,14 @@ class AcceptMessage:
         return Accepted(recorded.turn, recorded.attached)
 
     def _record(
-        self, tx: Transaction, message: IncomingMessage, refusal: CoreError | None, turn_id: str
+        self,
+        tx: Transaction,
+        message: IncomingMessage,
+        request: RequestKey,
+        refusal: CoreError | None,
+        turn_id: str,
     ) -> _Recorded:
         """Finds the turn of a repeat, or records a new one."""
-        request = RequestKey(
-            caller=message.caller,
-            user_id=message.user_id,
-            request_id=message.request_id,
-            fingerprint=message.fingerprint() if message.request_id else "",
-        )
         if earlier := self._earlier(tx, request):
             return _Recorded(turn=earlier, attached=True)
         interrupted: tuple[Ended, ...] = ()
@@ -348,6 +356,12 @@ class AcceptMessage:
         )
         tx.threads.add(thread)
         return thread, definition
+
+
+def _checked(message: IncomingMessage) -> tuple[IncomingMessage, RequestKey]:
+    """The message as it is kept, and what a repeat of it is known by. Raises InvalidField."""
+    message = message.checked()
+    return message, message.request()
 
 
 def _accepted(message: IncomingMessage, turn_id: str, thread: Thread, now: datetime) -> Turn:
