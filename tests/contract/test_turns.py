@@ -1,6 +1,7 @@
 """What the service promises of a turn, on every store."""
 
 import asyncio
+from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from datetime import timedelta
@@ -10,8 +11,9 @@ import pytest
 
 from adapters.memory.store import MemoryStore
 from adapters.system import Ids
-from core.model.agent import Domain
+from core.model.agent import Catalog, Domain
 from core.model.errors import (
+    AgentNotFound,
     InvalidField,
     Overloaded,
     PositionAhead,
@@ -21,22 +23,32 @@ from core.model.errors import (
     TurnInProgress,
     TurnNotFound,
 )
-from core.model.events import LogEntry, TextDelta, ToolAnswered, ToolCalled, TurnFinished, TurnStarted
+from core.model.events import (
+    LogEntry,
+    TextDelta,
+    ToolAnswered,
+    ToolCalled,
+    TurnEvent,
+    TurnFinished,
+    TurnStarted,
+)
 from core.model.message import Role
 from core.model.thread import ProviderState, Thread
 from core.model.turn import TurnReason, TurnState, Usage
 from core.ports.agent import AgentFailed, RoundFinished, StateChanged
 from core.ports.store import Conflict, Store, Transaction
-from core.ports.tools import ToolOutput
+from core.ports.tools import ToolContext, ToolOutput
 from core.ports.turns import RequestKey
-from core.use_cases import read_threads
+from core.use_cases import read_threads, turn_engine
+from core.use_cases.accept_message import AcceptMessage
+from core.use_cases.definitions import Definitions
 from core.use_cases.end_turn import Ending, end_turn
 from core.use_cases.follow_turn import FollowTurn
 from core.use_cases.read_threads import MessageQuery, ThreadQuery
-from core.use_cases.reply_writer import MAX_OUTPUT, MAX_TOOL_CALLS, MAX_TOOL_ROUNDS
+from core.use_cases.reply_writer import MAX_ARGUMENTS, MAX_OUTPUT, MAX_TOOL_CALLS, MAX_TOOL_ROUNDS
 from core.use_cases.turn_engine import TurnLimits
 from core.use_cases.turn_feed import TurnFeeds
-from doubles import DONE, Gate, NotedTools, ScriptedAgent, kinds, service, text_of
+from doubles import CATALOG, DONE, Gate, NotedTools, ScriptedAgent, definition, kinds, service, text_of
 from harness import until
 from records import NOW, a_thread
 
@@ -383,6 +395,34 @@ async def test_what_the_store_can_not_take_ends_the_turn_all_the_same(store: Sto
         await it.events(await it.say(thread_id=last.turn.thread_id))
 
 
+async def test_text_that_the_store_can_not_take_is_given_up_for_everybody(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate()
+    async with service(store, ScriptedAgent(["a", gate, "b", DONE])) as it:
+        turn_id = await it.say()
+        await it.stream(turn_id, "a")
+        follower = asyncio.create_task(it.events(turn_id))
+
+        def refusing(*arguments: Any, tail: Sequence[TurnEvent], **more: Any) -> Any:
+            if tail:
+                raise ValueError("not to be stored")
+            return end_turn(*arguments, tail=tail, **more)
+
+        monkeypatch.setattr(turn_engine, "end_turn", refusing)
+        gate.open()
+        live = await follower
+        last = live[-1].event
+        assert isinstance(last, TurnFinished)
+        assert (last.turn.state, last.turn.reason) == (TurnState.INCOMPLETE, TurnReason.INTERNAL)
+        assert text_of(live) == "a"
+        assert live[-1].position == last.turn.last_position
+        assert await store.read(lambda tx: tx.log.read(turn_id)) == live
+        _, reply = await it.threads.turn("ada", turn_id)
+        assert reply is not None
+        assert reply.text == "a"
+
+
 async def test_a_turn_has_a_budget(store: Store) -> None:
     gate = Gate()
     limits = TurnLimits(budget=0.05)
@@ -486,6 +526,37 @@ async def test_a_call_has_a_name_of_its_own_in_its_turn(store: Store, in_one_rou
         assert len(it.tools.calls) == (0 if in_one_round else 1)
 
 
+@pytest.mark.parametrize(
+    ("calls", "reason"),
+    [
+        ([ToolCalled("", "note", "{}")], TurnReason.PROVIDER_PROTOCOL),
+        ([ToolCalled("c1", "note", "x" * MAX_ARGUMENTS)], None),
+        ([ToolCalled("c1", "note", "x" * (MAX_ARGUMENTS + 1))], TurnReason.PROVIDER_PROTOCOL),
+        # No store can hold these names, and what can stand for them is the same.
+        ([ToolCalled("c\0", "note", "{}"), ToolCalled("c\ud800", "note", "{}")], TurnReason.PROVIDER_PROTOCOL),
+    ],
+    ids=["no name", "long", "too long", "one name on record"],
+)
+async def test_calls_that_can_not_be_are_not_made(
+    store: Store, calls: list[ToolCalled], reason: TurnReason | None
+) -> None:
+    async with service(store, ScriptedAgent([*calls, DONE])) as it:
+        last = (await it.events(await it.say()))[-1].event
+        assert isinstance(last, TurnFinished)
+        assert last.turn.reason is reason
+        assert len(it.tools.calls) == (0 if reason else len(calls))
+
+
+async def test_what_no_store_can_hold_is_replaced_in_a_call(store: Store) -> None:
+    agent = ScriptedAgent([ToolCalled("c\0", "no\ud800te", '{"a": "\0"}'), DONE], ["Well.", DONE])
+    async with service(store, agent) as it:
+        events = [entry.event for entry in await it.events(await it.say())]
+        assert ToolCalled("c\ufffd", "no\ufffdte", '{"a": "\ufffd"}') in events
+        assert not it.tools.calls  # there is none of that name
+        (exchange,) = agent.requests[1].rounds[0].exchanges
+        assert (exchange.call_id, exchange.is_error) == ("c\ufffd", True)
+
+
 async def test_what_no_store_can_hold_is_replaced_in_a_tools_answer(store: Store) -> None:
     tools = NotedTools(lambda *_: ToolOutput("a\0b\ud800"))
     agent = ScriptedAgent([ToolCalled("c1", "note", "{}"), DONE], ["Noted.", DONE])
@@ -493,6 +564,60 @@ async def test_what_no_store_can_hold_is_replaced_in_a_tools_answer(store: Store
         events = await it.events(await it.say())
         assert ToolAnswered("c1", "a\ufffdb\ufffd", is_error=False) in [entry.event for entry in events]
         assert agent.requests[1].rounds[0].exchanges[0].output == "a\ufffdb\ufffd"
+
+
+async def test_a_domain_that_nobody_serves_is_refused_and_leaves_nothing(store: Store) -> None:
+    async with service(store) as it:
+        some = Catalog({Domain.CAREER: CATALOG.by_domain[Domain.CAREER]})
+        it.accept = AcceptMessage(
+            store=store, engine=it.engine, catalog=some, definitions=Definitions(some), ids=Ids()
+        )
+        for domain in (Domain.HEALTH, None):
+            with pytest.raises(AgentNotFound):
+                await it.say(domain=domain, request_id="r1")
+        assert not it.engine._places.taken
+        assert await store.read(lambda tx: tx.users.get("ada")) is None
+        await it.events(await it.say(domain=Domain.CAREER, request_id="r1"))
+
+
+async def test_a_thread_stays_with_the_version_of_its_agent(store: Store) -> None:
+    older = definition(Domain.CAREER, version=7, instructions="As it was.")  # on record, not on offer
+    thread = a_thread(agent_id=older.id)
+
+    def fill(tx: Transaction) -> None:
+        tx.agents.publish(older)
+        tx.users.ensure("ada", NOW)
+        tx.threads.add(thread)
+
+    async with service(store) as it:
+        await store.write(fill)
+        turn, _ = await it.threads.turn("ada", await it.say(thread_id=thread.id))
+        await it.events(turn.id)
+        new, _ = await it.threads.turn("ada", await it.say(domain=Domain.CAREER))
+        await it.events(new.id)
+        assert (turn.agent_id, new.agent_id) == ("career-v7", "career-v1")
+        assert [request.definition for request in it.agent.requests] == [older, CATALOG.by_domain[Domain.CAREER]]
+
+
+async def test_a_coach_and_its_tools_are_told_on_whose_behalf_they_work(store: Store) -> None:
+    agent = ScriptedAgent([ToolCalled("c1", "note", "{}"), DONE])
+    async with service(store, agent) as it:
+        turn, _ = await it.threads.turn("ada", await it.say(domain=Domain.HEALTH))
+        await it.events(turn.id)
+        for request in agent.requests:
+            assert (request.turn_id, request.thread_id, request.user_id) == (turn.id, turn.thread_id, "ada")
+            assert (request.domain, request.definition.id) == (Domain.HEALTH, "health-v1")
+            assert (request.message.turn_id, request.message.text) == (turn.id, "Hello")
+            assert [spec.name for spec in request.tools] == ["note"]
+        ((_, _, context),) = it.tools.calls
+        assert context == ToolContext(
+            user_id="ada",
+            thread_id=turn.thread_id,
+            turn_id=turn.id,
+            epoch=1,
+            call_id="c1",
+            domain=Domain.HEALTH,
+        )
 
 
 async def test_a_coach_is_reminded_of_the_lines_before_in_their_order(store: Store) -> None:
@@ -532,6 +657,14 @@ async def test_the_providers_copy_follows_the_transcript(store: Store) -> None:
         assert third is not None
         assert third.synced_to == 2  # a failed turn is not in the copy
         assert agent.requests[2].message.index == 5
+
+
+async def test_a_copy_that_a_round_has_changed_is_handed_to_the_next(store: Store) -> None:
+    made = ProviderState(provider="scripted", conversation_id="conv_1", synced_to=0)
+    agent = ScriptedAgent([StateChanged(made), ToolCalled("c1", "note", "{}"), DONE], ["a", DONE])
+    async with service(store, agent) as it:
+        await it.events(await it.say())
+        assert [request.state for request in agent.requests] == [None, made]
 
 
 async def test_the_next_round_is_handed_the_copy_and_the_deadline_and_only_completion_stores_it(

@@ -341,10 +341,11 @@ def _save_state(turn: Turn, state: ProviderState, tx: Transaction) -> None:
 
 
 def _checked(call: ToolCalled, seen: set[str]) -> ToolCalled:
-    if not call.call_id or call.call_id in seen or len(call.arguments_json) > MAX_ARGUMENTS:
+    call_id = _storable(call.call_id)
+    if not call_id or call_id in seen or len(call.arguments_json) > MAX_ARGUMENTS:
         raise AgentFailed(TurnReason.PROVIDER_PROTOCOL)
-    seen.add(call.call_id)
-    return ToolCalled(_storable(call.call_id), _storable(call.name), _storable(call.arguments_json))
+    seen.add(call_id)
+    return ToolCalled(call_id, _storable(call.name), _storable(call.arguments_json))
 
 
 def _storable(text: str) -> str:
