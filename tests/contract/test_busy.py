@@ -69,8 +69,9 @@ async def test_queued_messages_are_answered_in_order(store: Store) -> None:
             (Role.USER, "q1"), (Role.ASSISTANT, "r1"), (Role.USER, "q2"), (Role.ASSISTANT, "r2"),
             (Role.USER, "q3"), (Role.USER, "q4"), (Role.ASSISTANT, "r4"),
         ]  # fmt: skip
-        states = [(await it.threads.turn("ada", turn_id))[0].state for turn_id in waiting]
-        assert states == [TurnState.COMPLETED, TurnState.FAILED, TurnState.COMPLETED]
+        turns = [(await it.threads.turn("ada", turn_id))[0] for turn_id in waiting]
+        assert [turn.state for turn in turns] == [TurnState.COMPLETED, TurnState.FAILED, TurnState.COMPLETED]
+        assert {(turn.model, turn.provider) for turn in turns} == {("script-1", "scripted")}
         assert [request.message.index for request in agent.requests] == [1, 3, 5, 6]
 
 

@@ -26,7 +26,7 @@ from core.ports.provider_copies import CopyStays, ProviderCopies
 from core.ports.store import Conflict, Store, Transaction
 from core.ports.telemetry import Unmeasured
 from core.ports.turns import LogAppend
-from core.use_cases import finish_erasures
+from core.use_cases import clean_up_threads, finish_erasures
 from core.use_cases.accept_message import IncomingMessage
 from core.use_cases.claim_turn import require_claim
 from core.use_cases.clean_up_threads import Cleanup, CleanUpThreads, _erase_forgotten
@@ -422,6 +422,44 @@ async def test_what_somebody_has_come_back_to_meanwhile_is_not_erased(
         assert await store.write(step) == (erased, 0)
     left = await store.read(lambda tx: tx.threads.ids_of("ada", "", 9))
     assert left == sorted([woken.id, busy.id])
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+async def test_retention_goes_on_behind_what_it_has_to_leave(
+    store: Store, monkeypatch: pytest.MonkeyPatch, dry_run: bool
+) -> None:
+    monkeypatch.setattr(clean_up_threads, "DEFAULT_BATCH", 2)  # threads that are looked for in one go
+    for number in range(7):
+        await with_thread(store, ("ada", "eve", "eve")[number % 3])
+    await HoldUser(store)("eve", hold=True)
+    report = await CleanUpThreads(store)(Cleanup(ttl_days=1, delete_after_days=2, dry_run=dry_run))
+    assert (report.deleted, report.held) == (3, 4)
+    left = await store.read(lambda tx: tx.threads.ids_of("ada", "", 9))
+    assert len(left) == (3 if dry_run else 0)
+
+
+async def test_a_cleanup_that_breaks_off_asks_for_what_follows_what_it_has_erased(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = sorted([await with_thread(store) for _ in range(3)], key=lambda thread: thread.id)
+    threads_type: Any = type(await store.read(lambda tx: tx.threads))
+    delete = threads_type.delete
+    broken = ""
+    asked: list[str] = []
+
+    def breaks(threads: Any, thread_id: str, *arguments: Any, **more: Any) -> Any:
+        if thread_id == broken:
+            raise ValueError("not what was written")
+        return delete(threads, thread_id, *arguments, **more)
+
+    monkeypatch.setattr(threads_type, "delete", breaks)
+    cleanup = CleanUpThreads(store, erased=lambda: asked.append(broken))
+    wanted = Cleanup(ttl_days=1, delete_after_days=2, batch_size=1)
+    for thread in threads[:2]:
+        broken = thread.id
+        with pytest.raises(ValueError):
+            await cleanup(wanted)
+    assert asked == [threads[1].id]  # behind the first one nothing had been erased yet
 
 
 async def test_nothing_is_erased_unasked_or_before_it_has_expired(store: Store) -> None:

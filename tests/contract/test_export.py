@@ -7,17 +7,20 @@ from datetime import date
 import pytest
 
 from core.model.agent import Domain
+from core.model.attachment import FilePart, ImagePart
 from core.model.goal import Goal
 from core.model.ledger import LedgerKey, LedgerLine, Tally
-from core.model.message import Message
+from core.model.message import Message, TextPart
 from core.model.thread import Thread
-from core.model.turn import TurnState
+from core.model.turn import BusyPolicy, TurnState
 from core.model.user import User
 from core.ports.store import Store, Transaction
 from core.use_cases import export_user
-from core.use_cases.export_user import Exported, ExportedTurn, ExportUser
-from doubles import CATALOG
+from core.use_cases.accept_message import IncomingMessage
+from core.use_cases.export_user import AttachmentPiece, Exported, ExportedTurn, ExportUser
+from doubles import CATALOG, Gate, ScriptedAgent, service
 from records import IDS, NOW, a_line, a_thread, a_turn, request
+from samples import PDF, PNG
 
 MANY = 5
 
@@ -77,3 +80,38 @@ async def test_everything_is_in_it_once_and_nothing_of_others(
             assert [name_of(piece) async for piece in pieces] == expected
     async with aclosing(ExportUser(store).pieces("nobody")) as pieces:
         assert [piece async for piece in pieces] == []
+
+
+async def test_what_is_attached_follows_what_it_is_attached_to_in_pieces(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export_user, "PIECE", 7)
+    link = ImagePart("https://pictures.example.org/a.png")
+    async with service(store, ScriptedAgent([Gate()])) as it:
+        look = IncomingMessage(user_id="ada", content=(ImagePart(PNG), TextPart("Look"), link))
+        first = (await it.accept(look)).turn
+        file = (FilePart(PDF, "cv.pdf"),)
+        more = IncomingMessage(user_id="ada", content=file, thread_id=first.thread_id, on_busy=BusyPolicy.QUEUE)
+        second = (await it.accept(more)).turn
+        async with aclosing(ExportUser(store).pieces("ada")) as pieces:
+            found = [piece async for piece in pieces]
+    running, queued = [piece for piece in found if isinstance(piece, ExportedTurn)]
+    assert (running.turn.id, running.waiting, queued.turn.id) == (first.id, None, second.id)
+    assert queued.waiting is not None
+    assert queued.waiting.content == (FilePart(b"", "cv.pdf", "application/pdf"),)
+    (line,) = [piece for piece in found if isinstance(piece, Message)]
+    assert line.content == (ImagePart(b"", "image/png"), TextPart("Look"), link)
+    attached: dict[tuple[str, int], tuple[Exported, bytes]] = {
+        (first.id, 0): (line, PNG),
+        (second.id, 0): (queued, PDF),
+    }
+    joined: dict[tuple[str, int], bytes] = {}
+    for piece in found:
+        if isinstance(piece, AttachmentPiece):
+            key = (piece.turn_id, piece.number)
+            owner, whole = attached[key]
+            assert found.index(owner) < found.index(piece)
+            assert (piece.offset, piece.size) == (len(joined.get(key, b"")), len(whole))
+            assert 0 < len(piece.data) <= 7
+            joined[key] = joined.get(key, b"") + piece.data
+    assert joined == {key: whole for key, (_, whole) in attached.items()}

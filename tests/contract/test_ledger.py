@@ -201,6 +201,17 @@ async def test_what_a_round_had_used_before_its_turn_began_again_is_booked_too(s
     assert await booked(store) == Tally(turns=1, unmetered_turns=1, usage=DONE.usage + USED)
 
 
+async def test_what_a_turn_that_began_again_has_cost_stays_unknown_whatever_is_stopped(store: Store) -> None:
+    agent = ScriptedAgent([Begun("h1"), AgentFailed(TurnReason.INTERRUPTED)], [Begun("h2"), "Well", Gate()])
+    agent.used = {"h1": USED, "h2": DONE.usage}
+    async with service(store, agent) as it:
+        turn_id = await it.say()
+        await it.stream(turn_id, "Well")
+        await it.cancel("ada", turn_id)
+    assert agent.stopped == ["h1", "h2"]
+    assert await booked(store) == Tally(turns=1, unmetered_turns=1, usage=USED + DONE.usage)
+
+
 async def test_what_a_round_has_used_of_a_user_who_is_gone_is_nobodys(store: Store) -> None:
     agent = ScriptedAgent([Begun("h1"), "Well", Gate()])
     async with service(store, agent) as it:

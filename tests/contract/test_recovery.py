@@ -159,6 +159,30 @@ async def test_what_a_call_did_that_may_not_be_repeated_is_unknown(store: Store,
         assert not it.agent.requests
 
 
+async def test_a_call_of_a_tool_that_is_not_the_agents_keeps_no_reply_from_beginning_again(store: Store) -> None:
+    before = NotedTools(idempotent=True, gate=Gate())
+    calls = [ToolCalled("c1", "missing", "{}"), ToolCalled("c2", "note", "{}")]
+    turn_id = await left_behind(store, *calls, DONE, tools=before)
+    tools = NotedTools(idempotent=True)
+    async with service(store, ScriptedAgent(["Noted.", DONE]), tools) as it:
+        assert ending(await it.events(turn_id)).state is TurnState.COMPLETED
+        assert [context.call_id for _, _, context in tools.calls] == ["c2"]
+        (done,) = it.agent.requests[0].rounds
+        assert [exchange.is_error for exchange in done.exchanges] == [True, False]
+
+
+async def test_what_a_tool_did_that_is_gone_is_unknown(store: Store) -> None:
+    class NoTools(NotedTools):
+        names = frozenset[str]()
+
+    before = NotedTools(idempotent=True, gate=Gate())
+    turn_id = await left_behind(store, ToolCalled("c1", "note", "{}"), DONE, tools=before)
+    async with service(store, tools=NoTools(idempotent=True)) as it:
+        turn = ending(await it.events(turn_id))
+        assert (turn.state, turn.reason) == (TurnState.FAILED, TurnReason.TOOL_OUTCOME_UNKNOWN)
+        assert not it.agent.requests
+
+
 @pytest.mark.parametrize("idempotent", [True, False])
 async def test_a_call_that_was_answered_is_never_made_again(store: Store, idempotent: bool) -> None:
     call, gate = ToolCalled("c1", "note", "{}"), Gate()

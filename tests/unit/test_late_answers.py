@@ -7,6 +7,8 @@ from typing import TypeVar
 import pytest
 
 from adapters.memory.store import MemoryStore
+from adapters.system import Ids
+from core.model.erasure import ErasedThread
 from core.model.turn import BusyPolicy, Turn, TurnReason, TurnState
 from core.ports.agent import AgentFailed, Begun
 from core.ports.store import Transaction
@@ -14,6 +16,7 @@ from core.ports.telemetry import Unmeasured
 from core.use_cases import recover_turns
 from core.use_cases.claim_turn import ClaimedTurn
 from core.use_cases.end_turn import Ended
+from core.use_cases.erase_user import EraseUser
 from doubles import DONE, Gate, ManualClock, ScriptedAgent, Service, service, text_of
 from harness import until
 
@@ -127,3 +130,20 @@ async def test_an_ending_that_is_seen_before_it_is_answered_lets_the_next_one_ru
         store.gate.open()
         async with asyncio.timeout(20):
             assert text_of(await it.events(waiting)) == "b"
+
+
+async def test_an_erasure_that_is_slow_here_is_not_taken_for_one_that_was_left(clock: ManualClock) -> None:
+    store, erased = LateStore(clock), asyncio.Event()
+    erase = EraseUser(store=store, ids=Ids(), gone=lambda _: None, erased=erased.set, left_after=-60.0)
+    async with service(store) as it:
+        for _ in range(2):
+            await it.events(await it.say())
+        store.is_late = lambda result: isinstance(result, ErasedThread)
+        slow = asyncio.create_task(erase("ada"))
+        await store.gate.reached.wait()
+        await erase.go_on()
+        assert len(await store.read(lambda tx: tx.threads.ids_of("ada", "", 9))) == 1
+        assert not erased.is_set()
+        store.gate.open()
+        receipt = await slow
+        assert (receipt.state, receipt.erased.threads) == ("done", 2)
