@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import aclosing
 from datetime import date
+from typing import Any
 
 import pytest
 
@@ -115,3 +116,28 @@ async def test_what_is_attached_follows_what_it_is_attached_to_in_pieces(
             assert 0 < len(piece.data) <= 7
             joined[key] = joined.get(key, b"") + piece.data
     assert joined == {key: whole for key, (_, whole) in attached.items()}
+
+
+async def test_of_what_waits_no_more_is_read_than_the_next_message(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns_type: Any = type(await store.read(lambda tx: tx.turns))
+    waiting_message, reads = turns_type.waiting_message, 0
+
+    def counting(turns: Any, turn_id: str) -> Any:
+        nonlocal reads
+        reads += 1
+        return waiting_message(turns, turn_id)
+
+    async with service(store, ScriptedAgent([Gate()])) as it:
+        turn = (await it.threads.turn("ada", await it.say()))[0]
+        for _ in range(3):
+            await it.say(thread_id=turn.thread_id, on_busy=BusyPolicy.QUEUE)
+        monkeypatch.setattr(turns_type, "waiting_message", counting)
+        told = 0
+        async with aclosing(ExportUser(store).pieces("ada")) as pieces:
+            async for piece in pieces:
+                told += isinstance(piece, ExportedTurn) and piece.waiting is not None
+                assert reads == told
+        assert told == 3
+        monkeypatch.undo()

@@ -10,7 +10,7 @@ from core.model.goal import Goal
 from core.model.ledger import LedgerKey, LedgerLine
 from core.model.message import ContentPart, Message
 from core.model.thread import Thread
-from core.model.turn import Turn
+from core.model.turn import Turn, TurnState
 from core.model.user import User, check_user_id
 from core.ports.store import Store, Transaction
 from core.ports.threads import NewMessage
@@ -84,15 +84,17 @@ class ExportUser:
         yield thread
         after = ""
         while turns := await self._store.read(partial(_turns, thread_id, after)):
-            for exported in turns:
-                if exported.waiting is None:
-                    yield exported
+            for turn in turns:
+                waiting = None
+                if turn.state is TurnState.ACCEPTED:
+                    waiting = await self._store.read(partial(_waiting, turn.id))
+                if waiting is None:
+                    yield ExportedTurn(turn, None)
                     continue
-                bare = replace(exported.waiting, content=_bare(exported.waiting.content))
-                yield replace(exported, waiting=bare)
-                for piece in _cut(exported.turn.id, exported.waiting.content):
+                yield ExportedTurn(turn, replace(waiting, content=_bare(waiting.content)))
+                for piece in _cut(turn.id, waiting.content):
                     yield piece
-            after = turns[-1].turn.id
+            after = turns[-1].id
         index = 0
         while lines := await self._store.read(partial(_lines, thread_id, index)):
             for line in lines:
@@ -120,9 +122,12 @@ def _question(turn_id: str, tx: Transaction) -> Message | None:
     return tx.messages.question_of(turn_id)
 
 
-def _turns(thread_id: str, after: str, tx: Transaction) -> Sequence[ExportedTurn]:
-    turns = tx.turns.of_thread(thread_id, after, _PAGE)
-    return [ExportedTurn(turn, tx.turns.waiting_message(turn.id)) for turn in turns]
+def _turns(thread_id: str, after: str, tx: Transaction) -> Sequence[Turn]:
+    return tx.turns.of_thread(thread_id, after, _PAGE)
+
+
+def _waiting(turn_id: str, tx: Transaction) -> NewMessage | None:
+    return tx.turns.waiting_message(turn_id)
 
 
 def _lines(thread_id: str, after: int, tx: Transaction) -> Sequence[Message]:
