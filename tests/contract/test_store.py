@@ -1275,3 +1275,25 @@ async def test_a_goal_is_stored_once_for_each_key(record: Store) -> None:
     assert list(listed) == [*sorted([second, tie], key=lambda goal: goal.id, reverse=True), first]
     assert list(await record.read(lambda tx: tx.goals.list("ada", Domain.CAREER, 1))) == [listed[0]]
     assert [goal.text for goal in await record.read(lambda tx: tx.goals.list("eve", Domain.CAREER, 9))] == ["mine"]
+
+
+async def test_a_key_may_be_as_long_as_gateways_make_the_ids_of_calls(record: Store) -> None:
+    def goal(text: str) -> Goal:
+        return Goal(
+            id=IDS.new(),
+            user_id="ada",
+            domain=Domain.CAREER,
+            text=text,
+            commitment="",
+            due=None,
+            created_at=NOW,
+        )
+
+    await record.write(lambda tx: tx.users.ensure("ada", NOW))
+    for length in (255, 256, 70_000):
+        first, other = goal("first"), goal("other")
+        key = f"turn:{'c' * (length - 6)}"
+        assert await record.write(lambda tx, g=first, k=f"{key}1": tx.goals.add(g, k)) == first  # type: ignore[misc]
+        assert await record.write(lambda tx, k=f"{key}1": tx.goals.add(goal("again"), k)) == first  # type: ignore[misc]
+        assert await record.write(lambda tx, g=other, k=f"{key}2": tx.goals.add(g, k)) == other  # type: ignore[misc]
+    assert len(await record.read(lambda tx: tx.goals.list("ada", Domain.CAREER, 99))) == 6

@@ -1,5 +1,6 @@
 """The repository of goals."""
 
+import hashlib
 from collections.abc import Sequence
 
 from sqlalchemy import Integer, bindparam, delete, select
@@ -28,12 +29,15 @@ _OF_USER = Statement(
     .limit(bindparam("limit", type_=Integer))
 )
 _DELETE = Statement(delete(t.goals).where(_c.user_id == bindparam("user_id")))
+_LONGEST_KEY = 255
+"""Characters: what the column has room for."""
 
 
 class Goals(Repository, goals.Goals):
     """`goals`."""
 
     def add(self, goal: Goal, key: str) -> Goal:
+        key = _fitting(key)
         self._session.run(_ADD[self._session.dialect.name], m.goal_values(goal, key))
         return m.goal_of(self._session.row(_BY_KEY, {"key": key}))
 
@@ -47,3 +51,8 @@ class Goals(Repository, goals.Goals):
 
     def delete_of(self, user_id: str) -> int:
         return self._session.count(_DELETE, {"user_id": user_id})
+
+
+def _fitting(key: str) -> str:
+    """The key, or its digest: a call's id is the provider's, and gateways make ids as long as they like."""
+    return key if len(key) <= _LONGEST_KEY else hashlib.sha256(key.encode()).hexdigest()
