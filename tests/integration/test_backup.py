@@ -161,6 +161,28 @@ def test_what_is_no_copy_is_not_restored(
     assert not list(tmp_path.glob("*.replaced-*"))
 
 
+def test_a_restore_that_fails_at_the_end_has_changed_nothing(
+    database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that is full or broken may say so only when it is asked to have written."""
+    copy = tmp_path / "copy.db"
+    backup.back_up(database, copy, quiet)
+    add(database, "eve")
+
+    def broken(_: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    before = sorted(file.name for file in tmp_path.iterdir())
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", broken)
+        with pytest.raises(OSError, match="Input/output error"):
+            backup.restore(copy, database, quiet)
+    assert sorted(file.name for file in tmp_path.iterdir()) == before
+    assert users(database) == ["eve"]
+    assert backup.restore(copy, database, quiet)
+    assert users(database) == []
+
+
 def test_nothing_is_restored_under_an_owner(
     database: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

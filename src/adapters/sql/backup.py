@@ -45,9 +45,10 @@ def restore(copy: Path, database: Path, progress: Progress) -> list[Path]:
     """Puts a copy in a database's place; returns where the files are now that were there.
 
     Nobody else may have the database open. The copy stays. Raises FileNotFoundError, UnreadableCopyError,
-    DamagedBackupError, SchemaTooNewError and OSError, and has changed nothing then.
+    DamagedBackupError, SchemaTooNewError, StoreUnavailable and OSError, and has changed nothing then.
     """
-    with _made(database, replacing=True) as part:
+    moved: list[Path] = []
+    with _made(database, lambda: moved.extend(_move_away(database))) as part:
         try:
             _copy(copy, part, progress)
             state = schema_state(f"sqlite:///{quote(str(part))}")
@@ -57,7 +58,7 @@ def restore(copy: Path, database: Path, progress: Progress) -> list[Path]:
             raise SchemaTooNewError
         if state is SchemaState.EMPTY:
             raise UnreadableCopyError(copy)
-        return _move_away(database)
+    return moved
 
 
 def _copy(source: Path, target: Path, progress: Progress) -> None:
@@ -91,14 +92,18 @@ def _move_away(database: Path) -> list[Path]:
 
 
 @contextmanager
-def _made(file: Path, *, replacing: bool = False) -> Iterator[Path]:
-    """A file beside it that takes its name if all goes well, and is gone if not."""
+def _made(file: Path, make_room: Callable[[], None] | None = None) -> Iterator[Path]:
+    """A file beside it that takes its name if all goes well, and is gone if not.
+
+    It is on the disk before anything else is touched: only then `make_room` takes away what has the name.
+    """
     descriptor, name = mkstemp(prefix=f".{file.name}.", dir=file.parent)
     part = Path(name)
     try:
         yield part
         os.fsync(descriptor)
-        if replacing:
+        if make_room is not None:
+            make_room()
             part.rename(file)
         else:
             os.link(part, file)
