@@ -402,3 +402,24 @@ async def test_every_commit_waits_for_the_disk_beside_hints_that_do_not(
         assert await store.write(change) == "on"
         await until(lambda n=number: len(told) > n)
     await store.aclose()
+
+
+async def test_a_full_disk_takes_its_group_along_and_is_called_by_its_name(
+    sqlite_url: str, clock: ManualClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """SQLite has undone everything by then, savepoints too."""
+    store = SqlStore(sqlite_url, clock)
+    await store.write(lambda tx: [tx.agents.publish(agent) for agent in CATALOG.agents()])
+    await store.write(adding(THREAD))
+    await store.write(lambda tx: tx.turns.add(TURN, request(), owner="me"))
+    driver = store._writer._session._driver
+    group = adding(replace(THREAD, id="two")), saying("x" * 2_000_000), adding(replace(THREAD, id="three"))
+    await store.write(lambda tx: driver.rows("PRAGMA max_page_count=1"))  # no more than there are
+    assert [type(result) for result in await together(store, *group)] == [StoreUnavailable] * 3
+    assert await threads(store, "one", "two", "three") == {"one"}
+    await store.write(lambda tx: driver.rows("PRAGMA max_page_count=1000000"))
+    assert await together(store, *group) == [None, [1], None]
+    assert await threads(store, "one", "two", "three") == {"one", "two", "three"}
+    await store.aclose()
+    told = [record.getMessage() for record in caplog.records if record.name == "adapters.sql.writer"]
+    assert [line.rpartition(" ")[2] for line in told] == ["SQLITE_FULL", "again"]

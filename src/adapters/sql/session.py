@@ -10,7 +10,7 @@ from sqlalchemy import Engine, PoolProxiedConnection, func, select
 
 from adapters.sql.driver import Driver, Embedded
 from adapters.sql.engines import BUSY_TIMEOUT
-from adapters.sql.errors import FAULTS
+from adapters.sql.errors import FAULTS, is_outage
 from adapters.sql.fiber import apart
 from adapters.sql.pipeline import Pipeline
 from adapters.sql.statement import Parameters, Statement
@@ -85,8 +85,12 @@ class Session:
             yield
             self._driver.run("RELEASE SAVEPOINT one")
             self._driver.settle()
-        except BaseException:
-            self._driver.roll_back_to("one")
+        except BaseException as error:
+            try:
+                self._driver.roll_back_to("one")
+            except FAULTS:  # the transaction is gone as a whole
+                if not is_outage(error):  # which says best itself what has happened
+                    raise
             raise
 
     def close(self) -> None:
