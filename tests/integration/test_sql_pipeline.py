@@ -423,3 +423,36 @@ async def test_a_full_disk_takes_its_group_along_and_is_called_by_its_name(
     await store.aclose()
     told = [record.getMessage() for record in caplog.records if record.name == "adapters.sql.writer"]
     assert [line.rpartition(" ")[2] for line in told] == ["SQLITE_FULL", "again"]
+
+
+async def test_a_server_that_may_only_be_read_is_left_for_one_that_may_be_written_to(
+    postgres_url: str, clock: ManualClock
+) -> None:
+    """A name may still lead to a standby when a connection is opened, and elsewhere a moment later."""
+    with psycopg.connect(postgres_url, autocommit=True) as operator:
+        database = f'ALTER DATABASE "{operator.info.dbname}"'
+        operator.execute(f"{database} SET default_transaction_read_only = on".encode())  # in sessions to come
+        store = SqlStore(postgres_url, clock)
+        for _ in range(2):
+            with pytest.raises(StoreUnavailable):
+                await store.write(lambda tx: tx.users.ensure("ada", NOW))
+        operator.execute(f"{database} RESET default_transaction_read_only".encode())
+        await together(store, *(lambda tx, n=n: tx.users.ensure(f"user {n}", NOW) for n in range(3)))
+        assert operator.execute("SELECT count(*) FROM users").fetchone() == (3,)
+        await store.aclose()
+
+
+async def test_a_process_goes_on_while_a_migration_changes_what_it_reads(
+    postgres_url: str, clock: ManualClock
+) -> None:
+    """The server takes a statement that was prepared before for another."""
+    store = SqlStore(postgres_url, clock)
+    for call in (store.write, store.read):
+        assert await call(lambda tx: list(tx.copies.left(9))) == []
+    with psycopg.connect(postgres_url, autocommit=True) as migration:
+        migration.execute("ALTER TABLE copies ALTER COLUMN ref TYPE varchar(4000)")
+    for call in (store.write, store.read):
+        with pytest.raises(StoreUnavailable):
+            await call(lambda tx: list(tx.copies.left(9)))
+        assert await call(lambda tx: list(tx.copies.left(9))) == []
+    await store.aclose()

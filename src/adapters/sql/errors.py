@@ -27,8 +27,9 @@ _HELD = frozenset({"55P03", "40P01"})
 """A lock that somebody else holds, or would for ever: one change's trouble, not its group's."""
 _TOO_SLOW = "57014"
 """A statement that took too long: the same."""
-_GONE = frozenset({"25006", "25P03", "25P04"})
-"""What a PostgreSQL says that is, or has become, a standby; that ends a session for standing still."""
+_OVER = frozenset({"25006", "25P03", "25P04", "0A000"})
+"""What PostgreSQL says where it is a standby, or may only be read; where it ends a session for standing still;
+where a migration has changed what a prepared statement returns. In another session all may be well."""
 
 
 class DatabaseFault(Exception):
@@ -92,7 +93,12 @@ def is_outage(error: BaseException) -> bool:
     state = _sqlstate(cause)
     if state in _HELD or state in (_SERIALIZATION, _TOO_SLOW):
         return False
-    return isinstance(cause, _OUTAGES) or state in _GONE
+    return isinstance(cause, _OUTAGES) or state in _OVER
+
+
+def is_over(error: BaseException) -> bool:
+    """Whether nothing more can be done in this session, even if its connection is there."""
+    return _sqlstate(_cause(error)) in _OVER
 
 
 def collided(error: BaseException) -> bool:

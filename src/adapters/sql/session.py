@@ -10,7 +10,7 @@ from sqlalchemy import Engine, PoolProxiedConnection, func, select
 
 from adapters.sql.driver import Driver, Embedded
 from adapters.sql.engines import BUSY_TIMEOUT
-from adapters.sql.errors import FAULTS, is_outage
+from adapters.sql.errors import FAULTS, is_outage, is_over
 from adapters.sql.fiber import apart
 from adapters.sql.pipeline import Pipeline
 from adapters.sql.statement import Parameters, Statement
@@ -199,6 +199,8 @@ class Session:
     def _is_gone(self, error: BaseException) -> bool:
         if self._connection is None or not isinstance(error, FAULTS):
             return False
+        if is_over(error):
+            return True
         return self.dialect.is_disconnect(error, self._connection.driver_connection, None)  # type: ignore[arg-type]
 
     def _drop(self) -> None:
