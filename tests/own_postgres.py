@@ -125,6 +125,17 @@ class OwnPostgres:
         self._control("stop", "-m", mode)
         self._running = False
 
+    def demote(self) -> None:
+        """Starts it anew as a standby: it can be read, until it is promoted."""
+        self.stop("fast")
+        (self._folder / "standby.signal").touch()
+        self.start()
+
+    def promote(self) -> None:
+        """Makes a standby take writes."""
+        with psycopg.connect(self.databases.url, autocommit=True) as connection:
+            assert connection.execute("SELECT pg_promote()").fetchone() == (True,)
+
     def freeze(self) -> None:
         """SIGSTOP to all its processes, the one that makes new ones first: nothing answers, nothing breaks."""
         head = int((self._folder / "postmaster.pid").read_text().splitlines()[0])

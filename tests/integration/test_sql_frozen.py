@@ -38,6 +38,7 @@ class Server:
     def __init__(self, own: OwnPostgres) -> None:
         self.url = own.create("frozen")
         self.frozen = own.frozen
+        self.demote, self.promote = own.demote, own.promote
 
     def users(self) -> set[str]:
         """What is committed in `users`."""
@@ -203,3 +204,19 @@ async def test_a_connection_that_the_server_has_closed_is_replaced_unnoticed(ser
         await store.write(ensure("again"))
         await store.read(lambda tx: tx.now())
     assert "again" in server.users()
+
+
+async def test_nothing_is_asked_of_a_standby(server: Server) -> None:
+    """A name may lead to one for a while, and what it says may be from before."""
+    async with opened(server) as store:
+        server.demote()
+        try:
+            with psycopg.connect(server.url) as look:
+                assert look.execute("SELECT pg_is_in_recovery()").fetchone() == (True,)
+            for call in (store.write, store.read):
+                with pytest.raises(StoreUnavailable):
+                    await call(lambda tx: tx.now())
+        finally:
+            server.promote()
+        await store.write(ensure("on the new primary"))
+        assert await store.read(lambda tx: tx.users.get("on the new primary")) is not None

@@ -151,4 +151,5 @@ def _postgresql(url: URL, pool_size: int) -> Engine:
 
 
 def _driver(url: URL) -> URL:
-    return url.set(drivername="postgresql+psycopg")
+    """The URL with its driver, and for no standby, where even what is read may be from before."""
+    return url.set(drivername="postgresql+psycopg", query={"target_session_attrs": "primary", **url.query})
