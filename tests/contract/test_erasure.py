@@ -13,11 +13,12 @@ import pytest
 from adapters.openai.stream import MAX_ID
 from adapters.system import Ids
 from core.model.agent import Domain
+from core.model.attachment import FilePart, ImagePart
 from core.model.erasure import Copy, Counts, Receipt, user_hash
 from core.model.errors import InvalidField, LeaseLost, LegalHold, StoreUnavailable, ThreadNotFound, TurnNotFound
 from core.model.events import TextDelta
 from core.model.goal import Goal
-from core.model.message import TextPart
+from core.model.message import Role, TextPart
 from core.model.thread import ProviderState, Thread, Tombstone
 from core.model.turn import Turn, TurnState
 from core.ports.agent import Begun, StateChanged, Stored
@@ -113,6 +114,58 @@ async def test_a_user_goes_with_everything_and_nobody_else_does(store: Store) ->
     again = await eraser(store)("ada")
     assert (again.id != receipt.id, again.erased, again.state) == (True, Counts(), "done")
     assert [each.id for each in await store.read(lambda tx: tx.erasures.newest(9))] == [again.id, receipt.id]
+
+
+async def test_a_receipt_counts_what_there_was_and_a_rehearsal_says_the_same(store: Store) -> None:
+    """No two counts are alike, so none can stand in another's place."""
+    counts, copies = Counts(threads=2, turns=3, messages=5, attachments=4, goals=6), 7
+
+    def fill(user: str, first: Thread, second: Thread, tx: Transaction) -> None:
+        turn = a_turn(first, state=TurnState.COMPLETED)
+        tx.turns.add(turn, request(user))
+        tx.turns.attach(turn.id, (ImagePart(b"1"), TextPart("x"), ImagePart(b"2"), FilePart(b"3"), FilePart(b"4")))
+        tx.messages.append(first.id, [a_line(turn, role=role) for role in Role])
+        tx.copies.keep(second.id, "p", [f"{number} of {user}" for number in range(5)])
+        for number in range(6):
+            tx.goals.add(a_goal(user, number), f"{number} of {user}")
+
+    for user in ("ada", "eve"):
+        first, second = [await with_thread(store, user) for _ in range(2)]
+        await store.write(partial(fill, user, first, second))
+    begun = await store.read(lambda tx: tx.now())
+    rehearsal = await eraser(store)("ada", dry_run=True)
+    assert (rehearsal.erased, rehearsal.copies_left) == (counts, copies)
+    receipt = await eraser(store)("ada")
+    assert (receipt.erased, receipt.copies_left) == (counts, copies)
+    assert receipt.finished_at is not None
+    assert begun < receipt.requested_at < receipt.finished_at < await store.read(lambda tx: tx.now())
+    assert await store.read(lambda tx: tx.users.belongings("eve")) == (counts, copies)
+
+
+async def test_what_is_left_is_told_in_its_order(store: Store) -> None:
+    now = await store.read(lambda tx: tx.now())
+    ages = {"ada": timedelta(minutes=20), "bob": timedelta(minutes=30), "cleo": timedelta(minutes=10)}
+    thread = await with_thread(store)
+
+    def fill(tx: Transaction) -> dict[str, str]:
+        for ref in ("thrice", "twice", "once"):
+            tx.copies.keep(thread.id, "p", [ref], erase=True)
+            tx.copies.claim("p", 9, -1)
+        return {user: tx.erasures.open(IDS.new(), user, now - age).id for user, age in ages.items()}
+
+    ids = await store.write(fill)
+
+    async def left(age: timedelta, limit: int) -> list[str]:
+        return [each.user_id for each in await store.read(lambda tx: tx.erasures.left(now - age, limit))]
+
+    assert await left(timedelta(minutes=5), 9) == ["bob", "ada", "cleo"]  # the oldest first
+    assert await left(timedelta(minutes=5), 2) == ["bob", "ada"]
+    assert await left(timedelta(minutes=15), 9) == ["bob", "ada"]
+    newest = await store.read(lambda tx: tx.erasures.newest(2))
+    assert [receipt.id for receipt in newest] == [ids["cleo"], ids["ada"]]
+    tried = await store.read(lambda tx: tx.copies.left(2))
+    assert [(copy.ref, copy.tries) for copy in tried] == [("thrice", 3), ("twice", 2)]
+    assert await store.read(lambda tx: tx.copies.count_left()) == {"p": 3}
 
 
 async def test_an_erasure_under_way_is_joined_and_gone_on_with(store: Store, clock: ManualClock) -> None:

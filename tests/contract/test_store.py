@@ -213,6 +213,13 @@ async def test_a_lone_change_that_fails_leaves_no_trace(record: Store) -> None:
     await record.write(lambda tx: add_thread(tx, thread))  # nothing is left in the way
 
 
+async def test_an_iteration_that_ends_within_a_change_is_an_error_like_others(record: Store) -> None:
+    """No future takes it, and nobody would be told."""
+    with pytest.raises(RuntimeError):
+        await record.write(lambda tx: next(iter(tx.turns.unfinished("nothing"))))
+    await record.write(lambda tx: tx.now())
+
+
 async def test_changes_take_effect_in_the_order_of_submission(record: Store) -> None:
     thread, turn = await begun(record)
 
@@ -607,7 +614,7 @@ async def test_provider_state_is_kept_as_it_was_last_said(record: Store) -> None
     await record.write(lambda tx: add_thread(tx, thread))
     assert await record.read(lambda tx: tx.threads.provider_state(thread.id)) is None
     for state in (
-        ProviderState(provider="openai", conversation_id="conv_1", synced_to=4),
+        ProviderState(provider="openai", conversation_id="conv_1", synced_to=4, begins_at=3),
         ProviderState(provider="openai", response_id="resp_1", synced_to=2),
         ProviderState(provider="openai"),
     ):
@@ -735,6 +742,19 @@ async def test_text_comes_back_as_it_went_in(record: Store, name: str) -> None:
     entries = await record.read(lambda tx: tx.log.read(turn.id))
     assert [entry.event for entry in entries[1:]] == list(events)
     assert entries[-1].position == 1 + 3 * len(text) + 2
+
+
+async def test_texts_of_a_group_come_back_as_they_went_in(record: Store) -> None:
+    turns = {name: (await begun(record))[1] for name in TEXTS}
+    batch = [
+        LogAppend(turn.id, 1, 1, (TextDelta(TEXTS[name]), ToolCalled("c", "note", TEXTS[name])))
+        for name, turn in turns.items()
+    ]
+    outcome = await record.write(lambda tx: tx.log.append(batch))
+    assert outcome == Appended(frozenset(append.turn_id for append in batch))
+    for append in batch:
+        entries = await record.read(lambda tx, of=append.turn_id: tx.log.read(of, 1))  # type: ignore[misc]
+        assert entries == place(append.events, 1)
 
 
 @given(text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1))

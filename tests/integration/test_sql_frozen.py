@@ -1,6 +1,8 @@
 """A PostgreSQL that stands still: everything that waits for it ends within bounds, and it may come back."""
 
 import asyncio
+import os
+import signal
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -9,6 +11,7 @@ from datetime import UTC, datetime
 
 import psycopg
 import pytest
+from sqlalchemy import Engine
 
 from adapters.sql import engines
 from adapters.sql.fiber import apart
@@ -204,6 +207,38 @@ async def test_a_connection_that_the_server_has_closed_is_replaced_unnoticed(ser
         await store.write(ensure("again"))
         await store.read(lambda tx: tx.now())
     assert "again" in server.users()
+
+
+async def test_what_a_server_may_have_heard_is_not_said_to_it_again(server: Server) -> None:
+    """Of a connection that stands still nobody knows what will yet be done on it."""
+    async with opened(server) as store:
+        driver = store._writer._session._driver
+        pid = await store.write(lambda tx: int(driver.rows("SELECT pg_backend_pid()")[0][0]))
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            with pytest.raises(StoreUnavailable):
+                await store.write(lambda tx: tx.users.ensure("said once", NOW))
+            assert "said once" not in server.users()
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        await store.write(ensure("said anew"))
+    assert "said anew" in server.users()
+
+
+@pytest.mark.parametrize("made", [engines.writer_engine, engines.reader_engine, engines.session_engine])
+def test_a_machine_that_is_gone_is_noticed_within_half_a_minute(
+    server: Server, made: Callable[[str], Engine]
+) -> None:
+    engine = made(server.url)
+    with engine.connect() as connection:
+        driver = connection.connection.driver_connection
+        assert isinstance(driver, psycopg.Connection)
+        told = {name: int(value) for name, value in driver.info.get_parameters().items() if value.isdigit()}
+    engine.dispose()
+    assert told["keepalives_idle"] + told["keepalives_interval"] * told["keepalives_count"] <= 30
+    assert told["connect_timeout"] == CONNECTING
+    if made is not engines.session_engine:  # there nothing is sent that could stay unanswered
+        assert told["tcp_user_timeout"] <= 30_000
 
 
 async def test_nothing_is_asked_of_a_standby(server: Server) -> None:

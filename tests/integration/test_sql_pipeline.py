@@ -2,9 +2,11 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -19,12 +21,13 @@ from adapters.sql.statement import Statement
 from adapters.sql.store import SqlStore
 from adapters.sql.transaction import SqlTransaction
 from core.model.agent import Domain
-from core.model.errors import StoreUnavailable
+from core.model.errors import StoreBusy, StoreUnavailable
 from core.model.events import TextDelta, TurnStarted
 from core.model.goal import Goal
 from core.model.message import Role
 from core.model.thread import Thread
 from core.ports.store import Conflict, Transaction
+from core.ports.telemetry import Unmeasured
 from core.ports.turns import LogAppend
 from doubles import CATALOG, ManualClock
 from harness import until
@@ -455,4 +458,86 @@ async def test_a_process_goes_on_while_a_migration_changes_what_it_reads(
         with pytest.raises(StoreUnavailable):
             await call(lambda tx: list(tx.copies.left(9)))
         assert await call(lambda tx: list(tx.copies.left(9))) == []
+    await store.aclose()
+
+
+async def test_a_statement_that_takes_too_long_is_its_own_changes_trouble(
+    postgres_url: str, clock: ManualClock
+) -> None:
+    store = SqlStore(postgres_url, clock)
+    await store.write(lambda tx: tx.now())
+    driver = store._writer._session._driver
+
+    def dawdle(tx: Transaction) -> None:
+        tx.users.ensure("eve", NOW)
+        limits = {"statement_timeout": "10s", "lock_timeout": "5ms", "TimeZone": "UTC"}
+        assert {name: driver.rows(f"SHOW {name}")[0][0] for name in limits} == limits
+        driver.run("SET LOCAL statement_timeout = 20")
+        driver.rows("SELECT pg_sleep(60)")
+
+    def ensuring(user: str) -> Callable[[Transaction], None]:
+        return lambda tx: tx.users.ensure(user, NOW)
+
+    results = await together(store, ensuring("ada"), dawdle, ensuring("bob"))
+    assert [type(result) for result in results] == [type(None), StoreBusy, type(None)]
+    with pytest.raises(StoreBusy):
+        await store.write(dawdle)
+    with psycopg.connect(postgres_url) as look:
+        assert {user for (user,) in look.execute("SELECT id FROM users").fetchall()} == {"ada", "bob"}
+    await store.aclose()
+
+
+async def test_what_a_connection_had_open_is_closed_when_it_is_lost(postgres_url: str, clock: ManualClock) -> None:
+    store = SqlStore(postgres_url, clock)
+    calls = (store.write, store.read)
+    for call in calls:
+        await call(lambda tx: tx.now())
+    before = open_files()
+    for _ in range(3):
+        kill(postgres_url)
+        for call in calls:
+            await call(lambda tx: tx.now())
+    assert open_files() <= before
+    await store.aclose()
+    assert open_files() < before
+
+
+async def test_a_store_that_is_closed_leaves_nothing_open(database_url: str, clock: ManualClock) -> None:
+    before = open_files()
+    store = SqlStore(database_url, clock)
+    heard: list[frozenset[str]] = []
+    if store.listen(heard.append):
+        await until(lambda: bool(heard))
+    await asyncio.gather(*(store.read(lambda tx: tx.now()) for _ in range(8)), store.write(lambda tx: tx.now()))
+    async with store.exclusive("x") as held:
+        assert held
+        assert open_files() > before
+    await store.aclose()
+    assert open_files() <= before
+
+
+def open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+async def test_a_commit_tells_how_many_changes_shared_it_and_what_it_took(
+    database_url: str, clock: ManualClock
+) -> None:
+    told: list[tuple[int, float]] = []
+
+    class Told(Unmeasured):
+        def time(self) -> float:
+            return time.monotonic()
+
+        def committed(self, changes: int, seconds: float) -> None:
+            told.append((changes, seconds))
+
+    store = SqlStore(database_url, clock, telemetry=Told())
+    await store.write(lambda tx: [tx.agents.publish(agent) for agent in CATALOG.agents()])
+    await store.write(adding(THREAD))
+    told.clear()
+    begun = time.monotonic()
+    await together(store, adding(replace(THREAD, id="two")), adding(THREAD), adding(replace(THREAD, id="three")))
+    assert [changes for changes, _ in told] == [1, 3]  # what holds the others up, then they
+    assert all(0 < seconds < time.monotonic() - begun for _, seconds in told)
     await store.aclose()

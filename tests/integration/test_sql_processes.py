@@ -7,16 +7,18 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, closing, contextmanager
 from dataclasses import replace
 from datetime import date, timedelta
+from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
 
-from adapters.sql.engines import SESSION_SETTINGS
+from adapters.sql.engines import BUSY_TIMEOUT, SESSION_SETTINGS
 from adapters.sql.fiber import apart
 from adapters.sql.store import SqlStore
 from adapters.sql.tables import metadata
 from core.model.attachment import FilePart, ImagePart
+from core.model.erasure import Counts
 from core.model.events import AttemptRestarted, TextDelta, TurnStarted
 from core.model.message import Role
 from core.model.thread import ProviderState, Thread
@@ -166,6 +168,70 @@ async def test_a_turn_is_locked_behind_its_thread(postgres_url: str, clock: Manu
             other.execute(b"SELECT 1 FROM turns WHERE id = %s FOR UPDATE NOWAIT", [turn.id])
             other.rollback()
             assert await locking == turn
+
+
+Look = Callable[[Transaction, Thread, Turn], object]
+LOCKS: dict[str, tuple[Look, str, str]] = {
+    "Threads.lock": (
+        lambda tx, thread, _: tx.threads.lock("ada", thread.id),
+        "assistant_threads",
+        "NO KEY UPDATE",
+    ),
+    "Turns.lock": (lambda tx, _, turn: tx.turns.lock(turn.id), "turns", "NO KEY UPDATE"),
+    "Users.lock": (lambda tx, *_: tx.users.lock("ada"), "users", "NO KEY UPDATE"),
+    "Users.held": (lambda tx, *_: tx.users.held("ada"), "users", "NO KEY UPDATE"),
+    "Copies.keep": (lambda tx, thread, _: tx.copies.keep(thread.id, "p", ["r"]), "assistant_threads", "UPDATE"),
+}
+"""What keeps others away from a row, and what they would need: to change it, or to delete it as well."""
+
+
+@pytest.mark.parametrize("name", LOCKS)
+async def test_others_are_kept_away_until_the_transaction_ends(
+    postgres_url: str, clock: ManualClock, name: str
+) -> None:
+    look, table, strength = LOCKS[name]
+    async with processes(postgres_url, clock) as (store,):
+        thread, turn = await begun(store)
+        row = {"assistant_threads": thread.id, "turns": turn.id, "users": "ada"}[table]
+        taking = f"SELECT 1 FROM {table} WHERE id = %s FOR {strength} NOWAIT"
+
+        def change(tx: Transaction) -> None:
+            look(tx, thread, turn)
+            tx.now()  # has it done
+            with pytest.raises(psycopg.errors.LockNotAvailable), held(postgres_url, taking, row):
+                raise AssertionError
+
+        await store.write(change)
+        with held(postgres_url, taking, row):
+            assert True  # it is free again
+
+
+async def test_a_copy_that_another_process_takes_is_left_out(postgres_url: str, clock: ManualClock) -> None:
+    async with processes(postgres_url, clock) as (store,):
+        await store.write(lambda tx: tx.copies.keep("gone", "p", ["a", "b", "c"]))
+        with held(postgres_url, "SELECT 1 FROM copies WHERE ref = %s FOR UPDATE", "b"):
+            taken = await store.write(lambda tx: tx.copies.claim("p", 9, 60))
+        assert [copy.ref for copy in taken] == ["a", "c"]
+        assert [copy.ref for copy in await store.write(lambda tx: tx.copies.claim("p", 9, 60))] == ["b"]
+
+
+async def test_what_two_processes_have_erased_is_added_up(
+    postgres_url: str, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SESSION_SETTINGS, "lock_timeout", "60000")
+    async with processes(postgres_url, clock) as (store,):
+        await store.write(lambda tx: tx.erasures.open("one", "ada", NOW))
+        more = "UPDATE erasures SET erased = jsonb_set(erased::jsonb, '{messages}', '3')::json WHERE id = %s"
+        with held(postgres_url, more, "one") as other:
+            noting = asyncio.create_task(
+                store.write(lambda tx: tx.erasures.note("one", Counts(threads=1, messages=2), NOW))
+            )
+            await until(lambda: waiting(postgres_url) == 1)
+            other.commit()
+            await noting
+        receipt = await store.read(lambda tx: tx.erasures.find("one"))
+        assert receipt is not None
+        assert receipt.erased == Counts(threads=1, messages=5)
 
 
 @pytest.mark.parametrize("alone", [True, False])
@@ -421,6 +487,27 @@ async def test_nothing_of_a_deleted_thread_is_left_but_its_tombstone(
             assert after[table] == before[table] / 2 > 0
         assert after["tombstones"] == 1
         assert rows(database_url, "assistant_threads", f"id = '{gone.id}'") == 0
+
+
+async def test_a_purge_empties_the_log_once_nobody_reads_it(sqlite_url: str, clock: ManualClock) -> None:
+    file = Path(sqlite_url.removeprefix("sqlite:///"))
+    log = file.with_name(f"{file.name}-wal")
+    fresh = SqlStore(sqlite_url, clock)
+    assert await fresh.purge()  # the first that is asked of it
+    await fresh.aclose()
+    async with processes(sqlite_url, clock) as (store,):
+        await begun(store)
+        with closing(sqlite3.connect(file, isolation_level=None)) as reader:
+            reader.execute("BEGIN")
+            reader.execute("SELECT count(*) FROM turns").fetchone()
+            await begun(store)
+            assert not await store.purge()
+            assert log.stat().st_size > 0
+            reader.execute("COMMIT")
+            assert await store.purge()
+            assert log.stat().st_size == 0
+        waits_for = await store.write(lambda tx: store._writer._session._driver.rows("PRAGMA busy_timeout"))
+        assert waits_for == [(BUSY_TIMEOUT,)]  # as before: others' locks are waited for
 
 
 # Indexes
