@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import SplitResult, quote, urlsplit
 
 from dotenv.parser import parse_stream
 from pydantic import Field, SecretStr, ValidationError, field_validator
@@ -86,6 +86,16 @@ def require_address(address: str) -> str:
     if not host or not port.isdecimal() or int(port) > 65_535 or (":" in bare and bare == host):
         raise ValueError("must be HOST:PORT, with an IPv6 address in brackets")
     return address
+
+
+def _parts(url: str) -> SplitResult:
+    """A URL in its parts. Raises ValueError for what is none, in words of ours: the library's quote it."""
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError:
+        raise ValueError("must be a URL: brackets are for IPv6 addresses, and a port is a number") from None
+    return parts
 
 
 class Settings(BaseSettings):
@@ -194,10 +204,7 @@ class Settings(BaseSettings):
         value = url.get_secret_value() or default_database_url()
         if not value.startswith(("sqlite:///", "postgresql://", "postgresql+psycopg://")):
             raise ValueError("must begin with sqlite:/// or postgresql://")
-        try:
-            _ = urlsplit(value).port
-        except ValueError:
-            raise ValueError("must have a number for a port") from None
+        _parts(value)
         if value.startswith("sqlite:///") and value in {"sqlite:///", "sqlite:///:memory:"}:
             raise ValueError("must name a file")
         return SecretStr(value)
@@ -207,19 +214,15 @@ class Settings(BaseSettings):
     def _check_http_url(cls, url: str | None) -> str | None:
         if url is None:
             return None
-        parts = urlsplit(url)
+        parts = _parts(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError("must begin with http:// or https:// and name a host")
-        try:
-            _ = parts.port
-        except ValueError:
-            raise ValueError("must have a number for a port") from None
         return url
 
     @field_validator("openai_base_url")
     @classmethod
     def _check_base_url(cls, url: str | None) -> str | None:
-        parts = urlsplit(url or "")
+        parts = _parts(url or "")
         if "@" in parts.netloc or parts.query or parts.fragment:
             raise ValueError("must have no credentials, query or fragment: the key goes into OPENAI_API_KEY")
         return url
@@ -249,7 +252,7 @@ class Settings(BaseSettings):
     @classmethod
     def _check_jwks(cls, place: str | None) -> str | None:
         if place is not None and "://" in place:
-            parts = urlsplit(place)
+            parts = _parts(place)
             loopback = parts.scheme == "http" and is_loopback(parts.hostname or "")
             if not parts.hostname or not (parts.scheme == "https" or loopback):
                 raise ValueError("must be a file, or begin with https:// (http:// on loopback only)")
