@@ -68,3 +68,12 @@ async def test_what_can_not_be_a_key_set_is_not_taken(name: str, monkeypatch: py
 async def test_nobody_is_there() -> None:
     with pytest.raises(KeysFault, match="ConnectorError"):
         await from_url("http://127.0.0.1:1/keys")()
+
+
+async def test_a_proxy_that_is_no_url_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", "http://proxy:canary")
+    with pytest.raises(KeysFault, match="can't be fetched") as fault:
+        await from_url("http://127.0.0.1:1/keys")()
+    assert "canary" not in str(fault.value)

@@ -17,6 +17,8 @@ from adapters.identity import ALGORITHMS, MAX_TOKEN, BadToken, KeysUnavailable
 from adapters.identity.keys import KEPT, LIFETIME, PAUSE, Keys, KeysFault, from_file, parse
 from adapters.identity.tokens import LEEWAY, Tokens
 from certificates import AUDIENCE, ISSUER, Issuer
+from entrypoints.grpc_api.access import Access
+from entrypoints.policy import Policy
 
 ES256 = frozenset({"ES256"})
 
@@ -94,6 +96,10 @@ async def test_a_token_that_says_the_wrong_thing(
     claims: dict[str, Any], word: str, tokens: Tokens, issuer: Issuer
 ) -> None:
     assert await why(tokens, issuer.token(**claims)) == word
+
+
+async def test_a_token_for_ever_is_none(tokens: Tokens, issuer: Issuer) -> None:
+    assert await why(tokens, issuer.token(exp=10**400)) == "malformed"  # more than a float holds
 
 
 async def test_what_nobody_has_signed(tokens: Tokens, issuer: Issuer) -> None:
@@ -221,11 +227,14 @@ async def test_one_who_leaves_takes_no_keys_from_the_others(
     assert source.asked == 1
 
 
-async def test_a_request_under_way_is_given_up(tokens: Tokens, issuer: Issuer, source: Source) -> None:
+@pytest.mark.parametrize("whole", [False, True], ids=["tokens", "access"])
+async def test_a_request_under_way_is_given_up(
+    whole: bool, tokens: Tokens, issuer: Issuer, source: Source
+) -> None:
     source.open.clear()
     read = asyncio.create_task(tokens.read(issuer.token()))
     await asyncio.sleep(0)
-    await tokens.aclose()
+    await (Access(Policy(()), tokens=tokens) if whole else tokens).aclose()
     with pytest.raises(asyncio.CancelledError):
         await read
 

@@ -184,7 +184,7 @@ def from_url(url: str) -> Load:
                 content = await response.content.read(_MAX_BYTES + 1)
                 while len(content) <= _MAX_BYTES and (more := await response.content.read(_MAX_BYTES)):
                     content += more
-        except (aiohttp.ClientError, OSError) as error:
+        except (aiohttp.ClientError, OSError, ValueError) as error:  # ValueError: a proxy that is no URL
             raise KeysFault(f"can't be fetched ({type(error).__name__})") from error
         if len(content) > _MAX_BYTES:
             raise KeysFault("is larger than a key set")

@@ -75,6 +75,7 @@ class Tokens:
                 leeway=LEEWAY,
                 options={"require": ["exp", "sub", "iss", "aud"]},
             )
+            expires = float(claims["exp"]) + LEEWAY
         except PyJWTError as error:
             raise BadToken(_word(error)) from error
         except (ValueError, TypeError, OverflowError, RecursionError) as error:  # claims of unforeseen kinds
@@ -83,7 +84,7 @@ class Tokens:
         client = claims.get("azp") or claims.get("client_id") or ""
         if not isinstance(subject, str) or not subject or not isinstance(client, str):
             raise BadToken("malformed")
-        return Token(subject, client, float(claims["exp"]) + LEEWAY)
+        return Token(subject, client, expires)
 
 
 def _word(error: Exception) -> str:
