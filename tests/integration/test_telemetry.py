@@ -307,6 +307,14 @@ async def test_a_turn_is_a_trace_of_its_callers(collector: Collector, monkeypatc
     assert collector.tokens == {"Bearer t1"}
 
 
+async def test_what_only_begins_like_a_trace_is_none(collector: Collector) -> None:
+    async with served(ScriptedAgent()) as client:
+        metadata = (("traceparent", f"01-{TRACE}-{PARENT}-01-more"),)
+        assert [one async for one in client.agents.Chat(message(), timeout=DEADLINE, metadata=metadata)]
+    assert len(collector.spans) == 2
+    assert TRACE not in {span.trace_id.hex() for span in collector.spans}
+
+
 def test_what_has_a_conventional_name_is_called_so() -> None:
     source = "".join(path.read_text() for path in (ROOT / "src/adapters/telemetry").glob("*.py"))
     ours = set(re.findall(r'"((?:gen_ai|rpc|error)\.[a-z_.]+)"', source))
@@ -451,6 +459,13 @@ def test_nothing_of_it_is_imported_where_nobody_measures(tmp_path: Path) -> None
     assert modules & {"opentelemetry", "prometheus_client", "grpc_channelz"} == set()
 
 
+async def test_the_page_ends_with_the_service(page: Page) -> None:
+    async with served(ScriptedAgent()):
+        assert await page.read()
+    with pytest.raises(OSError, match="refused"):
+        await page.read()
+
+
 async def test_a_page_needs_a_free_address(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         monkeypatch.setenv("VIDA_METRICS_LISTEN", f"127.0.0.1:{taken.getsockname()[1]}")
@@ -459,11 +474,21 @@ async def test_a_page_needs_a_free_address(monkeypatch: pytest.MonkeyPatch) -> N
                 pytest.fail("it started")
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"TIMEOUT": "kanarienvogel"},
+        {"COMPRESSION": "kanarienvogel"},
+        {"ENDPOINT": "https://127.0.0.1:1", "CERTIFICATE": "/"},
+    ],
+    ids=["a number", "a choice", "a file"],
+)
 async def test_what_the_sdk_can_not_use_is_a_settings_fault(
-    collector: Collector, monkeypatch: pytest.MonkeyPatch
+    settings: dict[str, str], collector: Collector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "kanarienvogel")
-    with pytest.raises(SettingsError, match="OTEL_") as error:
+    for name, value in settings.items():
+        monkeypatch.setenv(f"OTEL_EXPORTER_OTLP_{name}", value)
+    with pytest.raises(SettingsError, match="an OTEL_ setting") as error:
         async with running(load_settings(), watching=True):
             pytest.fail("it started")
     assert "kanarienvogel" not in str(error.value)

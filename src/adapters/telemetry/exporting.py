@@ -3,8 +3,8 @@
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
@@ -62,11 +62,14 @@ class Exporting:
         self._cuts: list[Callable[[], object]] = []
         self.page: int | None = None
         """The port of the Prometheus page."""
-        try:
+        with _named():
             self.tracers = self._tracers(exports, resource)
-            self.meters = self._meters(exports, resource)
-        except (ValueError, KeyError) as error:
-            raise ExportsError("an OTEL_ setting can't be used") from error
+            readers = self._pushed(exports)
+        if exports.page is not None:
+            readers.append(self._paged(exports.page))
+        with _named():
+            self.meters = MeterProvider(readers, resource, shutdown_on_exit=False)
+        self._ends.append(self.meters.shutdown)
 
     async def aclose(self) -> None:
         """Delivers what is left, within two seconds. Nothing that is told later counts."""
@@ -109,22 +112,17 @@ class Exporting:
         self._ends.append(provider.shutdown)
         return provider
 
-    def _meters(self, exports: Exports, resource: Resource) -> MeterProvider:
-        readers: list[MetricReader] = []
-        if exports.endpoint is not None and exports.metrics:
-            exporter = _Metrics(endpoint=exports.endpoint)
-            self._cuts.append(exporter.shutdown)
-            readers.append(PeriodicExportingMetricReader(exporter))
-        if exports.page is not None:
-            registry = CollectorRegistry()
-            ProcessCollector(registry=registry)
-            readers.append(PrometheusMetricReader(scope_info_enabled=False, registry=registry))
-            self._open_page(exports.page, registry)
-        provider = MeterProvider(readers, resource, shutdown_on_exit=False)
-        self._ends.append(provider.shutdown)
-        return provider
+    def _pushed(self, exports: Exports) -> list[MetricReader]:
+        if exports.endpoint is None or not exports.metrics:
+            return []
+        exporter = _Metrics(endpoint=exports.endpoint)
+        self._cuts.append(exporter.shutdown)
+        return [PeriodicExportingMetricReader(exporter)]
 
-    def _open_page(self, address: tuple[str, int], registry: CollectorRegistry) -> None:
+    def _paged(self, address: tuple[str, int]) -> MetricReader:
+        registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        reader = PrometheusMetricReader(scope_info_enabled=False, registry=registry)
         host, port = address
         server, _ = start_http_server(port, host, registry)
         self.page = server.server_port
@@ -134,6 +132,16 @@ class Exporting:
             server.server_close()
 
         self._ends.append(close)
+        return reader
+
+
+@contextmanager
+def _named() -> Iterator[None]:
+    """Names what is at fault. Each setting has an exception of its own, OSError for a file among them."""
+    try:
+        yield
+    except Exception as error:
+        raise ExportsError("an OTEL_ setting can't be used") from error
 
 
 class _Delivery:
