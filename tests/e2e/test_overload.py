@@ -130,6 +130,17 @@ async def test_as_many_calls_as_allowed_are_taken_and_each_gives_its_place_back(
         await rest_of(held)
 
 
+async def test_who_watches_the_services_health_takes_nobodys_place() -> None:
+    async with served() as client, bounded(client, calls=1) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        watches = [health.Watch(health_pb2.HealthCheckRequest(), timeout=DEADLINE) for _ in range(3)]
+        for watch in watches:
+            assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+        assert (await AgentServiceStub(channel).ListAgents(api.ListAgentsRequest(), timeout=DEADLINE)).agents
+        for watch in watches:
+            watch.cancel()
+
+
 async def test_what_the_library_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """What would take minutes to be seen, or a peer whose cable is cut."""
     told: list[dict[str, Any]] = []

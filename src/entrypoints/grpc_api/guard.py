@@ -52,6 +52,7 @@ class Guard(grpc.aio.ServerInterceptor):
         self._access = access
         self._telemetry = telemetry
         self._calls = 0
+        self._bounded = 0  # those of them that are no health checks
         self._guarded: dict[str, _Handler] = {}
         self.idle = asyncio.Event()
         """Set while there is no call whose status has not been sent."""
@@ -120,20 +121,23 @@ class Guard(grpc.aio.ServerInterceptor):
     def _begin(self, method: str, context: _Context) -> "_Fate":
         fate = _Fate()
         begun = self._telemetry.time()
+        bounded = not method.startswith(_HEALTH)
 
         def done(_: _Context) -> None:
             self._calls -= 1
+            self._bounded -= bounded
             if not self._calls:
                 self.idle.set()
             self._telemetry.called(method, fate.status(context), self._telemetry.time() - begun)
 
         self._calls += 1
+        self._bounded += bounded
         self.idle.clear()
         context.add_done_callback(done)  # type: ignore[arg-type] # the stubs ask for a class of their own
         return fate
 
     async def _admitted(self, method: str, context: _Context) -> Admission:
-        if self._calls > self._most and not method.startswith(_HEALTH):
+        if self._bounded > self._most and not method.startswith(_HEALTH):
             raise Overloaded
         admission = await self._access.admit(method, context)
         begin_trail(replace(trail(), caller=admission.caller))
