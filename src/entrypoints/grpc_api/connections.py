@@ -6,6 +6,7 @@ it itself. Where the connection is closed before, the same call ends UNAVAILABLE
 
 import os
 import socket
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,14 +18,14 @@ def close_connections(address: int | Path) -> None:
     """
     for listening in (True, False):
         for found in _sockets(address):
-            with found, suppress(OSError):  # the peer was faster
+            with suppress(OSError):  # the peer was faster
                 if bool(found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)) is listening:
                     found.shutdown(socket.SHUT_RDWR)
 
 
-def _sockets(address: int | Path) -> list[socket.socket]:
-    """Duplicates of this process's sockets with that address."""
-    found = []
+def _sockets(address: int | Path) -> Iterator[socket.socket]:
+    """A duplicate of each of this process's sockets with that address, one at a time: there may be as many as
+    files that it may open. Each is closed when the next is asked for."""
     for descriptor in Path("/dev/fd").iterdir():
         with suppress(OSError):  # closed meanwhile, or no socket
             number = os.dup(int(descriptor.name))
@@ -33,11 +34,9 @@ def _sockets(address: int | Path) -> list[socket.socket]:
             except OSError:
                 os.close(number)
                 raise
-            if _is_at(one, address):
-                found.append(one)
-            else:
-                one.close()
-    return found
+            with one:
+                if _is_at(one, address):
+                    yield one
 
 
 def _is_at(one: socket.socket, address: int | Path) -> bool:
