@@ -48,7 +48,7 @@ async def hosted(
 
         async def drain() -> None:
             for server in servers:
-                await server.refuse()
+                server.refuse()
             container.engine().refuse()
             await container.accept().settle()
             await container.engine().drain(grace)

@@ -1,7 +1,9 @@
 """Health on an address of its own, for whoever asks in the clear, as kubelet does, beside a service with TLS."""
 
 import grpc
-from grpc_health.v1 import health, health_pb2_grpc
+from grpc_health.v1 import health_pb2_grpc
+
+from entrypoints.grpc_api.services.health import HealthService
 
 _CONNECTIONS = 100
 _BYTES = 2**12
@@ -11,7 +13,7 @@ _BYTES = 2**12
 class Probes:
     """Answers health checks and nothing else. It says of the service no more than whether it is SERVING."""
 
-    def __init__(self, servicer: health.aio.HealthServicer) -> None:
+    def __init__(self, servicer: HealthService) -> None:
         self._server = grpc.aio.server(
             options=[
                 ("grpc.so_reuseport", 0),

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import grpc
 from grpc._cython import cygrpc  # type: ignore[attr-defined] # has no stubs
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from core.ports.system import Ids
@@ -29,6 +29,7 @@ from entrypoints.grpc_api.guard import Guard
 from entrypoints.grpc_api.probes import Probes
 from entrypoints.grpc_api.services.admin import AdminService
 from entrypoints.grpc_api.services.agents import AgentService
+from entrypoints.grpc_api.services.health import HealthService
 from entrypoints.grpc_api.services.threads import ThreadService
 from entrypoints.grpc_api.services.users import UserService
 
@@ -122,7 +123,7 @@ class Server:
             add_AdminServiceServicer_to_server(admin, self._server)
             names.append(admin_service_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name)
         self._names = ["", *names]
-        self._health = health.aio.HealthServicer()
+        self._health = HealthService()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         if reflected:
             shown = [*names, health.SERVICE_NAME, reflection.SERVICE_NAME]
@@ -168,9 +169,9 @@ class Server:
         self._probes = Probes(self._health)
         await self._probes.start(address)
 
-    async def refuse(self) -> None:
+    def refuse(self) -> None:
         """Says NOT_SERVING, for good."""
-        await self._health.enter_graceful_shutdown()
+        self._health.refuse()
 
     async def stop(self, grace: float) -> None:
         """Lets calls finish for `grace` seconds, then ends them UNAVAILABLE, and so those that come meanwhile."""
@@ -184,6 +185,5 @@ class Server:
             await self._probes.stop()
 
     async def _serve(self) -> None:
+        self._health.serve(self._names)  # so that whoever gets in is told
         await self._server.start()
-        for name in self._names:
-            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
