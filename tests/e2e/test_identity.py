@@ -30,6 +30,8 @@ from entrypoints.grpc_api.gen.vidacoach.agents.v1 import resources_pb2 as pb
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import thread_service_pb2 as threads_api
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import user_service_pb2 as users_api
 from entrypoints.grpc_api.methods import TABLE, Need, need_of
+from entrypoints.hosting import reflected
+from entrypoints.settings import load_settings
 from harness import DEADLINE, Client, message, reason, rest_of, served
 from identity_lab import APP, BATCH, OPERATOR, POLICY, READER, Lab, bearer, stubs
 
@@ -327,6 +329,35 @@ async def test_the_apis_description_is_for_callers(
             with pytest.raises(grpc.aio.AioRpcError) as error:
                 await describe(channel, given)
             assert reason(error.value) == expected
+
+
+@pytest.mark.parametrize(
+    ("setting", "host", "shown"),
+    [
+        ("", "127.0.0.1", True),
+        ("", "[::1]", True),
+        ("", "localhost", True),
+        ("", "0.0.0.0", False),
+        ("true", "0.0.0.0", True),
+        ("false", "127.0.0.1", False),
+    ],
+)
+def test_the_apis_description_is_for_this_machine_unless_set(
+    setting: str, host: str, shown: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VIDA_REFLECTION", setting)
+    assert reflected(load_settings(), host) is shown
+
+
+async def test_the_apis_description_is_behind_a_switch(sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VIDA_DATABASE_URL", sqlite_url)
+    async with served(ScriptedAgent()) as client:
+        assert "vidacoach.agents.v1.UserService" in str(await describe(client.channel, None))
+    monkeypatch.setenv("VIDA_REFLECTION", "false")
+    async with served(ScriptedAgent()) as client:
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await describe(client.channel, None)
+        assert error.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
 def callers(url: str) -> list[str]:

@@ -4,6 +4,7 @@ import asyncio
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -14,10 +15,13 @@ from openai import AsyncOpenAI
 from adapters.openai import make_client
 from core.model.erasure import ErasureState
 from core.model.errors import Overloaded, QuotaExceeded
+from core.model.message import TextPart
 from core.ports.agent import Agent
 from core.ports.store import Store, Transaction
 from core.ports.tools import Tools
+from core.use_cases.accept_message import AcceptMessage, IncomingMessage
 from core.use_cases.clean_up_threads import Cleanup
+from doubles import Gate
 from entrypoints.container import Container, opened, running
 from entrypoints.grpc_api.server import Bounds, Server
 from entrypoints.settings import SettingsError, load_settings
@@ -118,6 +122,50 @@ async def test_leaving_waits_for_what_is_under_way_and_leaves_no_task(
     async with opened(settings) as container:
         (receipt,) = (await container.erasures()()).receipts
         assert (receipt.state, receipt.erased.threads) == (ErasureState.DONE, 50)
+
+
+async def test_leaving_waits_for_a_message_that_is_being_accepted(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VIDA_DATABASE_URL", database_url)
+    settings, gate, settle = load_settings(), Gate(), AcceptMessage.settle
+
+    async def settled(self: AcceptMessage) -> None:
+        gate.open()
+        await settle(self)
+
+    monkeypatch.setattr(AcceptMessage, "settle", settled)
+    before = asyncio.all_tasks()
+    async with running(settings) as container:
+        accept: AcceptMessage = container.accept()
+        write = container.store().write
+
+        async def held(change: Any) -> Any:
+            await gate.wait()
+            return await write(change)
+
+        monkeypatch.setattr(accept, "_store", SimpleNamespace(write=held))
+        message = IncomingMessage(user_id="ada", content=(TextPart("Hello"),))
+        caller = asyncio.create_task(accept(message))
+        await gate.reached.wait()
+    assert caller.done()
+    assert asyncio.all_tasks() == before
+    async with opened(settings) as container:
+        turn, _ = await container.threads().turn("ada", caller.result().turn.id)
+        assert turn.provider == "practice"
+
+
+@pytest.mark.parametrize("provider", ["practice", "openai"])
+async def test_leaving_closes_the_client_whoever_writes_the_replies(
+    provider: str, sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VIDA_DATABASE_URL", sqlite_url)
+    monkeypatch.setenv("VIDA_PROVIDER", provider)
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:1/v1")
+    async with running(load_settings()) as container:
+        client: AsyncOpenAI = container.client()
+        assert not client.is_closed()
+    assert client.is_closed()
 
 
 AGENT = """

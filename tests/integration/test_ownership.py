@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -24,9 +25,10 @@ from adapters.sql.engines import reader_engine, writer_engine
 from adapters.sql.store import SqlStore
 from core.model.errors import StoreUnavailable
 from doubles import ManualClock
+from entrypoints import ownership
 from entrypoints.grpc_api.gen.vidacoach.agents.v1.agent_service_pb2_grpc import AgentServiceStub
 from entrypoints.ownership import DatabaseOwnedError, Ownership, socket_path
-from harness import DEADLINE, message
+from harness import DEADLINE, message, served
 
 SERVE = [sys.executable, "-m", "entrypoints.cli.main", "serve", "--listen", "127.0.0.1:0"]
 
@@ -226,6 +228,44 @@ def test_the_lock_is_exclusive_and_says_who_holds_it(tmp_path: Path) -> None:
             """Another database is another lock."""
     with Ownership(database, "second"):
         """Free again."""
+
+
+def test_a_short_command_is_waited_for_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    database = tmp_path / "x.db"
+    cleanup = Ownership(database, "cleanup")
+    pauses: list[float] = []
+
+    def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 3:
+            cleanup.release()
+
+    monkeypatch.setattr(ownership, "time", SimpleNamespace(monotonic=lambda: sum(pauses), sleep=pause))
+    cleanup.take()
+    with Ownership(database, "serve", 10.0):
+        assert len(pauses) == 3
+    with cleanup:
+        with pytest.raises(DatabaseOwnedError, match="cleanup"):
+            Ownership(database, "serve").take()
+        assert len(pauses) == 3
+        with pytest.raises(DatabaseOwnedError, match="cleanup"):
+            Ownership(database, "serve", 1.0).take()
+        waited = sum(pauses[3:])
+        assert 0.9 < waited < 1.1
+    for role in ("serve", "chat"):
+        with Ownership(database, role), pytest.raises(DatabaseOwnedError, match=role):
+            Ownership(database, "other", 10.0).take()
+    assert sum(pauses[3:]) == waited
+
+
+async def test_what_is_made_beside_a_service_is_as_open_as_ever(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        async with served():
+            (tmp_path / "folder").mkdir()
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "folder").stat().st_mode) == 0o750
 
 
 def test_a_lock_file_that_says_nothing_is_a_lock_all_the_same(tmp_path: Path) -> None:
