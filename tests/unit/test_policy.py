@@ -12,7 +12,7 @@ from entrypoints.grpc_api.access import MAX_NAME, certificate_name
 from entrypoints.grpc_api.methods import named_methods
 from entrypoints.grpc_api.tls import Reloaded
 from entrypoints.identity import faults
-from entrypoints.policy import Policy, PolicyFault, Rule, read_policy
+from entrypoints.policy import LOOKED_AT_EVERY, Policy, PolicyFault, PolicyFile, Rule, read_policy
 from entrypoints.settings import load_settings
 
 
@@ -114,6 +114,25 @@ def test_a_policy_that_says_nothing_sensible(text: str, expected: list[str], tmp
 def test_tokens_must_be_there_to_bind_a_caller_to(tmp_path: Path) -> None:
     (fault,) = policy_faults(tmp_path / "policy.toml", "[[caller]]\nname='a'\nusers='token'", tokens=False)
     assert "VIDA_AUTH_ISSUER" in fault
+
+
+def test_the_file_is_looked_at_every_second(tmp_path: Path) -> None:
+    file, now = tmp_path / "policy", 100.0
+
+    def one_rule(file: Path) -> Policy:
+        return Policy((Rule(file.read_text(), any_user=True),))
+
+    def named(*names: str) -> list[str]:
+        return [name for name in names if policy.rule(name) is not None]
+
+    file.write_text("a")
+    policy = PolicyFile(file, one_rule, lambda: now)
+    for seconds, text, before in ((101.0, "bb", "a"), (102.0, "ccc", "bb")):
+        file.write_text(text)
+        now = seconds - 0.1 * LOOKED_AT_EVERY
+        assert named(text, before) == [before]
+        now = seconds
+        assert named(text, before) == [text]
 
 
 @pytest.fixture

@@ -15,13 +15,19 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from adapters.telemetry import Moments
+from adapters.telemetry.pulse import PERIOD
 from core.model.errors import Overloaded
 from core.model.trail import Trail, begin_trail
 from core.model.turn import Turn, TurnReason, TurnState, Usage
 from core.ports.telemetry import Vitals
 from doubles import DONE, Gate, NotedTools, ScriptedAgent, definition
+from simulation.loop import simulate
 
 ACCEPTED = datetime(2026, 11, 23, 6, tzinfo=UTC)
+
+
+def fail(error: BaseException) -> None:
+    raise error
 
 
 class Lab:
@@ -164,3 +170,61 @@ async def test_an_outage_is_counted_once_however_often_it_is_seen(lab: Lab) -> N
         assert lab.points("vida.provider.outages") == [({}, 1)]
     assert lab.points("vida.provider.outages") == [({}, 1)]
     assert lab.points("vida.provider.refusing") == [({}, 1)]
+
+
+def test_an_outage_that_comes_again_is_another_one_and_sizes_are_those_of_now(lab: Lab) -> None:
+    now = Vitals(running=1, followers=2, lag=3, refusing=True)
+
+    def seen() -> list[float]:
+        names = ("turns.running", "followers", "follower.lag", "provider.refusing", "provider.outages")
+        return [value for name in names for _, value in lab.points(f"vida.{name}")]
+
+    async def live() -> None:
+        nonlocal now
+        async with lab.moments.watching(lambda: now):
+            assert seen() == [1, 2, 3, 1, 1]
+            now = replace(now, running=4, refusing=False)
+            await asyncio.sleep(1.5 * PERIOD)
+            assert seen() == [4, 2, 3, 0, 1]
+            now = replace(now, refusing=True)
+            await asyncio.sleep(PERIOD)
+            assert seen() == [4, 2, 3, 1, 2]
+            now = replace(now, running=0)
+        assert seen() == [0, 2, 3, 1, 2]
+
+    simulate(live(), surprised=fail)
+
+
+def test_each_moment_is_measured_as_what_it_is(lab: Lab) -> None:
+    lab.moments.accepted(turn(), 0.25, attached=True)
+    lab.moments.spoke(turn(), 0.5)
+    lab.moments.committed(3, 0.75)
+    lab.moments.called("/a.B/C", "NOT_FOUND", 1.5)
+    lab.moments.copies_left("openai", 7, reached=False)
+    assert lab.points("vida.accept.duration") == [({"vida.attached": True}, 0.25)]
+    assert lab.points("vida.turn.first_text") == [({}, 0.5)]
+    assert lab.points("vida.commit.duration") == [({}, 0.75)]
+    assert lab.points("vida.commit.changes") == [({}, 3)]
+    assert lab.points("rpc.server.call.duration") == [
+        ({"rpc.system.name": "grpc", "rpc.method": "a.B/C", "rpc.response.status_code": "NOT_FOUND"}, 1.5)
+    ]
+    assert lab.points("vida.copies.left") == [
+        ({"gen_ai.provider.name": "openai", "vida.provider.reached": False}, 7)
+    ]
+
+
+async def test_a_rounds_times_count_from_its_begin(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([10.0, 10.5, 12.0])  # it begins, its first text comes, it is over
+    monkeypatch.setattr(lab.moments, "time", lambda: next(times))
+    round_: Any = SimpleNamespace(turn_id="turn-1", definition=definition())
+    assert [one async for one in lab.moments.agent(ScriptedAgent(["a", "b", DONE])).reply(round_)]
+    said = {
+        "gen_ai.operation.name": "chat",
+        "gen_ai.provider.name": "scripted",
+        "gen_ai.request.model": "script-1",
+    }
+    assert lab.points("gen_ai.client.operation.duration") == [(said, 2.0)]
+    assert lab.points("gen_ai.client.operation.time_to_first_chunk") == [(said, 0.5)]
+    assert lab.points("gen_ai.client.token.usage") == [
+        ({**said, "gen_ai.token.type": kind}, count) for kind, count in (("input", 3), ("output", 5))
+    ]
