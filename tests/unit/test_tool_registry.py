@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import math
 import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -18,7 +19,7 @@ from pydantic import BaseModel, Field
 from adapters.memory.store import MemoryStore
 from adapters.tools import loading, registry
 from adapters.tools.definition import ToolDefinitionError, tool
-from adapters.tools.goals import goal_tools
+from adapters.tools.goals import SHOWN, goal_tools
 from adapters.tools.loading import load_tools
 from adapters.tools.registry import MAX_ARGUMENTS, MAX_OUTPUT, Registry
 from core.model.agent import Domain
@@ -180,6 +181,12 @@ async def test_invalid_arguments_name_the_field_and_no_value(arguments: object, 
     assert error_of(output) == "The arguments are invalid."
     assert {"field": field, "problem": problem} in json.loads(output.text)["fields"]
     assert SECRET not in output.text
+
+
+async def test_of_many_wrong_fields_some_are_named() -> None:
+    output = await call(everything, {**GOOD, **{f"field {number}": 1 for number in range(1_000)}})
+    assert error_of(output) == "The arguments are invalid."
+    assert len(json.loads(output.text)["fields"]) == 20
 
 
 @pytest.mark.parametrize("arguments", ["", "{", '{"text": }', "[" * 10_000, '{"text": "\ud800'])
@@ -379,6 +386,48 @@ async def _opaque(what: asyncio.Event) -> str:
     return str(what)
 
 
+async def _optional_context(text: str, context: ToolContext | None = None) -> str:
+    """Could be called without one."""
+    return str((text, context))
+
+
+async def _described_context(context: Annotated[ToolContext, "who asks"]) -> str:
+    """Says more of it than is good."""
+    return str(context)
+
+
+async def _many_contexts(contexts: dict[str, list[ToolContext]]) -> str:
+    """Takes what there never is."""
+    return str(contexts)
+
+
+async def _unresolved(what: "date.nothing_of_it") -> str:  # type: ignore[name-defined] # that is the fault
+    """Names a type that its module does not have."""
+    return str(what)
+
+
+async def _unreadable(what: "no type") -> str:  # type: ignore[valid-type] # noqa: F722 - that is the fault
+    """Names what can't be a type."""
+    return str(what)
+
+
+async def _pattern(text: Annotated[str, Field(pattern=r"(?=x)")]) -> str:
+    """Has a pattern that the validator can't read."""
+    return text
+
+
+@tool(timeout=0)
+async def _hasty() -> str:
+    """Has no time."""
+    return ""
+
+
+@tool(timeout=math.nan)
+async def _timeless() -> str:
+    """Has a time that is none."""
+    return ""
+
+
 @tool(name="bad name!")
 async def _misnamed() -> str:
     """Has a bad name."""
@@ -395,6 +444,14 @@ async def _misnamed() -> str:
         (_positional, "remove the slash"),
         (_opaque, "use plain types"),
         (_misnamed, "has the name 'bad name!'"),
+        (_optional_context, "annotate it as ToolContext alone"),
+        (_described_context, "annotate it as ToolContext alone"),
+        (_many_contexts, "annotate it as ToolContext alone"),
+        (_unresolved, "has annotations that can't be resolved"),
+        (_unreadable, "has annotations that can't be resolved"),
+        (_pattern, "mend its type or its pattern"),
+        (_hasty, "has a timeout that is not above 0 seconds"),
+        (_timeless, "has a timeout that is not above 0 seconds"),
     ],
 )
 def test_a_function_that_can_not_be_a_tool_is_refused_with_what_to_do(function: Any, words: str) -> None:
@@ -529,6 +586,12 @@ async def test_goals_stay_with_their_user_and_domain(goals: Registry) -> None:
     await goals.call("set_goal", '{"goal": "Sleep"}', CONTEXT)
     other = replace(CONTEXT, call_id="c2", domain=Domain.CAREER)
     assert json.loads((await goals.call("list_goals", "{}", other)).text) == {"goals": []}
+
+
+async def test_of_many_goals_a_few_are_shown(goals: Registry) -> None:
+    for number in range(SHOWN + 1):
+        await goals.call("set_goal", '{"goal": "Sleep"}', replace(CONTEXT, call_id=f"c{number}"))
+    assert len(json.loads((await goals.call("list_goals", "{}", CONTEXT)).text)["goals"]) == SHOWN
 
 
 async def test_a_goal_for_a_turn_of_somebody_else_is_no_answer(goals: Registry) -> None:

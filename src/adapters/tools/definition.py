@@ -4,7 +4,7 @@ import inspect
 import re
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ParamSpec, TypeVar, get_type_hints, overload
+from typing import Any, ParamSpec, TypeVar, get_args, get_type_hints, overload
 
 from pydantic import BaseModel, ConfigDict, Field, PydanticUserError, create_model
 from pydantic.fields import FieldInfo
@@ -21,7 +21,6 @@ DEFAULT_TIMEOUT = 10.0
 
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 _SECTION = re.compile(r"^(Args|Arguments|Parameters):\s*$")
-_HEADING = re.compile(r"^[A-Z]\w+( \w+)?:\s*$")
 _ARGUMENT = re.compile(r"^\*{0,2}(\w+)\s*(?:\([^)]*\))?:\s*(.*)$")
 _ATTRIBUTE = "__vida_tool__"
 
@@ -161,7 +160,7 @@ def _read_signature(
     try:
         hints = get_type_hints(function, include_extras=True)
         parameters = inspect.signature(function).parameters.values()
-    except (NameError, TypeError, ValueError) as error:
+    except Exception as error:  # noqa: BLE001 - annotations are foreign code, and some are run only now
         faults.append(f"has annotations that can't be resolved: define the types at module level ({error})")
         return {}, ()
     fields: dict[str, tuple[str, Any, FieldInfo]] = {}
@@ -175,12 +174,22 @@ def _read_signature(
             faults.append(f"has the parameter {parameter.name!r} without a type: annotate it")
         elif hints[parameter.name] is ToolContext:
             contexts.append(parameter.name)
+        elif _holds_context(hints[parameter.name]):
+            faults.append(
+                f"has ToolContext within the type of {parameter.name!r}: annotate it as ToolContext alone, "
+                "or the model could write it"
+            )
         else:
             default = ... if parameter.default is parameter.empty else parameter.default
             note = notes.get(parameter.name)
             info: FieldInfo = Field(default, alias=parameter.name, description=note)
             fields[f"parameter_{len(fields)}"] = (parameter.name, hints[parameter.name], info)
     return fields, tuple(contexts)
+
+
+def _holds_context(hint: Any) -> bool:
+    """Whether a type has the context somewhere in it, where pydantic would read it from what the model wrote."""
+    return hint is ToolContext or any(map(_holds_context, get_args(hint)))
 
 
 def _model(
@@ -191,6 +200,10 @@ def _model(
         return create_model(name, __config__=ConfigDict(extra="forbid"), **definitions)
     except PydanticUserError as error:
         faults.append(f"has a parameter of a type that can't be validated: use plain types ({error.code})")
+        return None
+    except Exception as error:  # noqa: BLE001 - a pattern may be none, a type may bring code of its own
+        why = " ".join(str(error).split())
+        faults.append(f"has a parameter that can't be validated: mend its type or its pattern ({why})")
         return None
 
 
