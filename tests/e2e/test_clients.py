@@ -439,6 +439,16 @@ async def test_patience_ends(kind: str) -> None:
     assert (lost.value.turn_id, lost.value.request_id) == ("turn", coach.chats[0].request_id)
 
 
+async def test_whoever_gives_up_is_told_for_how_long_to_stay_away(kind: str) -> None:
+    coach = Coach(refusals=[refusal(UNAVAILABLE, "OVERLOADED", 60)])
+    impatient = Patience(seconds=1)
+    async with coach.serving() as address, calling(kind, address, patience=impatient) as caller:
+        with pytest.raises(ConnectionLost) as lost:
+            await caller.read(caller.client.say("Hello"))
+    assert (lost.value.reason, lost.value.retry_after, lost.value.turn_id) == ("OVERLOADED", 60, "")
+    assert len(coach.chats) == 1
+
+
 async def test_a_message_is_sent_as_it_was_meant(kind: str) -> None:
     coach = Coach()
     async with coach.serving() as address, calling(kind, address) as caller:

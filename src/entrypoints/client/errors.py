@@ -69,7 +69,9 @@ class ConnectionLost(ServiceError):
     """
 
     def __init__(self, cause: ServiceError, turn_id: str, request_id: str) -> None:
-        super().__init__(cause.code, cause.message, reason=cause.reason)
+        super().__init__(
+            cause.code, cause.message, reason=cause.reason, facts=cause.facts, retry_after=cause.retry_after
+        )
         self.turn_id = turn_id
         self.request_id = request_id
 
