@@ -6,9 +6,11 @@ What is asked of a client is asked of both: the synchronous one runs in a thread
 import asyncio
 import gc
 import math
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import grpc
@@ -28,6 +30,7 @@ from entrypoints.client import (
     Reply,
     Resuming,
     ServiceError,
+    TokenFile,
     connect,
     connect_async,
 )
@@ -135,6 +138,7 @@ class Coach(AgentServiceServicer, ThreadServiceServicer):
 
     cut: Cut = unavailable
     portions: list[int] = field(default_factory=list)
+    log: list[pb.TurnEvent] = field(default_factory=lambda: LOG)
     chats: list[api.ChatRequest] = field(default_factory=list)
     follows: list[int] = field(default_factory=list)
     cancels: list[str] = field(default_factory=list)
@@ -180,6 +184,7 @@ class Coach(AgentServiceServicer, ThreadServiceServicer):
 
     async def GetThread(self, request: Any, context: _Context) -> Any:
         self._time(context)
+        await self._refuse(context)
         return threads_api.GetThreadResponse(thread=pb.Thread(id=request.thread_id, user_id=request.user_id))
 
     async def ListThreads(self, request: Any, context: Any) -> Any:
@@ -210,7 +215,7 @@ class Coach(AgentServiceServicer, ThreadServiceServicer):
         try:
             await self._refuse(context)
             portion = self.portions.pop(0) if self.portions else None
-            rest = [response(event) for event in LOG if event.position > after]
+            rest = [response(event) for event in self.log if event.position > after]
             for one in rest[:portion]:
                 await context.write(one)
             if portion is not None:
@@ -354,6 +359,16 @@ async def test_a_reply_is_whole_if_it_is_cut_after_every_event(kind: str, cut: C
     whole(events)
     assert any(isinstance(event, Resuming) for event in events)
     assert len({chat.request_id for chat in coach.chats}) == 1
+
+
+async def test_an_event_of_a_later_version_counts_and_is_not_passed_on(kind: str) -> None:
+    newer = [pb.TurnEvent(position=2), pb.TurnEvent(position=3)]
+    last = pb.TurnEvent(position=4, finished=pb.TurnFinished(turn=_END))
+    coach = Coach(log=[LOG[0], *newer, last], portions=[2])
+    async with coach.serving() as address, calling(kind, address) as caller:
+        events = await caller.read(caller.client.say("Hello"))
+    assert [type(event) for event in events] == [pb.TurnStarted, Resuming, pb.TurnFinished]
+    assert coach.follows == [2]
 
 
 async def test_its_own_deadline_ends_a_call_and_not_the_reply(kind: str) -> None:
@@ -515,6 +530,33 @@ async def test_cancelling_before_the_turn_is_known_ends_it_once_it_is(kind: str)
         assert coach.cancels == ["turn"]
 
 
+async def test_a_turn_that_is_being_cancelled_is_asked_for_no_faster(kind: str) -> None:
+    coach = Coach(portions=[1])
+    slow = Patience(seconds=SECONDS, first_wait=0.2, longest_wait=0.2)
+    async with coach.serving() as address, calling(kind, address, patience=slow) as caller:
+        reply = caller.client.say("Hello")
+        if isinstance(reply, AsyncReply):
+            await reply.cancel()
+        else:
+            reply.cancel()
+        begun = time.monotonic()
+        (lost,) = [event for event in await caller.read(reply) if isinstance(event, Resuming)]
+        assert time.monotonic() - begun >= lost.wait / 2
+
+
+async def test_a_reply_that_is_closed_as_its_call_begins_ends_at_once(kind: str) -> None:
+    coach = Coach(in_silence, portions=[0])
+
+    def closing() -> str:
+        reply.close()
+        return "t"
+
+    async with coach.serving() as address, calling(kind, address, token=closing) as caller:
+        reply = caller.client.say("Hello")
+        assert await caller.read(reply) == []
+        assert await caller.ask("agents"), "the channel is none the worse for it"
+
+
 async def test_the_other_calls_ask_for_the_user_and_are_repeated(kind: str) -> None:
     coach = Coach()
     async with coach.serving() as address, calling(kind, address) as caller:
@@ -543,6 +585,44 @@ async def test_no_call_waits_for_ever(kind: str) -> None:
     chat, follow, unary = coach.deadlines
     assert [round(seconds, -1) for seconds in (chat, follow)] == [240, 240]  # the library rounds them up
     assert 9 < unary < 11
+
+
+async def test_a_call_and_its_repeats_have_one_deadline(kind: str) -> None:
+    now = 0.0
+
+    def seven_seconds_later() -> str:
+        nonlocal now
+        now += 7.0
+        return "t"
+
+    coach = Coach(refusals=[refusal(UNAVAILABLE)] * 3)
+    async with (
+        coach.serving() as address,
+        calling(kind, address, clock=lambda: now, token=seven_seconds_later) as caller,
+    ):
+        with pytest.raises(ServiceError) as refused:
+            await caller.ask("thread", "x")
+    assert refused.value.code is UNAVAILABLE
+    first, second = coach.deadlines
+    assert 9 < first < 11
+    assert 2 < second < 4
+
+
+@pytest.mark.parametrize("content", [b"half\nof it", "caf\u00e9".encode(), b"\xff\xfe", b"a\0b"])
+async def test_a_file_that_holds_no_token_is_named_and_no_lost_connection(
+    kind: str, content: bytes, tmp_path: Path
+) -> None:
+    file = tmp_path / "token"
+    file.write_bytes(content)
+    coach = Coach()
+    async with coach.serving() as address, calling(kind, address, token=TokenFile(file)) as caller:
+        for asked in (caller.ask("agents"), caller.read(caller.client.say("Hello"))):
+            with pytest.raises(OSError, match="must hold a token") as refused:
+                await asked
+            assert refused.value.filename == str(file)
+        file.write_bytes(b" renewed\n")
+        assert [agent.id for agent in await caller.ask("agents")] == ["career-v1"]
+    assert coach.chats == []
 
 
 async def test_a_deletion_whose_answer_was_lost_is_a_deletion(kind: str) -> None:
@@ -592,6 +672,31 @@ async def test_closing_ends_the_iteration_of_another_task() -> None:
             await spoken.wait()
         assert await reading == 2
         await coach.until(lambda: coach.open == 0)
+
+
+async def test_cancelling_ends_a_turn_that_is_known_at_once() -> None:
+    coach = Coach(stalled, portions=[2])
+    async with coach.serving() as address, calling("async", address) as caller:
+        async with caller.client.say("Hello") as reply:
+            async for event in reply:
+                if isinstance(event, pb.TextDelta):
+                    await reply.cancel()
+                    break
+        assert coach.cancels == ["turn"]
+
+
+async def test_cancelling_gives_up_a_message_that_can_not_be_delivered() -> None:
+    long = Patience(seconds=10_000, first_wait=1_000, longest_wait=1_000)
+    coach = Coach(portions=[0, 0])
+    async with coach.serving() as address, calling("async", address, patience=long) as caller:
+        reply = caller.client.say("Hello")
+        events = aiter(reply)
+        assert isinstance(await anext(events), Resuming)
+        rest = asyncio.create_task(anext(events))
+        await reply.cancel()
+        with pytest.raises(ConnectionLost):
+            await rest
+        assert (len(coach.chats), coach.cancels) == (2, [])
 
 
 async def test_closing_ends_the_wait_for_the_next_try() -> None:

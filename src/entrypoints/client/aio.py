@@ -112,9 +112,9 @@ class AsyncReply:
                     return
                 raise _meant(cancelled) from None
             except grpc.RpcError as failure:
-                if self._closed:
-                    return
                 error = ServiceError.of(failure)
+            if self._closed:
+                return
             resuming = reading.ended(error, clock())
             yield resuming
             with suppress(TimeoutError):

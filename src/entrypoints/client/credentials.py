@@ -1,5 +1,6 @@
 """What a caller shows: certificates, and a token that may be renewed while it is in use."""
 
+import errno
 from pathlib import Path
 
 import grpc
@@ -17,7 +18,10 @@ def tls(
 
 
 class TokenFile:
-    """The token in a file, read anew when the file has changed. Calling it raises OSError if there is no file."""
+    """The token in a file, read anew when the file has changed.
+
+    Calling it raises OSError if there is no file, or if no header can hold what is in it.
+    """
 
     def __init__(self, file: Path) -> None:
         self._file = file
@@ -29,6 +33,10 @@ class TokenFile:
         found = self._file.stat()
         stamp = (found.st_ino, found.st_mtime_ns, found.st_size)
         if stamp != self._stamp:
-            self._token = self._file.read_text(encoding="utf-8").strip()
+            content = self._file.read_bytes().strip()
+            if not content.isascii() or not content.decode().isprintable():
+                # The library would refuse it in a way that looks like a lost connection.
+                raise OSError(errno.EINVAL, "must hold a token, one line of ASCII", str(self._file))
+            self._token = content.decode()
             self._stamp = stamp
         return self._token

@@ -104,9 +104,9 @@ class Reply:
                     if reading.finished:
                         return
             except grpc.RpcError as failure:
-                if self._closed.is_set():
-                    return
                 error = ServiceError.of(failure)
+            if self._closed.is_set():
+                return
             resuming = reading.ended(error, clock())
             yield resuming
             self._woken.wait(resuming.wait)
