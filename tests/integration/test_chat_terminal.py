@@ -683,6 +683,18 @@ def test_with_postgresql_the_service_of_the_settings_is_asked(monkeypatch: pytes
         pass
 
 
+@pytest.mark.parametrize(
+    ("listen", "target"),
+    [("0.0.0.0:7", "127.0.0.1:7"), ("[::]:7", "[::1]:7"), ("192.0.2.1:7", "192.0.2.1:7")],
+)
+def test_a_service_on_every_address_is_asked_on_this_machine(
+    listen: str, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VIDA_DATABASE_URL", "postgresql://localhost/none")
+    monkeypatch.setenv("VIDA_LISTEN", listen)
+    assert service(load_settings()).target == target
+
+
 @contextmanager
 def embedded() -> Iterator[EmbeddedService]:
     with EmbeddedService(load_settings()) as place:

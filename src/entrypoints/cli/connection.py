@@ -23,6 +23,7 @@ _OWNER_SECONDS = 10.0
 """How long an owner may hold an embedded database without answering: it is starting, leaving, or short."""
 _POLL_SECONDS = 0.1
 _NO_PROXY = ("grpc.enable_http_proxy", 0)
+_ANY = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}  # noqa: S104 - what it says is where to look on this machine
 
 
 class Service(Protocol):
@@ -142,7 +143,7 @@ def service(settings: Settings, credentials: grpc.ChannelCredentials | None = No
     if is_embedded(settings.database):
         return EmbeddedService(settings)
     return ServiceAt(
-        settings.listen,
+        on_this_machine(settings.listen),
         "start one with `vida-coach serve` (on a new database, `vida-coach migrate` first), "
         "or name another with --server",
         credentials,
@@ -154,6 +155,12 @@ def open_channel(target: str, credentials: grpc.ChannelCredentials | None = None
     if is_near(target):
         return connect(target, _NO_PROXY, credentials=credentials)
     return connect(target, credentials=credentials)
+
+
+def on_this_machine(listen: str) -> str:
+    """Where an address that is listened on can be reached from this machine."""
+    host, _, port = listen.rpartition(":")
+    return f"{_ANY.get(host, host)}:{port}"
 
 
 def is_near(target: str) -> bool:

@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from entrypoints.settings import Settings
 
 _SECONDS = 4.0
-_ANY = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}  # noqa: S104 - what it says is where to look on this machine
 
 
 def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -31,12 +30,12 @@ def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
 def run(options: argparse.Namespace) -> int:
     """Runs the command."""
     with explained():
-        from entrypoints.cli.connection import is_near
+        from entrypoints.cli.connection import is_near, on_this_machine
         from entrypoints.client import connect, is_serving
         from entrypoints.settings import load_settings
 
         settings = load_settings()
-        target = _here(options.server or settings.health_listen or settings.listen)
+        target = on_this_machine(options.server or settings.health_listen or settings.listen)
         if not is_near(target):
             raise Failure(f"{target} is not on this machine: name its loopback address with --server", USAGE)
         in_the_clear = settings.tls_cert is None or (settings.health_listen is not None and not options.server)
@@ -47,12 +46,6 @@ def run(options: argparse.Namespace) -> int:
                 raise Failure(f"no service at {target} says that it is SERVING")
     print(f"{target} is SERVING")
     return 0
-
-
-def _here(listen: str) -> str:
-    """Where an address that is listened on can be reached from this machine."""
-    host, _, port = listen.rpartition(":")
-    return f"{_ANY.get(host, host)}:{port}"
 
 
 def _believing(settings: "Settings") -> "tuple[grpc.ChannelCredentials, str]":
