@@ -68,6 +68,7 @@ class Log:
     number: int
     thread_id: str
     message: str
+    domain: pb.Domain.ValueType
     events: list[pb.TurnEvent] = field(default_factory=list)
     changed: asyncio.Condition = field(default_factory=asyncio.Condition)
     playing: asyncio.Task[None] | None = None
@@ -141,6 +142,9 @@ class ScriptedCoach(AgentServiceServicer, ThreadServiceServicer):
         self.cancelled: list[str] = []
         self.refusals: list[tuple[grpc.StatusCode, str] | None] = []
         self.cancels: Gate | None = None
+        self.hesitation: Gate | None = None
+        self.said: list[pb.Message] = []
+        self.inactive: set[str] = set()
         self.agents = [pb.Agent(id="g-v1", domain=pb.DOMAIN_GENERAL, name="Life coach", provider="practice")]
         self.overlapping = False
 
@@ -149,6 +153,8 @@ class ScriptedCoach(AgentServiceServicer, ThreadServiceServicer):
 
     async def Chat(self, request: agents_api.ChatRequest, context: _Context) -> None:  # type: ignore[override]
         self.requests.append(request)
+        if self.hesitation is not None:
+            await self.hesitation.open.wait()
         if self.refusals and (refusal := self.refusals.pop(0)) is not None:
             await context.abort(*refusal)
         for turn in self.turns:
@@ -156,7 +162,9 @@ class ScriptedCoach(AgentServiceServicer, ThreadServiceServicer):
                 break
         else:
             self.overlapping |= any(not turn.ended for turn in self.turns)
-            turn = Log(len(self.turns), request.thread_id or f"thread-{len(self.turns)}", request.content[0].text)
+            thread_id = request.thread_id or f"thread-{len(self.turns)}"
+            domain = request.domain or pb.DOMAIN_GENERAL
+            turn = Log(len(self.turns), thread_id, request.content[0].text, domain)
             started = pb.TurnStarted(turn_id=turn.id, thread_id=turn.thread_id, agent_id="g-v1")
             await turn.add(started=started)
             turn.playing = asyncio.create_task(turn.play(self.scripts[turn.number]))
@@ -184,18 +192,21 @@ class ScriptedCoach(AgentServiceServicer, ThreadServiceServicer):
         return agents_api.CancelTurnResponse(turn=turn.events[-1].finished.turn)
 
     async def ListThreads(self, request: Any, context: Any) -> threads_api.ListThreadsResponse:
-        threads = [self._thread(turn) for turn in reversed(self.turns)]
-        return threads_api.ListThreadsResponse(threads=threads)
+        newest_first = dict.fromkeys(turn.thread_id for turn in reversed(self.turns))
+        threads = [self._thread(thread_id) for thread_id in newest_first]
+        page = threads[: request.page_size]
+        return threads_api.ListThreadsResponse(
+            threads=page, next_page_token="more" if len(page) < len(threads) else ""
+        )
 
     async def GetThread(self, request: Any, context: _Context) -> threads_api.GetThreadResponse:
-        for turn in self.turns:
-            if turn.thread_id == request.thread_id:
-                return threads_api.GetThreadResponse(thread=self._thread(turn))
+        if any(turn.thread_id == request.thread_id for turn in self.turns):
+            return threads_api.GetThreadResponse(thread=self._thread(request.thread_id))
         await context.abort(grpc.StatusCode.NOT_FOUND, "There is no such thread.")
         raise AssertionError
 
     async def ListMessages(self, request: Any, context: Any) -> threads_api.ListMessagesResponse:
-        said = [
+        said = self.said or [
             pb.Message(role=pb.ROLE_USER, content=[pb.ContentPart(text=turn.message)])
             for turn in self.turns
             if turn.thread_id == request.thread_id
@@ -233,11 +244,10 @@ class ScriptedCoach(AgentServiceServicer, ThreadServiceServicer):
     def _turn(self, turn_id: str) -> Log:
         return next(turn for turn in self.turns if turn.id == turn_id)
 
-    @staticmethod
-    def _thread(turn: Log) -> pb.Thread:
-        return pb.Thread(
-            id=turn.thread_id, domain=pb.DOMAIN_GENERAL, state=pb.THREAD_STATE_ACTIVE, message_count=2
-        )
+    def _thread(self, thread_id: str) -> pb.Thread:
+        state = pb.THREAD_STATE_INACTIVE if thread_id in self.inactive else pb.THREAD_STATE_ACTIVE
+        domain = next(turn.domain for turn in self.turns if turn.thread_id == thread_id)
+        return pb.Thread(id=thread_id, domain=domain, state=state, message_count=2)
 
 
 class Screenful(io.StringIO):
@@ -393,6 +403,7 @@ async def test_a_message_that_was_refused_for_now_is_sent_again_under_its_reques
         with talking(address, "Hello\n") as talk:
             assert await talk.done is True
     assert talk.out.getvalue() == "Yes\n"
+    assert talk.err.getvalue() == "(the connection is lost; trying again …)\n"
     assert len(coach.requests) == 3
     assert len({request.request_id for request in coach.requests}) == 1
 
@@ -454,6 +465,18 @@ async def test_a_message_of_which_nobody_knows_whether_it_arrived_is_not_doubled
     assert len({hello, bye, anew}) == 3
 
 
+async def test_the_same_words_about_something_else_are_another_message() -> None:
+    coach = ScriptedCoach(["Yes"])
+    coach.refusals = [(grpc.StatusCode.UNAVAILABLE, "The service is at its limit.")]
+    async with coach.serving() as address:
+        typed = "/new career\nHello\n/new health\nHello\n"
+        with talking(address, typed, terminal=True, patience=IMPATIENT) as talk:
+            assert await talk.done is True
+    career, about_health = coach.requests
+    assert (career.domain, about_health.domain) == (pb.DOMAIN_CAREER, pb.DOMAIN_HEALTH)
+    assert career.request_id != about_health.request_id
+
+
 async def test_commands_work_in_a_pipe_and_their_output_is_no_reply() -> None:
     coach = ScriptedCoach(["One"], ["Two"], ["Three"], ["Four"])
     typed = "first\n/new career\nsecond\n/threads\n/thread 2\n/history\nthird\n/unknown is said\n/quit\nnever\n"
@@ -479,6 +502,89 @@ async def test_a_command_that_fails_in_a_pipe_ends_it(line: str) -> None:
         ):
             await talk.done
     assert coach.requests == []
+
+
+@pytest.mark.parametrize("which", ["0", "00", "2", "999", "1000", "-1"])
+async def test_a_number_that_no_conversation_has_is_told(which: str) -> None:
+    coach = ScriptedCoach(["Yes"])
+    async with coach.serving() as address:
+        with (
+            talking(address, f"first\n/thread {which}\nmeant for another thread\n") as talk,
+            pytest.raises(Failure, match=r"/thread: There is no"),
+        ):
+            await talk.done
+    assert len(coach.requests) == 1
+
+
+async def test_conversations_are_gone_on_with_by_the_number_that_was_shown_or_by_id() -> None:
+    coach = ScriptedCoach(*(Script(["Yes"]) for _ in range(6)))
+    typed = [
+        *("/new career", "first", "/new health", "second"),
+        *("/thread 2", "third"),  # nothing has been listed: they are counted now
+        *("/threads", "/new relationship", "fourth"),
+        *("/thread 2", "fifth"),  # the one that was listed, although another one has begun since
+        *("/thread thread-0", "/new", "sixth"),  # about the same as the one that is left
+    ]
+    async with coach.serving() as address:
+        with talking(address, "\n".join(typed)) as talk:
+            assert await talk.done is True
+    threads = ["thread-0", "thread-1", "thread-0", "thread-3", "thread-1", "thread-5"]
+    assert [turn.thread_id for turn in coach.turns] == threads
+    domains = [pb.DOMAIN_CAREER, pb.DOMAIN_HEALTH, 0, pb.DOMAIN_RELATIONSHIP, 0, pb.DOMAIN_CAREER]
+    assert [request.domain for request in coach.requests] == domains
+    shown = talk.err.getvalue()
+    assert "You are in the conversation about health: second (2 messages; /history shows them).\n" in shown
+    assert "A new conversation about career begins with your next message.\n" in shown
+
+
+async def test_twenty_conversations_are_listed_the_newest_first() -> None:
+    coach = ScriptedCoach(*(Script(["Yes"]) for _ in range(21)))
+    coach.inactive = {"thread-1"}
+    lines = [*(f"line {number}" for number in range(20)), f"one  two\t{'x' * 40}"]
+    typed = [each for line in lines for each in ("/new", line)]
+    async with coach.serving() as address:
+        with talking(address, "\n".join([*typed, "/threads"])) as talk:
+            assert await talk.done is True
+    *rows, more = talk.err.getvalue().splitlines()[-21:]
+    assert more == "These are the newest 20."
+    assert rows[0].startswith(" 1* general       active    ")
+    assert rows[0].endswith(f"  thread-20  one two {'x' * 31}…")
+    assert rows[1].startswith(" 2  general       active    ")
+    assert rows[19].startswith("20  general       inactive  ")
+    assert rows[19].endswith("  thread-1  line 1")
+    assert talk.place.revived == 22  # each command looks whether the service is there
+
+
+async def test_a_conversation_of_a_later_version_is_no_trouble() -> None:
+    coach = ScriptedCoach(["Yes"], ["Yes"])
+    async with coach.serving() as address:
+        with talking(address, "first\n") as talk:
+            await talk.done
+        coach.turns[0].domain = 99  # type: ignore[assignment] # none that this client knows
+        with talking(address, "/thread 1\n/new\nsecond\n") as talk:
+            assert await talk.done is True
+    first, second = talk.err.getvalue().splitlines()
+    assert first.startswith("You are in the conversation about something newer: first ")
+    assert second == "A new conversation about general begins with your next message."
+    assert [turn.thread_id for turn in coach.turns] == ["thread-0", "thread-1"]
+
+
+async def test_the_history_says_who_said_what_and_what_is_not_whole() -> None:
+    def line(role: pb.Role.ValueType, *, partial: bool = False, **part: str) -> pb.Message:
+        return pb.Message(role=role, partial=partial, content=[pb.ContentPart(**part)])  # type: ignore[arg-type]
+
+    coach = ScriptedCoach(["Yes"])
+    coach.said = [
+        line(pb.ROLE_USER, text="Hello"),
+        line(pb.ROLE_TOOL, text="saved"),
+        line(pb.ROLE_ASSISTANT, text="Half", partial=True),
+        line(pb.ROLE_USER, text="Do harm"),
+        line(pb.ROLE_ASSISTANT, refusal="No."),
+    ]
+    async with coach.serving() as address:
+        with talking(address, "first\n/history\n") as talk:
+            assert await talk.done is True
+    assert talk.err.getvalue() == "> Hello\nHalf (broken off)\n\n> Do harm\nNo.\n\n"
 
 
 async def test_a_reader_that_leaves_ends_the_turn_and_the_command_quietly() -> None:
@@ -569,6 +675,17 @@ async def test_a_thread_is_gone_on_with() -> None:
     assert [turn.thread_id for turn in coach.turns] == ["thread-0", "thread-0"]
 
 
+async def test_in_a_terminal_a_command_that_fails_changes_nothing() -> None:
+    coach = ScriptedCoach(["One"], ["Two"])
+    async with coach.serving() as address:
+        with talking(address, "first\n/thread 2\n/thread\nsecond\n", terminal=True) as talk:
+            assert await talk.done is True
+    assert [turn.thread_id for turn in coach.turns] == ["thread-0", "thread-0"]
+    shown = talk.err.getvalue()
+    assert "There is no conversation 2; /threads lists them.\n" in shown
+    assert "Which one? /thread N with a number of /threads, or /thread ID.\n" in shown
+
+
 async def test_interrupting_a_reply_cancels_it_and_the_conversation_goes_on() -> None:
     coach = ScriptedCoach(["Half a", Gate()], ["Whole"])
     async with coach.serving() as address, command("--server", address, terminal=True) as chat:
@@ -615,6 +732,24 @@ async def test_interrupting_a_pipe_cancels_the_turn_and_leaves_the_rest_unsaid()
         assert await chat.process.wait() == 130
     assert coach.cancelled == ["turn-0"]
     assert len(coach.turns) == 1
+
+
+async def test_interrupting_a_pipe_leaves_the_rest_unsaid_also_if_the_line_is_refused() -> None:
+    coach = ScriptedCoach(["never"])
+    coach.refusals = [(grpc.StatusCode.INVALID_ARGUMENT, "A field is invalid.")]
+    coach.hesitation = Gate()
+    async with coach.serving() as address, command("--server", address) as chat:
+        assert chat.process.stdin is not None
+        assert chat.process.stderr is not None
+        chat.process.stdin.write(b"first\nsecond\n")
+        chat.process.stdin.write_eof()
+        await until(lambda: coach.requests)
+        chat.interrupt()
+        assert await chat.process.stderr.readline() == b"(cancelling; Ctrl-C again leaves)\n"
+        coach.hesitation.open.set()
+        assert await chat.process.stderr.read() == b"A field is invalid. [INVALID_ARGUMENT]\n"
+        assert await chat.process.wait() == 130
+    assert len(coach.requests) == 1
 
 
 # Screen

@@ -53,6 +53,8 @@ class _Uncancelled:
     error: ServiceError
 
 
+_Message: TypeAlias = "tuple[str, pb.Domain.ValueType, str]"
+"""The thread, what a new one is about, and the text."""
 _Item: TypeAlias = "Event | _Mark | _Uncancelled | BaseException"
 
 
@@ -80,7 +82,8 @@ class Session:
         self._domain = domain
         self._thread_id = thread_id
         self._listed: list[str] = []
-        self._unsure: tuple[str, str, str] | None = None
+        self._unsure: tuple[_Message, str] | None = None
+        self._interrupted = False
         self._all_completed = True
         self._commands: dict[str, Callable[[str], None]] = {
             "/threads": self._list_threads,
@@ -212,7 +215,7 @@ class Session:
         if domain and domain not in _DOMAINS:
             raise _CommandError(f"A conversation can be about {', '.join(_DOMAINS[:-1])} or {_DOMAINS[-1]}.")
         self._thread_id = ""
-        self._domain = domain or self._domain
+        self._domain = domain or (self._domain if self._domain in _DOMAINS else "")
         self._screen.note(f"A new conversation about {self._domain or 'general'} begins with your next message.")
 
     def _show_history(self, _: str) -> None:
@@ -247,10 +250,11 @@ class Session:
     # Messages
 
     def _say(self, text: str) -> None:
-        request_id = ""
-        if self._unsure is not None and self._unsure[:2] == (self._thread_id, text):
-            request_id = self._unsure[2]  # the same message again, of which nobody knows whether it arrived
         domain = pb.DOMAIN_UNSPECIFIED if self._thread_id else _domain_number(self._domain)
+        message = (self._thread_id, domain, text)
+        request_id = ""
+        if self._unsure is not None and self._unsure[0] == message:
+            request_id = self._unsure[1]  # the same message again, of which nobody knows whether it arrived
         try:
             with self._client.say(text, thread_id=self._thread_id, domain=domain, request_id=request_id) as reply:
                 turn = self._watch(reply)
@@ -258,9 +262,10 @@ class Session:
             self._all_completed = False
             self._screen.end()
             if isinstance(error, ConnectionLost):
-                self._tell_of_loss(error, text)
+                self._tell_of_loss(error, message)
             else:
                 self._screen.note(_told(error))
+            self._heed_interrupt()
         else:
             self._unsure = None
             self._tell_of_end(turn)
@@ -269,7 +274,7 @@ class Session:
         """Shows a reply to its end. Ctrl-C cancels it, again leaves."""
         items: queue.SimpleQueue[_Item] = queue.SimpleQueue()
         turn: pb.Turn | None = None
-        interrupted = lost = False
+        self._interrupted = lost = False
         try:
             # The stream is read in another thread: an interrupt must not hit it in the middle of its work.
             with _interrupts(lambda: items.put(_Mark.INTERRUPT)):
@@ -277,9 +282,9 @@ class Session:
                 while (item := items.get()) is not _Mark.END:
                     match item:
                         case _Mark.INTERRUPT:
-                            if interrupted:
+                            if self._interrupted:
                                 raise KeyboardInterrupt
-                            interrupted = True
+                            self._interrupted = True
                             self._screen.note("(cancelling; Ctrl-C again leaves)")
                             _in_background(_cancel, reply, items)
                         case Resuming():
@@ -302,9 +307,13 @@ class Session:
             raise
         self._screen.end()
         assert turn is not None
-        if interrupted and not self._lines.interactive:
-            raise KeyboardInterrupt  # whoever interrupts a pipe does not mean the current line alone
+        self._heed_interrupt()
         return turn
+
+    def _heed_interrupt(self) -> None:
+        """Leaves if a pipe was interrupted: whoever does so does not mean the current line alone."""
+        if self._interrupted and not self._lines.interactive:
+            raise KeyboardInterrupt
 
     def _show(self, event: Event) -> None:
         match event:
@@ -332,14 +341,14 @@ class Session:
         if self._lines.interactive:
             self._screen.note()
 
-    def _tell_of_loss(self, loss: ConnectionLost, text: str) -> None:
+    def _tell_of_loss(self, loss: ConnectionLost, message: _Message) -> None:
         if loss.turn_id:
             said = (
                 f"The connection was lost and the service has not come back ({loss.message}). Your message is "
                 "safe, and so is the reply: once the service runs again, /history shows it."
             )
         else:
-            self._unsure = (self._thread_id, text, loss.request_id)
+            self._unsure = (message, loss.request_id)
             said = (
                 f"The service could not be reached ({loss.message}). Your message may not have arrived: send it "
                 "again once the service runs. It will not be doubled."
