@@ -7,7 +7,7 @@ import pty
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -882,6 +882,87 @@ def test_an_owner_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch)
         embedded(),
     ):
         pass
+
+
+def test_the_record_is_named_as_a_person_would(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    place = EmbeddedService(load_settings())
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert place.record == "~/data/vida-coach/vida-coach.db"
+    monkeypatch.setenv("HOME", str(tmp_path / "other"))
+    assert place.record == str(tmp_path / "data/vida-coach/vida-coach.db")
+
+
+class Waits:
+    """The clock of a command that polls: each wait is a second long, and something may happen in the first."""
+
+    def __init__(self, happens: Callable[[], None]) -> None:
+        self.happens = happens
+        self.seconds = 0.0
+
+    def monotonic(self) -> float:
+        return self.seconds
+
+    def sleep(self, seconds: float) -> None:
+        if not self.seconds:
+            self.happens()
+        self.seconds += 1
+
+
+def test_an_owner_that_leaves_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    holder = Ownership(database_file(load_settings().database), "cleanup")
+    waits = Waits(holder.release)
+    monkeypatch.setattr(connection, "time", waits)
+    holder.take()
+    with embedded() as place:
+        assert waits.seconds == 1
+        assert serving(place)
+        with pytest.raises(DatabaseOwnedError, match="chat"):
+            owned()
+
+
+def test_an_owner_that_is_only_starting_is_asked_once_it_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VIDA_PRACTICE_WORDS_PER_SECOND", "0")
+    holder = Ownership(database_file(load_settings().database), "chat")
+    other = EmbeddedServer(load_settings(), "serve")
+
+    def start() -> None:
+        holder.release()
+        other.start()
+
+    waits = Waits(start)
+    monkeypatch.setattr(connection, "time", waits)
+    holder.take()
+    with embedded() as place:
+        assert waits.seconds == 1
+        assert said(place, "Hello")
+        with pytest.raises(DatabaseOwnedError, match="serve"):
+            owned()
+    assert serving(place)  # whoever only asks leaves the owner alone
+    other.stop()
+    assert not serving(place)
+
+
+def test_an_owner_that_never_answers_is_given_up_after_ten_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits = Waits(lambda: None)
+    monkeypatch.setattr(connection, "time", waits)
+    with (
+        Ownership(database_file(load_settings().database), "chat"),
+        pytest.raises(Failure, match="it does not answer on"),
+        embedded(),
+    ):
+        pass
+    assert waits.seconds == 10
+
+
+def test_what_can_not_be_revived_is_no_error() -> None:
+    place = EmbeddedService(load_settings())
+    with Ownership(database_file(load_settings().database), "serve"):
+        place.revive()
+        assert not serving(place)
+    place.revive()
+    assert serving(place)
+    place.__exit__(None, None, None)
+    owned()
 
 
 def test_who_leaves_waits_for_the_turns_of_others_for_a_moment_only(monkeypatch: pytest.MonkeyPatch) -> None:
