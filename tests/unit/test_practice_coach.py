@@ -14,11 +14,12 @@ from adapters.practice.intents import confidence, names_time, outcome
 from adapters.practice.language import Language
 from adapters.practice.mirror import mirrored, turned, wish
 from adapters.practice.questions import COMMON, QUESTIONS, SMALLER
-from adapters.practice.sentences import CANT_SEE, ENGLISH_ONLY, INTRODUCTION, NOT_SAVED, SAVED, WORDLESS
+from adapters.practice.sentences import CANT_SEE, ENGLISH_ONLY, INTRODUCTION, NO_STEP, NOT_SAVED, SAVED, WORDLESS
 from adapters.practice.steps import Step
 from core.model.agent import AgentDefinition, Domain
 from core.model.attachment import FilePart, ImagePart, Unread, without_data
 from core.model.events import TextDelta, ToolCalled
+from core.model.goal import MAX_GOAL
 from core.model.message import ContentPart, Message, Role, TextPart, ToolExchange
 from core.ports.agent import AgentEvent, ReplyRequest, RoundFinished, ToolRound
 from core.ports.tools import ToolSpec
@@ -300,6 +301,19 @@ async def test_a_step_without_a_time_is_asked_for_its_time_and_saved_with_it() -
     assert json.loads(talk.calls[0].arguments_json)["commitment"] == "I'll write to Dana, tomorrow at nine"
 
 
+async def test_what_is_saved_is_no_longer_than_a_goal_may_be() -> None:
+    talk = Talk()
+    await talk.walk(f"I want to find {'meaningful ' * 90}work", *TO_THE_STEP[1:])
+    await talk.say(f"I'll write on Thursday {'carefully ' * 90}")
+    (call,) = talk.calls
+    saved = json.loads(call.arguments_json)
+    assert saved["goal"].startswith("Find meaningful ")
+    assert saved["commitment"].startswith("I'll write on Thursday carefully ")
+    for text in saved.values():
+        assert MAX_GOAL - 12 <= len(text) <= MAX_GOAL
+        assert text.endswith("\u2026")
+
+
 async def test_it_says_honestly_that_a_goal_could_not_be_saved() -> None:
     talk = Talk(run=_fails)
     reply = await talk.walk(*TO_THE_STEP, COMMITMENT)
@@ -333,6 +347,22 @@ async def test_goals_are_listed_with_the_tool(text: str) -> None:
     assert [call.name for call in talk.calls] == ["list_goals"]
     assert "\u201cSleep\u201d, next step \u201cLights out at ten\u201d" in reply
     assert asks(reply, Domain.CAREER, Step.GOAL), "the conversation stays where it was"
+
+
+@pytest.mark.parametrize(
+    ("count", "told"),
+    [
+        (0, "No goal is saved for you here yet."),
+        (1, "You have one goal saved here, newest first: \u201cGoal 0\u201d, next step \u201cGo\u201d, due 2026"),
+        (5, "\u201cGoal 4\u201d, next step \u201cGo\u201d, due 2026-12-01."),
+        (7, "\u201cGoal 4\u201d, next step \u201cGo\u201d, due 2026-12-01; and 2 more."),
+    ],
+)
+async def test_goals_are_counted_and_the_first_five_told(count: int, told: str) -> None:
+    goals = [{"goal": f"Goal {number}", "commitment": "Go", "due": "2026-12-01"} for number in range(count)]
+    reply = await Talk(run=lambda _: (json.dumps({"goals": goals}), False)).say("my goals")
+    assert told in reply
+    assert (f"You have {count} goals saved here" in reply) is (count > 1)
 
 
 @pytest.mark.parametrize("output", ["", "nonsense", "[]", '{"goals": 3}', '{"goals": [1]}', '{"goals": [{}]}'])
@@ -451,6 +481,7 @@ async def test_a_low_confidence_is_asked_what_would_raise_it() -> None:
     talk = Talk()
     await talk.walk(*TO_THE_STEP, COMMITMENT)
     assert asks(await talk.say("maybe 4/10"), Domain.CAREER, Step.RAISE)
+    assert asks(await talk.say("a calmer week"), Domain.CAREER, Step.TAKEAWAY)
 
 
 async def test_a_step_that_was_not_taken_is_met_without_blame() -> None:
@@ -458,6 +489,27 @@ async def test_a_step_that_was_not_taken_is_met_without_blame() -> None:
     await talk.walk(*TO_THE_STEP, COMMITMENT, "9", "hope", "bye")
     assert "?" in await talk.say("I didn't do it, I forgot")
     assert asks(await talk.say("the week was full"), Domain.CAREER, Step.OPTIONS)
+
+
+async def test_a_step_that_is_planned_once_more_is_saved_once_more() -> None:
+    talk = Talk()
+    await talk.walk(*TO_THE_STEP, COMMITMENT, "9", "hope", "I didn't do it", "the week was full", *TO_THE_STEP[4:])
+    reply = await talk.say(COMMITMENT)
+    assert any(sentence in reply for sentence in SAVED)
+    first, second = talk.calls
+    assert second.arguments_json == first.arguments_json
+
+
+async def test_whoever_can_name_no_step_is_asked_twice_more_and_then_let_go() -> None:
+    talk = Talk()
+    await talk.walk(*TO_THE_STEP)
+    for _ in range(2):
+        assert (await talk.say("idk")).endswith(SMALLER[Step.STEP])
+    reply = await talk.say("idk")
+    assert any(sentence in reply for sentence in NO_STEP)
+    assert "?" not in reply
+    assert talk.calls == []
+    assert asks(await talk.say("I want my own bakery"), Domain.CAREER, Step.SIGN), "a new round has begun"
 
 
 @pytest.mark.parametrize(
