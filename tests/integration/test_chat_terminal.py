@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeAlias
 
 import grpc
@@ -613,6 +614,23 @@ async def test_the_newest_fifty_lines_are_shown_in_their_order() -> None:
     assert talk.err.getvalue().splitlines() == ["(the newest 50 lines)", *(f"> {line}" for line in lines[2:])]
 
 
+async def test_the_history_says_what_was_broken_off_and_leaves_the_tools_out() -> None:
+    class Remembering(ScriptedCoach):
+        async def ListMessages(self, request: Any, context: Any) -> threads_api.ListMessagesResponse:
+            lines = [(pb.ROLE_USER, "Hello"), (pb.ROLE_TOOL, "{}"), (pb.ROLE_ASSISTANT, "Half a")]
+            said = [
+                pb.Message(role=role, content=[pb.ContentPart(text=text)], partial=role == pb.ROLE_ASSISTANT)
+                for role, text in lines
+            ]
+            return threads_api.ListMessagesResponse(messages=said[:: -1 if request.newest_first else 1])
+
+    coach = Remembering(["Half a"])
+    async with coach.serving() as address:
+        with talking(address, "Hello\n/history\n") as talk:
+            assert await talk.done is True
+    assert talk.err.getvalue() == "> Hello\nHalf a (broken off)\n\n"
+
+
 # In a terminal
 
 
@@ -630,6 +648,15 @@ async def test_a_terminal_is_greeted_and_sees_tools_and_how_to_go_on() -> None:
     assert "· set_goal" in shown
     assert "There is no command /nonsense" in shown
     assert "--thread thread-0" in shown
+
+
+async def test_what_is_no_command_is_said_with_a_space_before_it() -> None:
+    coach = ScriptedCoach(["Yes"])
+    async with coach.serving() as address:
+        with talking(address, "/nonsense\n /nonsense\n", terminal=True) as talk:
+            assert await talk.done is True
+    assert "With a space before it, it is said." in talk.err.getvalue()
+    assert [turn.message for turn in coach.turns] == [" /nonsense"]
 
 
 @pytest.mark.parametrize(

@@ -167,7 +167,7 @@ class Session:
                     # What follows was meant for another conversation than the one that it would reach.
                     raise Failure(f"{name}: {text}") from error
                 self._screen.note(text)
-        elif name and self._lines.interactive:
+        elif name and line.startswith(name) and self._lines.interactive:
             self._screen.note(f"There is no command {name}; /help lists them. With a space before it, it is said.")
         else:
             self._say(line)
