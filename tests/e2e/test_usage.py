@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import os
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -313,3 +315,29 @@ def test_an_owner_that_does_not_answer_is_named(
     with Ownership(Path(sqlite_url.removeprefix("sqlite:///")), "cleanup"):
         assert main(["usage"]) == 1
     assert "in use by `vida-coach cleanup`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["usage"], ["doctor"], ["users", "export", "ada"]], ids=" ".join)
+def test_what_can_not_be_written_is_told(
+    sqlite_url: str, monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    """Its last words too: the interpreter would leave with a code of its own."""
+    monkeypatch.setenv("VIDA_DATABASE_URL", sqlite_url)
+    with sqlite3.connect(sqlite_url.removeprefix("sqlite:///")) as connection:
+        connection.execute("INSERT INTO users (id, created_at) VALUES ('ada', '2026-01-01')")
+    connection.close()
+
+    def written_to(place: int) -> tuple[int, str]:
+        done = subprocess.run(
+            [*COMMAND, *command], stdout=place, stderr=subprocess.PIPE, text=True, timeout=60, check=False
+        )
+        return done.returncode, done.stderr
+
+    with Path("/dev/full").open("w") as full:
+        assert written_to(full.fileno()) == (1, "vida-coach: No space left on device\n")
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        assert written_to(writing) == (141, "")  # whoever has read enough need not hear of it
+    finally:
+        os.close(writing)

@@ -1,5 +1,6 @@
 """One process owns an embedded database: by a lock that dies with it, and one connection that writes."""
 
+import asyncio
 import os
 import resource
 import signal
@@ -23,9 +24,15 @@ from sqlalchemy import exc, text
 from adapters.sql import engines
 from adapters.sql.engines import reader_engine, writer_engine
 from adapters.sql.store import SqlStore
-from core.model.errors import StoreUnavailable
+from core.model.errors import CoreError, Draining, StoreUnavailable
 from doubles import ManualClock
 from entrypoints import ownership
+from entrypoints.cli.main import main
+from entrypoints.grpc_api.errors import refuse
+from entrypoints.grpc_api.gen.vidacoach.admin.v1.admin_service_pb2_grpc import (
+    AdminServiceServicer,
+    add_AdminServiceServicer_to_server,
+)
 from entrypoints.grpc_api.gen.vidacoach.agents.v1.agent_service_pb2_grpc import AgentServiceStub
 from entrypoints.ownership import DatabaseOwnedError, Ownership, socket_path
 from harness import DEADLINE, message, served
@@ -299,6 +306,52 @@ def test_a_database_has_one_owner_by_whatever_name(
         Ownership(other, "second").take()
 
 
+class FailingOwner(AdminServiceServicer):
+    """An owner that can't do what it is asked."""
+
+    def __init__(self, error: CoreError | grpc.StatusCode) -> None:
+        self._error = error
+
+    async def ListTurns(self, request: Any, context: Any) -> Any:
+        if isinstance(self._error, CoreError):
+            await refuse(context, self._error)
+        await context.abort(self._error, "Somehow.")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (grpc.StatusCode.UNAVAILABLE, "the owner of the database has left in the middle: try again"),
+        (grpc.StatusCode.INTERNAL, "the owner of the database could not do it: Somehow. [INTERNAL]"),
+        (Draining(), "the owner of the database could not do it: The service is shutting down. [DRAINING]"),
+        (StoreUnavailable(), "the database does not answer: check VIDA_DATABASE_URL"),
+    ],
+    ids=str,
+)
+async def test_what_an_owner_can_not_do_is_told(
+    sqlite_url: str,
+    error: CoreError | grpc.StatusCode,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("VIDA_DATABASE_URL", sqlite_url)
+    database = Path(sqlite_url.removeprefix("sqlite:///"))
+    server = grpc.aio.server()
+    owner = FailingOwner(error)  # type: ignore[abstract] # the rest is not asked for
+    add_AdminServiceServicer_to_server(owner, server)
+    server.add_insecure_port(f"unix:{socket_path(database)}")
+    await server.start()
+    try:
+        with Ownership(database, "serve"):
+            assert await asyncio.to_thread(main, ["turns", "list"]) == 1
+    finally:
+        await server.stop(None)
+    out, errors = capsys.readouterr()
+    assert out == ""
+    assert errors.startswith(f"vida-coach: {said}")
+
+
 # One connection writes
 
 
@@ -343,8 +396,6 @@ async def test_a_query_that_writes_is_refused(database_url: str) -> None:
 
 
 def test_what_was_committed_is_in_the_file_when_the_last_connection_has_closed(sqlite_url: str) -> None:
-    import asyncio
-
     async def use() -> None:
         store = SqlStore(sqlite_url, ManualClock())
         await store.write(lambda tx: tx.users.ensure("ada", tx.now()))

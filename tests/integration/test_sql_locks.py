@@ -29,6 +29,7 @@ from core.ports.store import Transaction
 from core.ports.threads import NewMessage
 from core.use_cases.turn_engine import TurnLimits
 from doubles import CATALOG, DONE, Gate, ManualClock, ScriptedAgent, service
+from entrypoints.cli.main import main
 from harness import until
 from records import a_thread, a_turn, request
 
@@ -293,3 +294,19 @@ async def test_what_is_tried_again_is_finished_when_a_store_closes(
         async with asyncio.timeout(20):
             await asyncio.gather(asked, closing)
         assert holder.execute("SELECT held_since FROM users").fetchone() == (NOW,)
+
+
+def test_a_command_that_meets_a_lock_is_told_to_come_again(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("VIDA_DATABASE_URL", postgres_url)
+    monkeypatch.setattr(writer, "_HELD_TOO_LONG", 0.0)
+    assert main(["users", "hold", "ada"]) == 0
+    with psycopg.connect(postgres_url) as holder:
+        holder.execute("SELECT id FROM users FOR UPDATE")
+        capsys.readouterr()
+        assert main(["users", "release", "ada"]) == 1
+    assert capsys.readouterr().err == (
+        "vida-coach: another process holds what this needs in the database: try again in a moment\n"
+    )
+    assert main(["users", "release", "ada"]) == 0

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from entrypoints.cli.failure import FAILED, USAGE, Failure, explained
+from entrypoints.cli.failure import BROKEN_PIPE, FAILED, USAGE, Failure, explained
 
 if TYPE_CHECKING:
     from grpc import ChannelCredentials
@@ -14,9 +14,6 @@ if TYPE_CHECKING:
     from entrypoints.cli.connection import Service
     from entrypoints.client import TokenFile
     from entrypoints.settings import Settings
-
-_BROKEN_PIPE = 141
-"""What a shell reports of a command that SIGPIPE has ended."""
 
 
 def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -103,7 +100,7 @@ def run(options: argparse.Namespace) -> int:
                 return 0 if session.run() else FAILED
         except BrokenPipeError:
             screen.abandon()
-            return _BROKEN_PIPE
+            return BROKEN_PIPE
 
 
 def _credentials(options: argparse.Namespace) -> "ChannelCredentials | None":

@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import TextIO
 
 from entrypoints.cli import (
     agents,
@@ -20,7 +21,7 @@ from entrypoints.cli import (
     usage,
     users,
 )
-from entrypoints.cli.failure import Failure
+from entrypoints.cli.failure import BROKEN_PIPE, FAILED, Failure, abandon
 
 _COMMANDS = (chat, serve, cleanup, users, usage, threads, turns, agents, provider, doctor, health, migrate, backup)
 
@@ -45,12 +46,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = command_line().parse_args(arguments)
     try:
         code: int = options.run(options)
+        _flush()
     except Failure as failure:
         print(f"vida-coach: {failure}", file=sys.stderr)
-        return failure.code
+        code = failure.code
+    except BrokenPipeError:
+        code = BROKEN_PIPE
+    except OSError as error:  # what was printed last can't be written
+        print(f"vida-coach: {error.strerror or error}", file=sys.stderr)
+        code = FAILED
     except KeyboardInterrupt:
-        return 130
+        code = 130
+    try:
+        _flush()
+    except OSError:
+        abandon(sys.stdout)
     return code
+
+
+def _flush() -> None:
+    """Writes what is buffered. Left to the interpreter's end, a failure would change the exit code."""
+    stdout: TextIO | None = sys.stdout  # None where it is closed
+    if stdout is not None:
+        stdout.flush()
 
 
 if __name__ == "__main__":

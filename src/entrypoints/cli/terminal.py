@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import TextIO
 
+from entrypoints.cli.failure import abandon
+
 PROMPT = "> "
 
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -68,12 +70,8 @@ class Screen:
         self._err.flush()
 
     def abandon(self) -> None:
-        """Nobody reads: what is still buffered goes nowhere, so that leaving does not fail too."""
-        for stream in (self._out, self._err):
-            with contextlib.suppress(OSError, ValueError):
-                descriptor = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(descriptor, stream.fileno())
-                os.close(descriptor)
+        """Nobody reads: what is still buffered goes nowhere."""
+        abandon(self._out, self._err)
 
     def _harmless(self, text: str) -> str:
         if self._after_return:
