@@ -229,6 +229,20 @@ def test_doctor_looks_at_certificates_and_keys(
     assert checks["settings"]["detail"].startswith("VIDA_TLS_KEY: ")
 
 
+def test_doctor_says_who_needs_a_certificate_and_what_is_in_the_clear(
+    lab: Lab, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab.set()
+    assert "clients need one too" in examined(capsys)[1]["tls"]["detail"]
+    monkeypatch.delenv("VIDA_TLS_CLIENT_CA")
+    assert "clients" not in examined(capsys)[1]["tls"]["detail"]
+    for name in ("VIDA_TLS_CERT", "VIDA_TLS_KEY"):
+        monkeypatch.delenv(name)
+    code, checks, _ = examined(capsys)
+    assert (code, checks["tls"]["status"]) == (0, "info")
+    assert "in the clear" in checks["tls"]["detail"]
+
+
 async def health(*arguments: str) -> int:
     """What the command ends with, run as a process of its own would."""
     return await asyncio.to_thread(main, ["health", *arguments])
@@ -247,6 +261,37 @@ async def test_health_is_asked_for_over_tls(
             assert await health("--server", client.address) == 1
         assert await health("--server", client.address.replace("127.0.0.1", "192.0.2.1")) == 2
     assert await health("--server", client.address) == 1
+
+
+@pytest.mark.parametrize("hosts", [("coach.example",), ("*.example",), ()], ids=["a host", "a wildcard", "a name"])
+async def test_health_believes_our_certificate_whatever_it_is_for(lab: Lab, hosts: tuple[str, ...]) -> None:
+    lab.set(client_ca=False)
+    lab.authority.issue(name="coach", hosts=hosts).write(lab.certificate, lab.key)
+    async with lab.served(ScriptedAgent(), None) as client:
+        assert await health("--server", client.address) == 0
+
+
+async def test_health_is_asked_for_where_it_is_answered_or_where_one_says(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lab.set(client_ca=False)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    monkeypatch.setenv("VIDA_HEALTH_LISTEN", f"127.0.0.1:{port}")
+    async with lab.served(ScriptedAgent(), None) as client:
+        assert await health() == 0  # in the clear
+        assert await health("--server", client.address) == 0  # over TLS
+    told = [f"{address} is SERVING" for address in (f"127.0.0.1:{port}", client.address)]
+    assert capsys.readouterr().out.splitlines() == told
+
+
+@pytest.mark.parametrize(("listen", "asked"), [("0.0.0.0:1", "127.0.0.1:1"), ("[::]:1", "[::1]:1")])
+def test_health_of_every_address_is_asked_for_at_loopback(
+    listen: str, asked: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("VIDA_LISTEN", listen)
+    assert main(["health"]) == 1
+    assert f"no service at {asked} says that it is SERVING" in capsys.readouterr().err
 
 
 async def test_health_has_an_address_of_its_own_where_clients_need_certificates(

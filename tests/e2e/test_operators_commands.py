@@ -226,6 +226,7 @@ async def test_lists_are_as_long_as_asked_for_and_have_every_state(run: Run, bes
         assert [one["state"] for one in listed] == ["inactive", "active", "active"]
         newest = (await as_json(run, "threads", "list", "--limit", "1"))["threads"]
         assert newest == listed[:1]
+        assert len((await as_json(run, "threads", "list", "--limit", "1000"))["threads"]) == 3
         assert len((await as_json(run, "threads", "list", "--state", "active"))["threads"]) == 2
         assert len((await as_json(run, "turns", "list"))["turns"]) == 2
         assert len((await as_json(run, "turns", "list", "--limit", "1"))["turns"]) == 1
@@ -312,6 +313,7 @@ async def test_agents_are_compared_and_published(
     assert {one["agent_id"] for one in (await as_json(run, "agents", "list"))["agents"]} == everything
     before = (await as_json(run, "agents", "diff"))["publications"]
     assert {(one["outcome"], one["compared_with"]) for one in before} == {("NEW", "")}
+    assert (await run("agents", "diff"))[2] == "4 versions to publish\n"
     assert (await as_json(run, "agents", "publish", "--dry-run"))["published"] is False
     assert (await as_json(run, "agents", "publish"))["published"] is True
     assert (await as_json(run, "agents", "publish"))["published"] is False
@@ -372,11 +374,14 @@ async def test_a_copy_is_brought_into_step(run: Run, provider: FakeProvider, bes
         assert whole == ["user: one", "assistant: First.", "user: two", "assistant: Second."]
         in_step = ("IN_STEP", 0, 0, 0, "NOTHING", False)
         assert await standing(thread_id) == in_step
+        assert "\ncopy: conversation, in step, openai conv_" in (await run("threads", "show", thread_id))[1]
         # Something was said there that is not on record, and a call was never answered.
         call = {"type": "function_call", "call_id": "call_9", "name": "list_goals", "arguments": "{}"}
         conversation.items.append({**call, "id": "fc_9", "status": "completed"})
         ahead = ("OUT_OF_STEP", 2, 3, 1, "REPAIRED")
         assert await standing(thread_id, "--dry-run") == (*ahead, True)
+        told = "found: 2 items behind, 3 ahead; 1 calls of tools without an answer\nit would be repaired\n"
+        assert await run("provider", "reconcile", thread_id, "--dry-run") == (0, told, "")
         assert len(conversation.items) == 5
         assert await standing(thread_id) == (*ahead, False)
         assert words(conversation.items) == whole
@@ -407,6 +412,7 @@ async def test_a_copy_is_brought_into_step(run: Run, provider: FakeProvider, bes
         }
         assert (await as_json(run, "threads", "unlock", thread_id))["copy_doubted"] is True
         assert (await as_json(run, "threads", "show", thread_id))["copy"]["doubted"] is True
+        assert "\ncopy: conversation, doubted, openai conv_" in (await run("threads", "show", thread_id))[1]
         del rebuilt.items[2:]
         provider.refusals["items"].append(HttpError(status=500))
         code, output, errors = await run("provider", "reconcile", thread_id)

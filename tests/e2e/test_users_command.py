@@ -56,6 +56,8 @@ async def the_whole_story(capsys: pytest.CaptureFixture[str]) -> None:
     counts = {"threads": 1, "turns": 1, "messages": 2, "attachments": 0, "goals": 0}
     forecast = await as_json(capsys, "erase", "ada", "--dry-run")
     assert (forecast["id"], forecast["erased"]) == ("", counts)
+    told = "1 threads, 1 turns, 2 messages, 0 attachments, 0 goals; 0 objects at the provider to delete\n"
+    assert await command(capsys, "erase", "ada", "--dry-run") == (0, f"would erase {told}", "")
     receipt = await as_json(capsys, "erase", "ada")
     assert (receipt["state"], receipt["erased"], receipt["copies_left"]) == ("done", counts, 0)
     assert await as_json(capsys, "erasures") == {
@@ -125,6 +127,8 @@ async def test_cleanup_erases_what_is_old_and_not_held(capsys: pytest.CaptureFix
         assert (report["expired"], report["deleted"], report["held"]) == (3, 2, 1)
         again = await clean_up()
         assert (again["expired"], again["deleted"], again["held"]) == (0, 0, 1)
+        assert await asyncio.to_thread(main, ["cleanup", "--ttl-days", "5", "--delete-after-days", "7"]) == 0
+        assert "erased 0 threads; 1 more are kept by a legal hold\n" in capsys.readouterr().out
         assert await asyncio.to_thread(main, ["cleanup", "--ttl-days", "5", "--delete-after-days", "4"]) == 2
         assert "--delete-after-days" in capsys.readouterr().err
 

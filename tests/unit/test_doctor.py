@@ -4,18 +4,22 @@ import asyncio
 import json
 import os
 import sqlite3
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 from sqlalchemy import text
 
+from adapters.catalog.loader import SHIPPED
 from adapters.openai import models, probe
 from adapters.openai.errors import ProviderFault
 from adapters.openai.models import KeyRefused, ModelMissing
 from adapters.openai.probe import Abilities, Found
+from adapters.sql import engines
 from adapters.sql.engines import writer_engine
 from adapters.sql.schema import migrate
 from core.model.turn import TurnReason
@@ -190,6 +194,37 @@ def test_a_file_of_somebody_elses_is_refused_and_left_exactly_as_it_is(examine: 
     assert [entry.name for entry in file.parent.iterdir()] == [file.name]
 
 
+def test_an_empty_file_is_where_a_database_will_be(examine: Any, file: Path) -> None:
+    file.parent.mkdir()
+    file.touch()
+    report = examine()
+    assert report.ok
+    assert report.status("database") == "info"
+    assert "is empty" in report.of("database")["detail"]
+    assert file.read_bytes() == b""
+
+
+def test_a_file_that_can_not_be_opened_is_told_with_the_systems_own_word(examine: Any, file: Path) -> None:
+    file.mkdir(parents=True)
+    check = examine().of("database")
+    assert check["status"] == "fail"
+    assert check["detail"] == f"{file}: Is a directory"
+    assert "the right to read and write it" in check["advice"]
+
+
+def test_a_database_that_another_program_writes_to_is_told_with_the_drivers_own_word(
+    examine: Any, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    migrate(f"sqlite:///{file}")
+    monkeypatch.setattr(engines, "BUSY_TIMEOUT", 1)
+    with closing(sqlite3.connect(file, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        report = examine()
+    assert report.status("database") == "fail"
+    assert report.of("database")["detail"] == f"{file}: database is locked"
+    assert "schema" not in {check["name"] for check in report.checks}
+
+
 def test_a_damaged_database_fails(examine: Any, file: Path) -> None:
     file.parent.mkdir()
     file.write_bytes(b"SQLite format 3\0" + b"\xff" * 4_096)
@@ -241,6 +276,22 @@ def test_a_server_database_without_the_schema_must_be_migrated(
         postgres.drop(name)
     assert report.status("schema") == "fail"
     assert "vida-coach migrate" in report.of("schema")["advice"]
+
+
+def test_a_server_database_with_something_else_in_it_is_told_from_one_that_is_away(
+    examine: Any, postgres: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"vida_doctor_other_{os.getpid()}"
+    monkeypatch.setenv("VIDA_DATABASE_URL", url := postgres.empty(name))
+    try:
+        with psycopg.connect(url) as connection:
+            connection.execute("CREATE TABLE alembic_version (another_ones integer)")
+        report = examine()
+    finally:
+        postgres.drop(name)
+    assert report.status("database") == "fail"
+    assert "answers, but can't be read" in report.of("database")["detail"]
+    assert "the right to read this one" in report.of("database")["advice"]
 
 
 def test_a_server_database_that_is_away_fails_without_its_password(
@@ -330,6 +381,23 @@ def test_what_the_provider_refuses(
     report = examine()
     assert report.status("provider") == status
     assert SECRET not in report.printed
+
+
+def test_every_model_that_an_agent_replies_with_is_asked_for(
+    examine: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked = provider_says(monkeypatch, None)
+    career = (SHIPPED / "career.toml").read_text()
+    named = career.replace('model = "default"', 'model = "another-model"').replace("version = 1", "version = 2")
+    (tmp_path / "career.toml").write_text(named)
+    monkeypatch.setenv("VIDA_AGENTS_DIR", str(tmp_path))
+    report = examine()
+    assert asked == ["another-model", "gpt-6-luna"]
+    told = [check["detail"] for check in report.checks if check["name"] == "provider"]
+    assert [model in detail for model, detail in zip(asked, told, strict=True)] == [True, True]
+    provider_says(monkeypatch, ModelMissing(404))
+    report = examine()
+    assert [check["status"] for check in report.checks if check["name"] == "provider"] == ["fail", "fail"]
 
 
 def test_a_compatible_server_that_does_not_know_of_models_is_a_warning(
