@@ -1,6 +1,7 @@
 """The composition root: what is made of what. Nothing is made at import, nothing is wired behind the scenes."""
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
@@ -270,7 +271,7 @@ def _server(
     access: "Access",
     telemetry: Telemetry,
     admin: "AdminService | None" = None,
-    encrypted: bool = True,
+    on_socket: bool = False,
     reflected: bool = True,
     channelz: bool = False,
 ) -> "Server":
@@ -289,11 +290,12 @@ def _server(
             streams=settings.max_turns + _SPARE,
             calls=2 * settings.max_turns + _SPARE,
             stream_seconds=_stream_seconds(settings),
-            connection_seconds=settings.max_connection_age,
+            # A command that takes hours is not cut off, and there is no other replica behind that socket.
+            connection_seconds=math.inf if on_socket else settings.max_connection_age,
         ),
         reflected=reflected,
         access=access,
-        credentials=credentials(settings) if encrypted else None,
+        credentials=None if on_socket else credentials(settings),
         channelz=channelz,
         admin=admin,
         telemetry=telemetry,

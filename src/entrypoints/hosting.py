@@ -57,7 +57,7 @@ async def hosted(
         stack.push_async_callback(drain)
         if embedded:
             # Only this user can open it: nobody need be asked who they are.
-            admin = container.server(access=OWNER, encrypted=False, admin=container.admin_service())
+            admin = container.server(access=OWNER, on_socket=True, admin=container.admin_service())
             await admin.start_on_socket(socket_path(database))
             servers.append(admin)
         if listen is not None:

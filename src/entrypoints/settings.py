@@ -107,7 +107,9 @@ class Settings(BaseSettings):
 
     openai_api_key: SecretStr | None = _setting("OPENAI_API_KEY", "the provider's key", None)
     openai_base_url: str | None = _setting("OPENAI_BASE_URL", "a server that speaks the Responses API", None)
-    openai_model: str = _setting("OPENAI_MODEL", "the model of agents that name none", "gpt-6-luna", min_length=1)
+    openai_model: str = _setting(
+        "OPENAI_MODEL", "the model of agents that name none", "gpt-6-luna", min_length=1, max_length=255
+    )
     openai_assistant_id: str | None = _setting("OPENAI_ASSISTANT_ID", "the agent that serves every domain", None)
     openai_thread_ttl: int = _setting(
         "OPENAI_THREAD_TTL", "days until an idle thread expires", 30, ge=0, le=36_500
@@ -398,9 +400,14 @@ def _read_files(environ: Mapping[str, str | None], faults: list[str]) -> dict[st
         path = environ.get(f"{name}_FILE")
         if path and not os.environ.get(name):
             try:
-                values[name] = Path(path).read_text(encoding="utf-8").rstrip("\r\n")
+                content = Path(path).read_text(encoding="utf-8").rstrip("\r\n")
             except (OSError, UnicodeError) as error:
                 faults.append(f"{name}_FILE: can't be read ({type(error).__name__})")
+                continue
+            if content.strip():
+                values[name] = content
+            else:  # a default in its place would be a surprise: another coach, another database
+                faults.append(f"{name}_FILE: the file is empty")
     return values
 
 

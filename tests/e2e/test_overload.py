@@ -12,12 +12,16 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from adapters.sql.engines import database_file
 from doubles import DONE, Gate, ScriptedAgent
 from entrypoints.grpc_api import server
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import agent_service_pb2 as api
 from entrypoints.grpc_api.gen.vidacoach.agents.v1 import thread_service_pb2 as threads_api
 from entrypoints.grpc_api.gen.vidacoach.agents.v1.agent_service_pb2_grpc import AgentServiceStub
 from entrypoints.grpc_api.gen.vidacoach.agents.v1.thread_service_pb2_grpc import ThreadServiceStub
+from entrypoints.hosting import hosted
+from entrypoints.ownership import socket_path
+from entrypoints.settings import load_settings
 from harness import DEADLINE, Client, message, reason, rest_of, served, text_of, until
 
 CALLS = 50
@@ -182,6 +186,20 @@ async def test_an_old_connection_is_left_without_harm(monkeypatch: pytest.Monkey
         rest = [begun, *await rest_of(call)]
         assert text_of([response.event for response in rest]) == "ab"
         assert await call.code() is grpc.StatusCode.OK
+
+
+async def test_the_owners_socket_asks_nobody_to_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VIDA_MAX_CONNECTION_AGE", "1")
+    settings = load_settings()
+    async with hosted(settings, "serve", listen="127.0.0.1:0") as (_, address):
+        assert address is not None
+        at_home = f"unix:{socket_path(database_file(settings.database))}"
+        async with grpc.aio.insecure_channel(at_home) as command, grpc.aio.insecure_channel(address) as caller:
+            await command.channel_ready()
+            for _ in range(2):  # once may be a tenth of a second too early
+                await caller.channel_ready()
+                await caller.wait_for_state_change(grpc.ChannelConnectivity.READY)
+            assert command.get_state() is grpc.ChannelConnectivity.READY
 
 
 async def test_headers_beyond_the_bound_are_refused() -> None:

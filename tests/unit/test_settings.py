@@ -128,6 +128,7 @@ BAD = {
     "OPENAI_THREAD_TTL": ["-1", "36501", "1.5", f"{SECRET}"],
     "OPENAI_STATE": ["chain", SECRET],
     "OPENAI_CONTEXT_TOKENS": ["0", "2047", "100000001", SECRET],
+    "OPENAI_MODEL": ["x" * 256],
     "OPENAI_BACKGROUND": ["maybe", SECRET],
     "OPENAI_BASE_URL": [
         f"ftp://{SECRET}",
@@ -320,6 +321,17 @@ def test_secrets_come_from_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     settings = load_settings()
     assert settings.openai_api_key is not None
     assert settings.openai_api_key.get_secret_value() == "from-the-environment"
+
+
+@pytest.mark.parametrize("content", ["", "\n", " \r\n"])
+def test_an_empty_file_is_no_setting_that_is_left_out(
+    content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "empty"
+    file.write_text(content)
+    for name in ("OPENAI_API_KEY", "VIDA_DATABASE_URL"):
+        monkeypatch.setenv(f"{name}_FILE", str(file))
+    assert faults() == [f"{name}_FILE: the file is empty" for name in ("OPENAI_API_KEY", "VIDA_DATABASE_URL")]
 
 
 def test_an_env_file_counts_least(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """The server: services, health, reflection, identity and bounds on one address."""
 
 import asyncio
+import math
 import os
 import traceback
 from contextlib import suppress
@@ -44,6 +45,7 @@ _HEADERS = 2**14
 """Octets of metadata that a call may bring; a token takes a few thousand."""
 _HANDSHAKE = 10_000
 """Milliseconds that a new connection has to say what it is."""
+_NEVER = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +62,8 @@ class Bounds:
     stream_seconds: float
     """How long a call may last; a connection that is to be closed waits as long."""
     connection_seconds: float
-    """After which a connection is asked to close (give or take a tenth), so that replicas share the load anew."""
+    """After which a connection is asked to close (give or take a tenth), so that replicas share the load anew;
+    inf: never."""
 
 
 class Server:
@@ -99,7 +102,7 @@ class Server:
                 ("grpc.max_allowed_incoming_connections", bounds.connections),
                 ("grpc.max_concurrent_streams", bounds.streams),
                 ("grpc.server_handshake_timeout_ms", _HANDSHAKE),
-                ("grpc.max_connection_age_ms", round(bounds.connection_seconds * 1_000)),
+                ("grpc.max_connection_age_ms", _age(bounds.connection_seconds)),
                 ("grpc.max_connection_age_grace_ms", round(bounds.stream_seconds * 1_000) + _HANDSHAKE),
                 ("grpc.server.max_pending_requests", _PENDING),
                 ("grpc.server.max_pending_requests_hard_limit", _PENDING),
@@ -187,3 +190,8 @@ class Server:
     async def _serve(self) -> None:
         self._health.serve(self._names)  # so that whoever gets in is told
         await self._server.start()
+
+
+def _age(seconds: float) -> int:
+    """In milliseconds; the library takes the largest number for none."""
+    return _NEVER if math.isinf(seconds) else round(seconds * 1_000)
